@@ -1,0 +1,31 @@
+"""The passes that write a pruned graph, and the pipeline that runs and verifies them."""
+
+if __name__ != "vtprune_fx.passes":
+    raise ImportError("import vtprune_fx.passes: a bare `passes` makes second classes")
+
+from vtprune_fx.passes.async_checks import AsyncChecks
+from vtprune_fx.passes.base import Pass, PassResult
+from vtprune_fx.passes.check_tokens import CheckTokens
+from vtprune_fx.passes.gather_tokens import GatherTokens
+from vtprune_fx.passes.insert_scores import KEEP_PREFIX, InsertScores
+from vtprune_fx.passes.manager import (
+    Pipeline,
+    default_pipeline,
+    prune_graph,
+    prune_program,
+)
+from vtprune_fx.passes.refresh_values import RefreshValues
+from vtprune_fx.passes.verify import Verifier
+
+__all__ = [
+    "KEEP_PREFIX",
+    "AsyncChecks",
+    "CheckTokens",
+    "GatherTokens",
+    "InsertScores",
+    "Pass",
+    "PassResult",
+    "Pipeline",
+    "default_pipeline",
+    "Verifier",
+]

@@ -1,0 +1,48 @@
+"""The pass contract."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import final
+
+from torch.fx import GraphModule
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """What a pass returns.
+
+    Attributes:
+        module: The module that was handed in; passes edit it in place.
+        modified: False means that the graph is as it was, to the last node.
+    """
+
+    module: GraphModule
+    modified: bool
+
+
+class Pass(ABC):
+    """Edits a graph in place. Settings are fixed when a pass is made.
+
+    A pass keeps placeholders and the number and order of outputs, gives every node that
+    it inserts a ``val`` and a ``Stamp``, and leaves every ``val`` true.
+    """
+
+    @property
+    def name(self) -> str:
+        """What reports and errors call the pass."""
+        return type(self).__name__
+
+    @final
+    def __call__(self, module: GraphModule) -> PassResult:
+        """Run the pass; recompiles the module where it was changed."""
+        modified = self.edit(module)
+        if modified:
+            module.graph.lint()
+            module.recompile()
+        return PassResult(module, modified)
+
+    @abstractmethod
+    def edit(self, module: GraphModule) -> bool:
+        """Change the graph; say whether anything was changed."""

@@ -1,0 +1,201 @@
+"""Let tokens leave: gather every live value at every cut.
+
+At a cut, each value that is live across it and carries the token axis is gathered along
+it; everything after reads the gathered version. Graph outputs do not: a layer's keys and
+values go into the cache as they were made, ahead of the layer's own cut::
+
+    vtprune_keep_3: "i64[B, S - 36]"
+    attention: "f32[B, H, S, D]" = aten.scaled_dot_product_attention(q, k, v, mask)
+    view: "f32[B, S, H*D]" = aten.reshape(transpose, [B, S, -1])
+    linear: "f32[B, S, E]" = aten.linear(view, o_proj)
+    add: "f32[B, S, E]" = aten.add(residual, linear)
+
+becomes::
+
+    vtprune_keep_3: "i64[B, S - 36]"
+    attention: "f32[B, H, S, D]" = aten.scaled_dot_product_attention(q, k, v, mask)
+    length: "Sym(S - 36)" = aten.sym_size(vtprune_keep_3, 1)
+    attention_3: "f32[B, H, S - 36, D]" = ...        # attention at vtprune_keep_3
+    residual_3: "f32[B, S - 36, E]" = ...
+    mask_3: "b8[B, 1, S - 36, S - 36]" = ...         # both axes
+    view: "f32[B, S - 36, H*D]" = aten.reshape(transpose, [B, length, -1])
+    linear: "f32[B, S - 36, E]" = aten.linear(view, o_proj)
+    add: "f32[B, S - 36, E]" = aten.add(residual_3, linear)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import sympy
+import torch
+from torch._dispatch.python import enable_python_dispatcher
+from torch.fx import Graph, GraphModule, Node, map_arg
+
+from vtprune_fx.graph import (
+    Inserter,
+    Stamp,
+    dropped_tokens,
+    fake_mode_of,
+    mentions,
+    replace_inputs,
+    set_value,
+    size_expr,
+    value_at_full_length,
+)
+from vtprune_fx.passes.base import Pass
+from vtprune_fx.passes.insert_scores import KEEP_PREFIX, ROLES
+from vtprune_fx.plan import LiveValue, PlannedCut, PrunePlan
+
+aten = torch.ops.aten
+
+Insert = Callable[..., Node]
+"""``(operator, *args) -> node``: inserts behind the cut at hand."""
+
+
+class GatherTokens(Pass):
+    """Gather what is live at each cut, in one walk over the graph.
+
+    1. A node behind a cut: reads the current versions of its inputs; its value has
+       the shorter length.
+    2. The attention of a layer with a cut: what is live is gathered behind it.
+    3. A value shared by all samples, [1, ..., S, ...] (rotary tables): gathered to
+       [B, ..., K, ...], since each sample keeps tokens of its own.
+    4. The output: reads what it read.
+    5. No cuts: unchanged.
+    """
+
+    def __init__(self, plan: PrunePlan) -> None:
+        self._plan = plan
+
+    def edit(self, module: GraphModule) -> bool:
+        """Walk the graph once."""
+        plan, graph = self._plan, module.graph
+        if not plan.cuts:
+            return False
+        named = {node.name: node for node in graph.nodes}
+        lengths = [named[name] for name in plan.lengths]
+        cuts = {cut.attention.node: cut for cut in plan.cuts}
+        values = _Values(graph, plan.tokens)
+        gather = _Gather(graph)
+        current: dict[Node, Node] = {}
+        dropped = 0
+        for node in list(graph.nodes):
+            if node.op == "output":
+                break
+            if dropped:
+                replace_inputs(node, current)
+                values.refresh(node, dropped)
+            if cut := cuts.get(node.name):
+                shorter = gather.behind(node, cut, named, current)
+                values.watch(shorter)
+                current |= shorter
+                current |= dict.fromkeys(lengths, gather.length)
+                dropped = cut.dropped
+        return True
+
+
+class _Gather:
+    """Inserts the gathers of one cut after another."""
+
+    def __init__(self, graph: Graph) -> None:
+        self._inserter = Inserter(graph)
+        self._rows: Node | None = None
+        self.length: Node
+
+    def behind(
+        self,
+        attention: Node,
+        cut: PlannedCut,
+        named: Mapping[str, Node],
+        current: Mapping[Node, Node],
+    ) -> dict[Node, Node]:
+        """Gather what is live across a cut.
+
+        Returns:
+            For each live value the version behind the cut; ``length`` is the new length.
+        """
+        layer = cut.attention.layer
+        keep = named[f"{KEEP_PREFIX}{layer}"]
+        insert = partial(self._inserter.call, attention.next, Stamp("gather", layer))
+        self.length = insert(aten.sym_size.int, keep, 1)
+        if self._rows is None:
+            self._rows = _sample_rows(insert, keep)
+        shorter: dict[Node, Node] = {}
+        for live in (*cut.live, LiveValue(ROLES, (1,))):
+            original = named[live.node]
+            value = current.get(original, original)
+            shorter[original] = _take(insert, value, self._rows, keep, live.axes)
+        return shorter
+
+
+def _sample_rows(insert: Insert, keep: Node) -> Node:
+    """[B, 1]: the number of each sample, to index with beside a keep set."""
+    samples = insert(aten.sym_size.int, keep, 0)
+    return insert(aten.unsqueeze.default, insert(aten.arange.default, samples), 1)
+
+
+def _take(
+    insert: Insert, value: Node, rows: Node, keep: Node, axes: tuple[int, ...]
+) -> Node:
+    """Each sample's own tokens along its token axes, by ``value[rows, keep]``.
+
+    Not ``aten.gather``: its index would be blown up to the value's shape, and TensorRT
+    has no converter for it with dynamic shapes.
+    """
+    gone = dropped_tokens(keep)
+    for axis in axes:
+        if axis != 1:
+            value = insert(aten.transpose.int, value, 1, axis)
+        if _samples(value) == 1:
+            value = insert(aten.squeeze.dim, value, 0)
+            value = insert(aten.index.Tensor, value, [keep])
+        else:
+            value = insert(aten.index.Tensor, value, [rows, keep])
+        if axis != axes[-1]:
+            set_value(value, value_at_full_length(value), None)
+        if axis != 1:
+            value = insert(aten.transpose.int, value, 1, axis)
+    set_value(value, value_at_full_length(value), gone)
+    return value
+
+
+class _Values:
+    """Keeps every value behind a cut true.
+
+    Nearly always it is the value that it was, with fewer tokens. The exceptions are
+    values that all samples shared and, once gathered, no longer do: what reads one of
+    those is run on fakes again.
+    """
+
+    def __init__(self, graph: Graph, tokens: sympy.Symbol) -> None:
+        self._mode = fake_mode_of(graph)
+        self._tokens = tokens
+        self._widened: set[Node] = set()
+
+    def watch(self, shorter: Mapping[Node, Node]) -> None:
+        """Note which values a cut made one per sample."""
+        self._widened |= {
+            now for was, now in shorter.items() if _samples(was) != _samples(now)
+        }
+
+    def refresh(self, node: Node, dropped: int) -> None:
+        """Set the value of a node behind a cut."""
+        full, gone = value_at_full_length(node), dropped_tokens(node)
+        if not self._widened.isdisjoint(node.all_input_nodes):
+            samples, full = _samples(node), self._run(node)
+            if size_expr(full.shape[0]) != samples:
+                self._widened.add(node)
+        if mentions(full, self._tokens):
+            set_value(node, full, None if gone is None else gone + dropped)
+
+    def _run(self, node: Node) -> Any:
+        args, kwargs = map_arg((node.args, node.kwargs), value_at_full_length)
+        with self._mode, enable_python_dispatcher():
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _samples(node: Node) -> sympy.Expr:
+    return size_expr(value_at_full_length(node).shape[0])

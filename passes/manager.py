@@ -1,0 +1,157 @@
+"""Which passes run, in which order, and running them."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+import time
+from typing import Any
+
+import sympy
+from torch.export import ExportedProgram
+from torch.fx import GraphModule
+from torch.utils._sympy.value_ranges import ValueRanges
+
+from vtprune_fx.anatomy import read
+from vtprune_fx.errors import AnatomyError
+from vtprune_fx.passes.async_checks import AsyncChecks
+from vtprune_fx.passes.base import Pass
+from vtprune_fx.passes.check_tokens import CheckTokens
+from vtprune_fx.passes.gather_tokens import GatherTokens
+from vtprune_fx.passes.insert_scores import InsertScores
+from vtprune_fx.passes.refresh_values import RefreshValues
+from vtprune_fx.passes.verify import Verifier
+from vtprune_fx.plan import PrunePlan, place
+from vtprune_fx.recipe import Recipe, default
+from vtprune_fx.report import PassRecord, PruneReport
+
+logger = logging.getLogger(__name__)
+
+
+@functools.cache
+def _say_default(recipe: Recipe) -> None:
+    logger.warning(
+        "No recipe given: %s drops %d of %d visual tokens over %d layers. Give one that "
+        "was fitted to the model to be sure of its answers.",
+        recipe.name,
+        sum(recipe.drops(recipe.visual_tokens).values()),
+        recipe.visual_tokens,
+        recipe.layers,
+    )
+
+
+def prune_graph(module: GraphModule, recipe: Recipe | None) -> PruneReport:
+    """Prune a graph, in place.
+
+    Args:
+        module: ATen before dispatch, with a dynamic prompt length.
+        recipe: What to cut, or None for the default that fits the model.
+
+    Returns:
+        What was done; nothing, where the graph places no image.
+
+    Raises:
+        AnatomyError: The graph lacks something that pruning needs.
+        PlanError: The recipe does not fit the graph.
+    """
+    before = len(module.graph.nodes)
+    anatomy = read(module.graph)
+    if anatomy is None:
+        return PruneReport(None, (), before, before)
+    if recipe is None:
+        recipe = default(len(anatomy.layers), anatomy.visual_tokens)
+        _say_default(recipe)
+    plan = place(recipe, anatomy, module.graph)
+    records = default_pipeline(plan).run(module)
+    return PruneReport(plan, records, before, len(module.graph.nodes))
+
+
+def prune_program(
+    program: ExportedProgram, recipe: Recipe | None
+) -> tuple[ExportedProgram, PruneReport]:
+    """A pruned copy of an exported program; weights are shared, not copied.
+
+    Raises:
+        AnatomyError: The program places no image, or lacks what pruning needs.
+        PlanError: The recipe does not fit the program.
+    """
+    module = copy.deepcopy(program.graph_module)
+    report = prune_graph(module, recipe)
+    if report.plan is None:
+        raise AnatomyError(
+            "exported program",
+            expected="a model that places image features with masked_scatter",
+            found="no visual tokens",
+            fix="Export with an image among the inputs.",
+        )
+    RefreshValues()(module)
+    pruned = ExportedProgram(
+        root=module,
+        graph=module.graph,
+        graph_signature=program.graph_signature,
+        state_dict=program.state_dict,
+        range_constraints=_longer_than_cuts(program, report.plan),
+        module_call_graph=program.module_call_graph,
+        example_inputs=program.example_inputs,
+        constants=program.constants,
+        verifiers=program.verifiers,
+    )
+    return pruned, report
+
+
+def _longer_than_cuts(
+    program: ExportedProgram, plan: PrunePlan
+) -> dict[sympy.Symbol, ValueRanges[Any]]:
+    """The program's ranges, with a prompt that holds what is dropped and some text."""
+    known = program.range_constraints
+    holds = ValueRanges(plan.dropped + 2, known[plan.tokens].upper)
+    return {**known, plan.tokens: holds}
+
+
+def default_pipeline(plan: PrunePlan) -> Pipeline:
+    """The passes that carry out a plan.
+
+    Scores stand ahead of gathers, since a gather reads the keep set of its cut.
+    """
+    return Pipeline(
+        plan.tokens,
+        AsyncChecks(),
+        CheckTokens(plan),
+        InsertScores(plan),
+        GatherTokens(plan),
+    )
+
+
+class Pipeline:
+    """Runs passes in order and verifies the graph after each that changed it.
+
+    Args:
+        tokens: The symbol of the prompt's length.
+        passes: The passes.
+    """
+
+    def __init__(self, tokens: sympy.Symbol, *passes: Pass) -> None:
+        self._tokens = tokens
+        self.passes = passes
+
+    def run(self, module: GraphModule) -> tuple[PassRecord, ...]:
+        """Run all passes on ``module``, in place.
+
+        Raises:
+            VerifyError: A pass wrote a wrong graph.
+        """
+        verifier = Verifier(module, self._tokens)
+        return tuple(_run_one(pass_, module, verifier) for pass_ in self.passes)
+
+
+def _run_one(pass_: Pass, module: GraphModule, verifier: Verifier) -> PassRecord:
+    start = time.perf_counter()
+    modified = pass_(module).modified
+    passed = time.perf_counter()
+    if modified:
+        verifier.check(module, pass_.name)
+    verified = time.perf_counter()
+    record = PassRecord(pass_.name, modified, passed - start, verified - passed)
+    logger.debug("%s", record)
+    return record

@@ -1,0 +1,1 @@
+"""Tests. They run from the root of the repository."""

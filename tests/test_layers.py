@@ -1,0 +1,98 @@
+"""Imports run one way: core <- passes <- export <- api, backend, cli, demo.
+
+Read from the source, so an import inside a function or for type checking counts too.
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = "vtprune_fx"
+# These may import everything; the facade __init__ hands out what they define.
+TOP = ("__init__", "api", "backend", "cli", "demo", "generation")
+FRONT = tuple(f"{PACKAGE}.{name}" for name in ("api", "backend", "cli", "demo"))
+FORBIDDEN = {
+    "core": (f"{PACKAGE}.passes", f"{PACKAGE}.export", *FRONT),
+    "passes": (f"{PACKAGE}.export", *FRONT),
+    "export": FRONT,
+}
+
+
+def sources() -> list[tuple[str, Path]]:
+    """Every module that the rule is about, with its layer."""
+    core = [p for p in (ROOT / PACKAGE).glob("*.py") if p.stem not in TOP]
+    layers = {"core": core} | {
+        name: list((ROOT / name).rglob("*.py")) for name in ("passes", "export")
+    }
+    return [(layer, path) for layer, paths in layers.items() for path in sorted(paths)]
+
+
+def imported(source: str) -> set[str]:
+    """Full names that a module imports, relative imports as a leading dot."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            module = "." * node.level + (node.module or "")
+            names |= {f"{module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def violations(layer: str, source: str) -> list[str]:
+    """Imports of ``source`` that its layer may not have."""
+    return sorted(
+        name
+        for name in imported(source)
+        if name.startswith(".")
+        or any(f"{name}.".startswith(f"{banned}.") for banned in FORBIDDEN[layer])
+    )
+
+
+@pytest.mark.parametrize(
+    ("layer", "path"),
+    sources(),
+    ids=lambda value: (
+        str(value.relative_to(ROOT)) if isinstance(value, Path) else value
+    ),
+)
+def test_imports_run_one_way(layer: str, path: Path) -> None:
+    assert violations(layer, path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("layer", ["core", "passes"])
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import vtprune_fx.export",
+        "import vtprune_fx.export.to_onnx as x",
+        "from vtprune_fx import export",
+        "from vtprune_fx.export import to_onnx",
+        "from vtprune_fx.export.to_onnx import convert",
+        "def f() -> None:\n    from vtprune_fx import api",
+        "from . import recipe",
+    ],
+)
+def test_a_wrong_import_is_seen(layer: str, source: str) -> None:
+    assert len(violations(layer, source)) == 1
+
+
+@pytest.mark.parametrize(
+    ("layer", "source"),
+    [
+        ("core", "from vtprune_fx.recipe import Recipe"),
+        ("core", "import exporter, vtprune_fx.exports, torch.export"),
+        ("passes", "from vtprune_fx.passes.base import Pass"),
+        ("export", "from vtprune_fx.passes import Pass"),
+    ],
+)
+def test_a_right_import_is_let_through(layer: str, source: str) -> None:
+    assert violations(layer, source) == []
+
+
+def test_there_is_something_to_check() -> None:
+    assert {"core"} <= {layer for layer, _ in sources()}

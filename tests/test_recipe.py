@@ -1,0 +1,255 @@
+"""Recipes: the shipped ones are the published ones, and bad ones are refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+
+from vtprune_fx import recipe
+from vtprune_fx.errors import RecipeError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+Fields = dict[str, object]
+
+# Visual tokens that the published recipes delete, all layers together.
+DELETED = {
+    "fitprune-llava-1.5-7b-10": 66,
+    "fitprune-llava-1.5-7b-20": 149,
+    "fitprune-llava-1.5-7b-30": 264,
+    "fitprune-llava-1.5-7b-40": 336,
+    "fitprune-llava-1.5-7b-50": 403,
+    "fitprune-llava-1.5-7b-55": 424,
+    "fitprune-llava-1.5-7b-60": 449,
+    "fitprune-llava-1.5-7b-70": 488,
+    "fitprune-llava-1.5-7b-80": 514,
+    "fitprune-llava-1.5-7b-90": 539,
+}
+OTHERS = {
+    "fitprune-llava-hr-7b-40",
+    "fitprune-llava-hr-7b-60",
+    "fitprune-llava-next-7b-40",
+    "fitprune-llava-next-7b-60",
+}
+VALID: Fields = {
+    "schema_version": 1,
+    "name": "mine",
+    "method": "fitprune",
+    "score": "fitprune",
+    "positions": "kept",
+    "layers": 4,
+    "visual_tokens": 10,
+    "of": None,
+    "cuts": [{"layer": 1, "drop": 3}, {"layer": 2, "drop": 4}],
+    "provenance": {"source": "a test"},
+}
+
+
+def write(path: Path, fields: Fields) -> Path:
+    path.write_text(json.dumps(fields), encoding="utf-8")
+    return path
+
+
+def changed(**fields: object) -> Fields:
+    return copy.deepcopy(VALID) | fields
+
+
+def test_all_published_recipes_ship() -> None:
+    assert set(recipe.names()) == set(DELETED) | OTHERS
+
+
+@pytest.mark.parametrize("name", sorted(DELETED))
+def test_shipped_recipe_deletes_as_many_tokens_as_published(name: str) -> None:
+    loaded = recipe.load_recipe(name)
+    assert (loaded.layers, loaded.visual_tokens, loaded.of) == (32, 576, None)
+    assert sum(loaded.drops(576).values()) == DELETED[name]
+    assert loaded.tokens_per_layer(576, 32)[-1] == 576 - DELETED[name]
+
+
+def test_shipped_recipe_deletes_at_the_published_layers() -> None:
+    published = {0: 262, 1: 153, 2: 80, 3: 19, 4: 13, 5: 1, 6: 2}
+    published |= {15: 1, 16: 1, 17: 2, 18: 1, 19: 2, 21: 1, 27: 1}
+    assert recipe.load_recipe("fitprune-llava-1.5-7b-90").drops(576) == published
+
+
+@pytest.mark.parametrize("name", recipe.names())
+def test_shipped_file_is_what_to_json_writes(name: str, tmp_path: Path) -> None:
+    loaded = recipe.load_recipe(name)
+    path = tmp_path / "copy.json"
+    path.write_text(loaded.to_json(), encoding="utf-8")
+    assert loaded.name == name
+    assert recipe.load_recipe(path) == loaded
+    shipped, _ = recipe._read(name)
+    assert shipped == loaded.to_json()
+
+
+def test_shares_round_down() -> None:
+    # Published: layer 0 deletes 7, layer 1 deletes 73 of 2880.
+    loaded = recipe.load_recipe("fitprune-llava-next-7b-40")
+    assert loaded.of == loaded.visual_tokens == 2880
+    assert loaded.drops(2880)[0] == 7
+    halved = loaded.drops(1440)
+    assert (halved[0], halved[1]) == (3, 36)
+    assert 24 not in halved  # 1 of 2880 is none of 1440
+
+
+def test_sample_with_few_visual_tokens_loses_those_it_has() -> None:
+    loaded = recipe.load_recipe(VALID)
+    assert loaded.tokens_per_layer(5, 4) == [5, 2, 0, 0]
+    assert loaded.tokens_per_layer(0, 4) == [0, 0, 0, 0]
+
+
+def test_load_takes_a_name_a_file_fields_or_a_recipe(tmp_path: Path) -> None:
+    loaded = recipe.load_recipe(VALID)
+    assert recipe.load_recipe(loaded) is loaded
+    assert recipe.load_recipe(write(tmp_path / "mine.json", VALID)) == loaded
+    assert recipe.load_recipe(str(tmp_path / "mine.json")) == loaded
+
+
+def test_recipe_without_cuts_is_valid() -> None:
+    assert recipe.load_recipe(changed(cuts=[])).tokens_per_layer(10, 4) == [10] * 4
+
+
+# What is wrong, the place named, what was expected, what was found.
+WRONG: dict[str, tuple[Fields, str, str, str]] = {
+    "type of a field": (
+        changed(layers="four"),
+        "field layers",
+        "a valid integer",
+        "'four'",
+    ),
+    "type of a nested field": (
+        changed(cuts=[{"layer": 1, "drop": 2.5}]),
+        "field cuts.0.drop",
+        "a valid integer",
+        "2.5",
+    ),
+    "true is not a number": (
+        changed(layers=True),
+        "field layers",
+        "a valid integer",
+        "True",
+    ),
+    "negative count": (
+        changed(cuts=[{"layer": 1, "drop": -1}]),
+        "field cuts.0.drop",
+        "greater than or equal to 0",
+        "-1",
+    ),
+    "unknown field": (changed(colour="red"), "field colour", "no such field", "'red'"),
+    "unknown nested field": (
+        changed(cuts=[{"layer": 1, "drop": 1, "keep": 2}]),
+        "field cuts.0.keep",
+        "no such field",
+        "2",
+    ),
+    "missing field": (
+        {key: value for key, value in VALID.items() if key != "method"},
+        "field method",
+        "field required",
+        "nothing",
+    ),
+    "unknown method": (
+        changed(method="magic"),
+        "field method",
+        "'fitprune'",
+        "'magic'",
+    ),
+    "newer format": (changed(schema_version=2), "field schema_version", "1", "2"),
+    "name with a slash": (changed(name="a/b"), "field name", "match pattern", "'a/b'"),
+    "unordered cuts": (
+        changed(cuts=[{"layer": 2, "drop": 1}, {"layer": 1, "drop": 1}]),
+        "field cuts",
+        "cuts in the order of their layers, at most one a layer",
+        "layer 1 after layer 2",
+    ),
+    "two cuts in a layer": (
+        changed(cuts=[{"layer": 2, "drop": 1}, {"layer": 2, "drop": 1}]),
+        "field cuts",
+        "at most one a layer",
+        "layer 2 after layer 2",
+    ),
+    "layer beyond the layers": (
+        changed(cuts=[{"layer": 4, "drop": 1}]),
+        "field cuts",
+        "cuts in layers 0 to 3 ('layers' is 4)",
+        "a cut in layer 4",
+    ),
+    "more dropped than there are": (
+        changed(cuts=[{"layer": 1, "drop": 6}, {"layer": 2, "drop": 5}]),
+        "field cuts",
+        "cuts that drop at most the 10 visual tokens there are",
+        "11 dropped",
+    ),
+    "more dropped than the share's whole": (
+        changed(of=5),
+        "field cuts",
+        "at most the 5 visual tokens",
+        "7 dropped",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", list(WRONG))
+def test_bad_field_is_named_with_expected_found_and_fix(
+    case: str, tmp_path: Path
+) -> None:
+    fields, place, expected, found = WRONG[case]
+    path = write(tmp_path / "bad.json", fields)
+    with pytest.raises(RecipeError) as caught:
+        recipe.load_recipe(path)
+    error = caught.value
+    assert error.where == f"recipe {path}, {place}"
+    assert expected in error.expected
+    assert error.found == found
+    assert error.fix == "`vtprune recipes show NAME --json` prints a valid recipe."
+    for part in (error.where, error.expected, error.found, error.fix):
+        assert part in str(error)
+
+
+def test_fields_are_checked_like_a_file() -> None:
+    with pytest.raises(RecipeError, match="recipe, field layers: expected"):
+        recipe.load_recipe(changed(layers=0))
+
+
+def test_long_wrong_value_is_cut_short() -> None:
+    with pytest.raises(RecipeError) as caught:
+        recipe.load_recipe(changed(method="x" * 5000))
+    assert len(str(caught.value)) < 500
+
+
+def test_a_list_is_not_a_recipe(tmp_path: Path) -> None:
+    path = tmp_path / "list.json"
+    path.write_text("[]", encoding="utf-8")
+    with pytest.raises(RecipeError, match=r"valid dictionary .* found \[\]"):
+        recipe.load_recipe(path)
+
+
+def test_not_json_names_the_line(tmp_path: Path) -> None:
+    path = tmp_path / "broken.json"
+    path.write_text('{\n  "name": oops\n}', encoding="utf-8")
+    with pytest.raises(RecipeError) as caught:
+        recipe.load_recipe(path)
+    assert caught.value.where == f"recipe {path}, line 2"
+    assert caught.value.expected == "JSON"
+    assert caught.value.found == "Expecting value"
+    assert "vtprune recipes show" in caught.value.fix
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe\x00", "folder"])
+def test_no_such_name_or_file(content: bytes | str | None, tmp_path: Path) -> None:
+    path = tmp_path / "nowhere.json"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content:
+        path.mkdir()
+    with pytest.raises(RecipeError) as caught:
+        recipe.load_recipe(path)
+    assert caught.value.where == f"recipe {str(path)!r}"
+    assert caught.value.expected == "the name of a shipped recipe or a recipe file"
+    assert caught.value.found
+    assert caught.value.fix == "`vtprune recipes` lists the shipped recipes."

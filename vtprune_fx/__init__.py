@@ -1,0 +1,47 @@
+"""Visual-token pruning as a compiler pass for vision-language models.
+
+``prune`` and ``vtprune_backend`` take a traced graph of an unmodified transformers model
+and a recipe, and give back a graph that is smaller by construction.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vtprune_fx.api import PrunedProgram, prune
+    from vtprune_fx.backend import vtprune_backend
+    from vtprune_fx.errors import VtpruneError
+    from vtprune_fx.recipe import Recipe, load_recipe
+    from vtprune_fx.report import PruneReport
+
+__all__ = [
+    "PruneReport",
+    "PrunedProgram",
+    "Recipe",
+    "VtpruneError",
+    "__version__",
+    "load_recipe",
+    "prune",
+    "vtprune_backend",
+]
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "PruneReport": "report",
+    "PrunedProgram": "api",
+    "Recipe": "recipe",
+    "VtpruneError": "errors",
+    "load_recipe": "recipe",
+    "prune": "api",
+    "vtprune_backend": "backend",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: the command line must not wait for torch to print help."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"vtprune_fx.{_HOMES[name]}"), name)

@@ -1,0 +1,242 @@
+"""Finding the parts of a traced vision-language model that pruning needs. Reads only.
+
+Nothing is found by a model's name or by counting nodes:
+
+* The *visual tokens* are where image features are placed into the embeddings with
+  ``masked_scatter``; its mask says which positions are visual.
+* The *token axis* is the symbol of that mask's second dimension: a dimension of any other
+  value whose size is the same symbol runs over the same tokens.
+* The *decoder layers* are the attention nodes whose queries carry the token axis; their
+  numbers come from the module path (``...language_model.layers.7.self_attn``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import sympy
+import torch
+from torch.fx import Graph, Node
+
+from vtprune_fx.errors import AnatomyError
+from vtprune_fx.graph import size_expr, size_hint, tensor_of, walk_back
+
+aten = torch.ops.aten
+
+_VIEWS_OF_A_MASK: frozenset[object] = frozenset(
+    {
+        # Each repeats, reshapes or retypes a boolean mask without changing which
+        # positions it marks, and reads it as its first argument.
+        aten.unsqueeze.default,
+        aten.expand.default,
+        aten.expand_as.default,
+        aten.reshape.default,
+        aten.view.default,
+        aten.clone.default,
+        aten.alias.default,
+        aten.contiguous.default,
+        aten.to.device,
+        aten.to.dtype,
+        aten.to.dtype_layout,
+    }
+)
+
+_PLACES_OF_FEATURES: frozenset[object] = frozenset(
+    {
+        # The steps from a flat mask to "how many marked positions came before me", by
+        # which exporters spell masked_scatter for runtimes that lack it.
+        aten.to.dtype,
+        aten.cumsum.default,
+        aten.sub.Tensor,
+        aten.clamp.default,
+    }
+)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The attention of one decoder layer. Nodes are given by name.
+
+    Attributes:
+        layer: Index of the layer.
+        path: Path of the module that the node came from.
+        node: The attention's output, [B, H, S, D].
+        query: [B, H, S, D], rotated.
+        key: [B, G, S, D], rotated.
+        mask: [B or 1, 1, S, S], or None where the attention is plainly causal.
+        scale: What logits are multiplied by.
+    """
+
+    layer: int
+    path: str
+    node: str
+    query: str
+    key: str
+    mask: str | None
+    scale: float
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """What a pruning plan needs to know of a graph.
+
+    Attributes:
+        tokens: The symbol that is the prompt's length.
+        batch: The number of samples.
+        visual: Name of the [B, S] mask of visual tokens.
+        visual_tokens: Visual tokens of a sample in the example the graph was traced with.
+        layers: The decoder layers' attentions, in order.
+    """
+
+    tokens: sympy.Symbol
+    batch: sympy.Expr
+    visual: str
+    visual_tokens: int
+    layers: tuple[Attention, ...]
+
+
+def read(graph: Graph) -> Anatomy | None:
+    """Find the parts, or None where the graph places no image: a text-only prompt or a
+    decode step, in which there is nothing to prune.
+
+    Raises:
+        AnatomyError: An image is placed, but something that pruning needs is missing or
+            ambiguous.
+    """
+    placements = list(_placements(graph))
+    if not placements:
+        return None
+    if len(placements) > 1:
+        raise AnatomyError(
+            "placement of image features",
+            expected="one masked_scatter into the embeddings",
+            found=", ".join(mask.name for mask, _ in placements),
+            fix="Models with several kinds of visual input are not supported yet.",
+        )
+    [(mask, features)] = placements
+    visual = _token_mask(mask)
+    batch, tokens = (size_expr(size) for size in _shape(visual))
+    _check_symbols(visual, batch, tokens)
+    samples, rows = size_hint(_shape(visual)[0]), _rows(features)
+    return Anatomy(
+        tokens=tokens,
+        batch=batch,
+        visual=visual.name,
+        visual_tokens=rows // samples,
+        layers=tuple(_decoder(graph, tokens)),
+    )
+
+
+def _placements(graph: Graph) -> Iterator[tuple[Node, Node]]:
+    """(mask, features) of every masked_scatter, in either spelling."""
+    for node in graph.nodes:
+        if node.target == aten.masked_scatter.default:
+            yield node.args[1], node.args[2]
+        elif node.target == aten.where.self and (found := _spelled_out(node)):
+            yield found
+
+
+def _spelled_out(where: Node) -> tuple[Node, Node] | None:
+    """Match ``where(mask, features[cumsum(mask) - 1], embeddings)``, all flat."""
+    mask, picked = where.args[:2]
+    if not isinstance(mask, Node) or not isinstance(picked, Node):
+        return None
+    if picked.target != aten.index.Tensor:
+        return None
+    features, indices = picked.args
+    assert isinstance(features, Node) and isinstance(indices, (list, tuple))
+    if len(indices) != 1 or not isinstance(indices[0], Node):
+        return None
+    counted = mask in walk_back(indices[0], _PLACES_OF_FEATURES)
+    return (mask, features) if counted else None
+
+
+def _token_mask(mask: Node) -> Node:
+    """The [B, S] mask behind the one that covers the embeddings' width too."""
+    for node in walk_back(mask, _VIEWS_OF_A_MASK):
+        value = tensor_of(node)
+        if value is not None and value.dim() == 2 and value.dtype == torch.bool:
+            return node
+    raise AnatomyError(
+        f"mask of the image placeholders, node {mask.name}",
+        expected="a boolean [batch, prompt] mask behind it",
+        found="none",
+        fix="If the graph was broken into parts, compile with fullgraph=True.",
+    )
+
+
+def _check_symbols(visual: Node, batch: sympy.Expr, tokens: sympy.Expr) -> None:
+    if not isinstance(tokens, sympy.Symbol):
+        raise AnatomyError(
+            f"prompt length, node {visual.name}",
+            expected="a dynamic dimension",
+            found=f"the constant {tokens}",
+            fix="Mark it before the first call, for each input that has it: "
+            "torch._dynamo.mark_dynamic(inputs['input_ids'], 1).",
+        )
+    if batch == tokens:
+        raise AnatomyError(
+            f"prompt length, node {visual.name}",
+            expected="symbols of their own for batch and prompt length",
+            found=f"{tokens} for both",
+            fix="Mark the prompt length dynamic, and not the batch.",
+        )
+
+
+def _rows(features: Node) -> int:
+    """Visual tokens in the whole example batch: [rows, width], perhaps flattened."""
+    sources = [_shape(node) for node in walk_back(features, _VIEWS_OF_A_MASK)]
+    widest = max(sources, key=len)
+    return size_hint(sources[0].numel()) // size_hint(widest[-1])
+
+
+def _shape(node: Node) -> torch.Size:
+    value = tensor_of(node)
+    assert value is not None, f"{node.name} is not a tensor"
+    return value.shape
+
+
+def _decoder(graph: Graph, tokens: sympy.Symbol) -> Iterator[Attention]:
+    layer = -1
+    for node in graph.nodes:
+        if node.target != aten.scaled_dot_product_attention.default:
+            continue
+        value = tensor_of(node.args[0])
+        if value is None or tokens not in map(size_expr, value.shape):
+            continue
+        layer += 1
+        yield _attention(node, layer)
+    if layer < 0:
+        raise AnatomyError(
+            "decoder",
+            expected="scaled_dot_product_attention over the prompt's tokens",
+            found="none",
+            fix="Load the model with attn_implementation='sdpa'.",
+        )
+
+
+def _attention(node: Node, layer: int) -> Attention:
+    path = _module_path(node)
+    numbers = [int(part) for part in path.split(".") if part.isdigit()]
+    if not numbers or numbers[-1] != layer:
+        raise AnatomyError(
+            f"attention node {node.name}, from module {path or 'unknown'}",
+            expected=f"decoder layer {layer}",
+            found=f"layer {numbers[-1]}" if numbers else "no layer number in the path",
+            fix="The decoder's layers must run in order, one attention each.",
+        )
+    query, key = node.args[:2]
+    assert isinstance(query, Node) and isinstance(key, Node)
+    mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+    assert mask is None or isinstance(mask, Node)
+    scale = node.kwargs.get("scale") or size_hint(_shape(query)[-1]) ** -0.5
+    assert isinstance(scale, float)
+    name = mask.name if mask is not None else None
+    return Attention(layer, path, node.name, query.name, key.name, name, scale)
+
+
+def _module_path(node: Node) -> str:
+    """Path of the innermost module that the node was traced in."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return str(list(stack.values())[-1][0]) if stack else ""

@@ -1,0 +1,112 @@
+"""``prune``: from a model, or a program exported from one, to a pruned program."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.fx import Interpreter, Node
+from torch.utils import _pytree as pytree
+from transformers import PreTrainedModel
+
+from vtprune_fx.capture import export
+from vtprune_fx.errors import CaptureError
+from vtprune_fx.passes import KEEP_PREFIX, prune_program
+from vtprune_fx.recipe import Recipe, load_recipe
+from vtprune_fx.report import PruneReport
+
+
+@dataclass(frozen=True)
+class PrunedProgram:
+    """A pruned model, as ``torch.export`` sees it.
+
+    Attributes:
+        program: The pruned graph with the model's weights.
+        report: What was cut where.
+    """
+
+    program: ExportedProgram
+    report: PruneReport
+
+    def __call__(self, **inputs: Any) -> Any:
+        """Run it: what the model returns, with a ragged cache."""
+        with torch.no_grad():
+            return self.program.module()(**inputs)
+
+    def keep_sets(self, **inputs: Any) -> dict[int, Tensor]:
+        """Run it, and say which tokens stay.
+
+        Returns:
+            For each layer with a cut, [B, K]: positions in the prompt as it came.
+        """
+        module = self.program.module()
+        recorder = _KeepRecorder(module)
+        with torch.no_grad():
+            recorder.run(*_flat(self.program, inputs), enable_io_processing=False)
+        return recorder.kept
+
+
+class _KeepRecorder(Interpreter):
+    """Runs a graph and follows its keep sets back to the prompt."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__(module)
+        self.kept: dict[int, Tensor] = {}
+
+    def run_node(self, n: Node) -> Any:
+        result = super().run_node(n)
+        if n.name.startswith(KEEP_PREFIX):
+            before = self.kept[max(self.kept)] if self.kept else None
+            layer = int(n.name.removeprefix(KEEP_PREFIX))
+            self.kept[layer] = result if before is None else before.gather(1, result)
+        return result
+
+
+def _flat(program: ExportedProgram, inputs: Mapping[str, Any]) -> list[Any]:
+    """Keyword inputs as the flat arguments of the program's graph."""
+    spec = program.call_spec.in_spec
+    assert spec is not None
+    names = spec.children()[1].context
+    return pytree.tree_leaves([inputs[name] for name in names])
+
+
+def prune(
+    model_or_program: PreTrainedModel | ExportedProgram,
+    inputs: Mapping[str, Any] | None = None,
+    recipe: str | Recipe | None = None,
+) -> PrunedProgram:
+    """Prune a model.
+
+    Args:
+        model_or_program: An unmodified transformers model, which is exported with
+            ``inputs``, or a program that ``torch.export`` made of one with a dynamic
+            prompt length. Neither is changed.
+        inputs: An example, as the model's processor returns it. Batch, prompt length and
+            number of images stay dynamic. Only for a model.
+        recipe: A recipe, the name of a shipped one, or a recipe file; left out, the
+            default (``recipe.default``) stretched to the model.
+
+    Raises:
+        CaptureError: The model does not export, or ``inputs`` are missing.
+        RecipeError: The recipe cannot be loaded.
+        AnatomyError: The model has no visual tokens, or no decoder that can be pruned.
+        PlanError: The recipe does not fit the model.
+    """
+    loaded = load_recipe(recipe) if recipe is not None else None
+    if isinstance(model_or_program, ExportedProgram):
+        program = model_or_program
+    elif inputs is None:
+        raise CaptureError(
+            "prune",
+            expected="example inputs to trace the model with",
+            found="none",
+            fix="Pass what the model's processor returns.",
+        )
+    else:
+        program = export(model_or_program, inputs)
+    pruned, report = prune_program(program, loaded)
+    return PrunedProgram(pruned, report)

@@ -1,0 +1,140 @@
+"""The two ways into the one form that passes read: ATen, before dispatch.
+
+* ``export``: ``torch.export`` through transformers' exporter, which carries the patches
+  that models need.
+* ``lower``: what Dynamo hands a backend, traced to the same operators. Symbols and
+  ``nn_module_stack`` survive.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._guards import detect_fake_mode
+from torch.export import Dim, ExportedProgram
+from torch.fx import GraphModule, Interpreter
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.traceback import preserve_node_meta
+from transformers import PreTrainedModel
+from transformers.exporters import DynamoConfig, DynamoExporter
+
+from vtprune_fx.errors import CaptureError
+
+
+def export(model: PreTrainedModel, inputs: Mapping[str, Any]) -> ExportedProgram:
+    """Export a model with batch, prompt length and number of images dynamic.
+
+    Args:
+        model: An unmodified transformers model.
+        inputs: What its processor returned: ``input_ids`` [B, S], ``attention_mask``
+            [B, S], pixel values [I, ...], I images in all.
+
+    Raises:
+        CaptureError: There are no ``input_ids``, or the model does not export.
+    """
+    inputs = example(inputs)
+    config = DynamoConfig(dynamic_shapes=dynamic_shapes(inputs))
+    with images_as_one_sequence(model):
+        try:
+            return DynamoExporter().export_program(model, dict(inputs), config)[0]
+        except (RuntimeError, torch._dynamo.exc.UserError) as error:
+            raise CaptureError(
+                f"torch.export of {type(model).__name__}",
+                expected="a graph",
+                found=str(error).splitlines()[0],
+                fix="Check that the model runs on the same inputs.",
+            ) from error
+
+
+def example(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs with at least two samples.
+
+    ``torch.export`` takes a size of 1 for a constant, so a single sample comes twice.
+    """
+    ids = inputs.get("input_ids")
+    if not isinstance(ids, Tensor) or ids.dim() != 2:
+        raise CaptureError(
+            "inputs, field input_ids",
+            expected="a tensor [batch, prompt]",
+            found=f"fields {sorted(inputs)}" if ids is None else str(type(ids)),
+            fix="Pass what the model's processor returns.",
+        )
+    if ids.shape[0] > 1:
+        return dict(inputs)
+    return {
+        key: torch.cat([value, value]) if isinstance(value, Tensor) else value
+        for key, value in inputs.items()
+    }
+
+
+def dynamic_shapes(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Which dimensions may vary: [batch, prompt] as in ``input_ids``, and the images'."""
+    prompt_shape = inputs["input_ids"].shape
+    batch, prompt, images = Dim("batch"), Dim("prompt"), Dim("images")
+    shapes: dict[str, Any] = {}
+    for name, value in inputs.items():
+        if not isinstance(value, Tensor):
+            shapes[name] = None
+        elif value.shape[:2] == prompt_shape:
+            shapes[name] = {0: batch, 1: prompt}
+        else:
+            shapes[name] = {0: images}
+    return shapes
+
+
+@contextlib.contextmanager
+def images_as_one_sequence(model: PreTrainedModel) -> Iterator[None]:
+    """Let the number of images stay dynamic.
+
+    LLaVA makes a list of its images' features and concatenates it, which fixes their
+    number in a trace. A projector that returns all images as one long one makes a list
+    of one item, and the concatenation the same tensor.
+    """
+    projector = getattr(model.base_model, "multi_modal_projector", None)
+    if projector is None:
+        yield
+        return
+    hook = projector.register_forward_hook(_join_images)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _join_images(module: object, args: object, features: Tensor) -> Tensor:
+    """[I, P, E] to [1, I * P, E]."""
+    return features.flatten(0, 1).unsqueeze(0)
+
+
+def lower(module: GraphModule) -> GraphModule:
+    """Trace Dynamo's graph to ATen operators, on fakes with its own symbols.
+
+    Args:
+        module: The graph that a ``torch.compile`` backend is called with.
+    """
+    examples = [
+        node.meta["example_value"]
+        for node in module.graph.nodes
+        if node.op == "placeholder"
+    ]
+    context = torch._guards.TracingContext.try_get()
+    mode = context.fake_mode if context else detect_fake_mode(examples)
+    assert mode is not None, "Dynamo gives every graph a fake mode"
+    with mode, preserve_node_meta():
+        fakes = [_fake_like(value) for value in examples]
+        trace = make_fx(Interpreter(module).run, tracing_mode="real", pre_dispatch=True)
+        lowered: GraphModule = trace(*fakes)
+    return lowered
+
+
+def _fake_like(value: object) -> object:
+    """The same sizes in the backend's fake mode; Dynamo traced in another one."""
+    if not isinstance(value, Tensor):
+        return value
+    return torch.empty_strided(
+        value.size(), value.stride(), dtype=value.dtype, device=value.device
+    )

@@ -1,0 +1,192 @@
+"""The ``vtprune`` command.
+
+Commands import what is slow to import (torch, transformers) when they run, so that
+``vtprune --help`` and ``vtprune recipes`` answer at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from vtprune_fx import recipe as recipes_module
+from vtprune_fx.cost import LLAVA_1_5_7B, Geometry, cost
+from vtprune_fx.errors import InputError, VtpruneError
+
+if TYPE_CHECKING:
+    from vtprune_fx.cost import Cost, Work
+    from vtprune_fx.recipe import Recipe
+
+BAR_WIDTH = 40
+"""Characters of a bar that stands for all visual tokens."""
+
+TERA, MIB = 1e12, 2**20
+
+app = typer.Typer(
+    name="vtprune",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    help="Prune visual tokens from vision-language models.",
+    epilog="Example: [bold]vtprune cost --recipe fitprune-llava-1.5-7b-60[/bold]",
+)
+recipes_app = typer.Typer(
+    invoke_without_command=True,
+    epilog="Example: [bold]vtprune recipes show fitprune-llava-1.5-7b-60[/bold]",
+)
+app.add_typer(recipes_app, name="recipes")
+
+RecipeOption = Annotated[
+    str, typer.Option("--recipe", help="Name of a shipped recipe, or a recipe file.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def main() -> None:
+    """Run the command line; an error of ours is one message and exit status 1."""
+    try:
+        app(prog_name="vtprune")
+    except VtpruneError as error:
+        typer.echo(f"vtprune: {error}", err=True)
+        sys.exit(1)
+
+
+@recipes_app.callback()
+def list_recipes(context: typer.Context) -> None:
+    """List the recipes that ship with vtprune, or show one of them."""
+    if context.invoked_subcommand is not None:
+        return
+    table = Table(
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        caption="MACs saved: over the visual tokens alone, in a 7B decoder.",
+    )
+    for title in ("name", "model"):
+        table.add_column(title, no_wrap=True)
+    for title in ("layers", "visual\ntokens", "dropped", "MACs\nsaved"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for name in recipes_module.names():
+        table.add_row(*_summary(recipes_module.load_recipe(name)))
+    Console().print(table)
+
+
+def _summary(recipe: Recipe) -> list[str]:
+    saved = cost(recipe, LLAVA_1_5_7B, recipe.visual_tokens, text_tokens=0).visual.saved
+    dropped = sum(recipe.drops(recipe.visual_tokens).values())
+    counts = (recipe.layers, recipe.visual_tokens, dropped)
+    return [recipe.name, recipe.provenance.model, *map(str, counts), f"{saved:.1%}"]
+
+
+@recipes_app.command("show")
+def show_recipe(
+    name: Annotated[str, typer.Argument(help="Shipped name, or a recipe file.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Show one recipe: the visual tokens left after each layer.
+
+    Example: [bold]vtprune recipes show fitprune-llava-1.5-7b-60 --json[/bold]
+    """
+    recipe = recipes_module.load_recipe(name)
+    if as_json:
+        typer.echo(recipe.to_json(), nl=False)
+        return
+    typer.echo(f"{recipe.name}: {recipe.method}, {recipe.positions} positions")
+    typer.echo(f"{recipe.provenance.source}. {recipe.provenance.note}".rstrip())
+    left = recipe.tokens_per_layer(recipe.visual_tokens, recipe.layers)
+    drops = recipe.drops(recipe.visual_tokens)
+    typer.echo("layer  drop  left")
+    for layer, tokens in enumerate(left):
+        bar = "#" * round(BAR_WIDTH * tokens / recipe.visual_tokens)
+        typer.echo(f"{layer:5}  {drops.get(layer, 0):4}  {tokens:4}  {bar}".rstrip())
+
+
+@app.command("cost")
+def show_cost(
+    recipe: RecipeOption,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="Model folder or config.json. Default: LLaVA-1.5-7B."),
+    ] = None,
+    text_tokens: Annotated[int, typer.Option(help="Tokens that are not visual.")] = 75,
+    visual_tokens: Annotated[
+        int | None, typer.Option(help="Visual tokens. Default: the recipe's own.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Count what a recipe saves: MACs, FLOPs and KV cache of one sample's prefill.
+
+    Example: [bold]vtprune cost --recipe fitprune-llava-1.5-7b-60 --json[/bold]
+    """
+    loaded = recipes_module.load_recipe(recipe)
+    count = loaded.visual_tokens if visual_tokens is None else visual_tokens
+    geometry = LLAVA_1_5_7B if config is None else _read_geometry(config)
+    result = cost(loaded, geometry, count, text_tokens)
+    if as_json:
+        typer.echo(json.dumps(_cost_fields(loaded, geometry, result), indent=2))
+    else:
+        Console().print(_cost_table(loaded, result))
+
+
+def _read_geometry(path: Path) -> Geometry:
+    from transformers import AutoConfig
+
+    try:
+        if not path.exists():
+            raise FileNotFoundError("no such file or folder")
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"--config {path}",
+            expected="a model folder or a config.json of transformers",
+            found=str(error).splitlines()[0],
+            fix="Pass a folder that save_pretrained() wrote.",
+        ) from error
+    return Geometry.from_config(config)
+
+
+def _cost_table(recipe: Recipe, result: Cost) -> Table:
+    tokens = f"{result.visual_tokens} visual, {result.text_tokens} text tokens"
+    table = Table(title=f"{recipe.name}: {tokens}", box=SIMPLE_HEAD)
+    table.add_column("one sample's prefill")
+    for title in ("dense", "pruned", "saved"):
+        table.add_column(title, justify="right")
+    for name, work in (("visual tokens", result.visual), ("all tokens", result.total)):
+        _add_work(table, name, work)
+    return table
+
+
+def _add_work(table: Table, name: str, work: Work) -> None:
+    dense, pruned = work.dense_macs / TERA, work.pruned_macs / TERA
+    saved = f"{work.saved:.1%}"
+    table.add_row(f"TMACs, {name}", f"{dense:.3f}", f"{pruned:.3f}", saved)
+    table.add_row(f"TFLOPs, {name}", f"{2 * dense:.3f}", f"{2 * pruned:.3f}", saved)
+    scorer = work.scorer_macs / TERA
+    table.add_row(f"TMACs, {name}, the scorer's own", "", f"{scorer:.3f}", "")
+    dense, pruned = work.dense_cache_bytes / MIB, work.pruned_cache_bytes / MIB
+    saved = f"{1 - work.cache_ratio:.1%}"
+    table.add_row(f"KV cache MiB, {name}", f"{dense:.1f}", f"{pruned:.1f}", saved)
+    table.add_section()
+
+
+def _cost_fields(recipe: Recipe, geometry: Geometry, result: Cost) -> dict[str, object]:
+    works = {"visual": _work_fields(result.visual), "total": _work_fields(result.total)}
+    sizes = {"recipe": recipe.name, "geometry": dataclasses.asdict(geometry)}
+    return sizes | dataclasses.asdict(result) | works
+
+
+def _work_fields(work: Work) -> dict[str, float]:
+    return dataclasses.asdict(work) | {
+        "dense_flops": work.dense_flops,
+        "pruned_flops": work.pruned_flops,
+        "ratio": work.ratio,
+        "saved": work.saved,
+        "cache_ratio": work.cache_ratio,
+    }

@@ -1,0 +1,77 @@
+"""Decoding on a ragged cache, through transformers' own extension points.
+
+After a pruned prefill each layer's cache has its own length, while transformers builds
+one mask for all layers, as long as the first layer's cache. ``ATTENTION`` is an attention
+implementation like any other (``model.set_attn_implementation``) that fits the mask to
+its layer. Cropping is exact: padding stands in front, where no token ever leaves, and a
+single new token sees all that is not padding.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from vtprune_fx.errors import InputError
+
+ATTENTION = "vtprune_ragged_sdpa"
+"""Name of the attention implementation in transformers' registries."""
+
+
+def ragged_sdpa(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: object,
+) -> tuple[Tensor, Tensor | None]:
+    """Scaled dot product attention whose mask may be longer than this layer's keys.
+
+    Args:
+        module: The attention module.
+        query: [B, H, Q, D].
+        key: [B, G, N, D].
+        value: [B, G, N, D].
+        attention_mask: [B, 1, Q, M] with M >= N, or None.
+        kwargs: What transformers passes on (scaling, dropout, ...).
+
+    Returns:
+        [B, Q, H, D], and None for the weights.
+
+    Raises:
+        InputError: Several new tokens meet a mask longer than the keys: a second prompt
+            on a pruned cache, whose own causal part cropping would shift.
+    """
+    if attention_mask is not None:
+        if query.shape[2] > 1 and attention_mask.shape[3] > key.shape[2]:
+            raise InputError(
+                "prompt on a pruned cache",
+                expected="one new token at a time",
+                found=f"{query.shape[2]} tokens",
+                fix="Start from an empty cache, with the whole conversation.",
+            )
+        attention_mask = attention_mask[:, :, :, : key.shape[2]]
+    output: tuple[Tensor, Tensor | None] = sdpa_attention_forward(
+        module, query, key, value, attention_mask, **kwargs
+    )
+    return output
+
+
+AttentionInterface.register(ATTENTION, ragged_sdpa)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+
+
+def use_ragged_attention(model: PreTrainedModel) -> None:
+    """Let a model's decoder run on ragged caches; its vision tower stays as it is."""
+    model.set_attn_implementation({"text_config": ATTENTION})
+
+
+def mark_prompt_dynamic(*inputs: Tensor | None) -> None:
+    """Tell Dynamo that dimension 1 of each input, [B, S], varies from prompt to prompt."""
+    for value in inputs:
+        if value is not None:
+            torch._dynamo.mark_dynamic(value, 1)

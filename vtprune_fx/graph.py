@@ -1,0 +1,263 @@
+"""Reading and editing fx graphs: sizes, values, and inserting nodes.
+
+``Graph.call_function`` leaves a node's ``meta`` empty and ``Graph.lint`` does not mind;
+here every inserted node gets its value, the place it came from, and a stamp.
+
+A value behind a cut is kept as a ``Shorter``: the fake tensor that it was at full length,
+and how many tokens have left since. That is exact and free, while a fake tensor with a new
+symbolic length costs milliseconds, thousands of times over in one graph.
+``passes.RefreshValues`` turns them into plain ``val`` where somebody needs that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Graph, GraphModule, Node, map_arg
+from torch.fx.experimental.proxy_tensor import make_fx
+
+STAMP = "vtprune"
+"""Key of ``node.meta`` under which inserted nodes carry their ``Stamp``."""
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """Who inserted a node.
+
+    Attributes:
+        role: ``check``, ``score``, ``keep`` or ``gather``.
+        layer: Decoder layer of the cut, -1 where the node serves all cuts.
+    """
+
+    role: str
+    layer: int
+
+
+SHORTER = "vtprune_shorter"
+"""Key of ``node.meta`` that stands in for ``val`` behind a cut."""
+
+
+@dataclass(frozen=True)
+class Shorter:
+    """A value with fewer tokens than the prompt.
+
+    Attributes:
+        full: What it would be at full length: a fake tensor, a symbolic int, a tuple.
+        dropped: Tokens that have left, or None where its token axes differ in that.
+    """
+
+    full: Any
+    dropped: int | None
+
+
+def value_at_full_length(node: Node) -> Any:
+    """The node's value as if no token had left."""
+    shorter = node.meta.get(SHORTER)
+    return shorter.full if shorter else node.meta.get("val")
+
+
+def dropped_tokens(node: Node) -> int | None:
+    """How many tokens the node's value lacks."""
+    shorter = node.meta.get(SHORTER)
+    return shorter.dropped if shorter else 0
+
+
+def set_value(node: Node, full: Any, dropped: int | None) -> None:
+    """Record a value: as ``val`` while no token has left."""
+    node.meta.pop("val", None)
+    node.meta.pop(SHORTER, None)
+    if dropped == 0:
+        node.meta["val"] = full
+    else:
+        node.meta[SHORTER] = Shorter(full, dropped)
+
+
+def size_expr(size: int | torch.SymInt) -> sympy.Expr:
+    """A size as a sympy expression, aliases resolved by the shape environment."""
+    if isinstance(size, int):
+        return sympy.Integer(size)
+    return size.node.expr
+
+
+def size_hint(size: int | torch.SymInt) -> int:
+    """The value of a size for the example that the graph was traced with."""
+    if isinstance(size, int):
+        return size
+    hint = size.node.hint
+    assert isinstance(hint, int), f"{size} has no hint"
+    return hint
+
+
+def tensor_of(node: Node) -> Tensor | None:
+    """The node's fake tensor, or None where its value is something else."""
+    value = node.meta.get("val")
+    return value if isinstance(value, Tensor) else None
+
+
+def axes_of(value: Tensor, symbol: sympy.Symbol) -> tuple[int, ...]:
+    """The dimensions of ``value`` whose size is exactly ``symbol``."""
+    return tuple(i for i, s in enumerate(value.shape) if size_expr(s) == symbol)
+
+
+def mentions(value: object, symbol: sympy.Symbol) -> bool:
+    """Whether a size of ``value`` (tensor, symbolic int, tuple) depends on ``symbol``."""
+    if isinstance(value, Tensor):
+        return mentions(tuple(value.shape), symbol)
+    if isinstance(value, (tuple, list)):
+        return any(mentions(item, symbol) for item in value)
+    return isinstance(value, torch.SymInt) and symbol in value.node.expr.free_symbols
+
+
+def fake_mode_of(graph: Graph) -> FakeTensorMode:
+    """The fake mode that the graph's values live in."""
+    mode = detect_fake_mode([n.meta.get("val") for n in graph.nodes])
+    assert mode is not None, "the graph carries no fake tensors"
+    return mode
+
+
+def walk_back(node: Node, through: frozenset[object]) -> Iterator[Node]:
+    """``node``, then the first input again and again while the op is in ``through``."""
+    yield node
+    while node.op == "call_function" and node.target in through:
+        first = node.args[0]
+        assert isinstance(first, Node)
+        node = first
+        yield node
+
+
+class Inserter:
+    """Inserts operators, and functions as the nodes they trace to.
+
+    Tracing costs more than copying, and a decoder's layers are alike: a function is
+    traced once for each kind of arguments and copied afterwards. Equal kinds have equal
+    sizes, so a copy's value is the traced one's.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self._graph = graph
+        self._mode = fake_mode_of(graph)
+        self._traced: dict[object, Graph] = {}
+
+    def call(
+        self, anchor: Node, stamp: Stamp, op: Any, *args: Any, drop: int = 0
+    ) -> Node:
+        """Insert one operator ahead of ``anchor``.
+
+        Args:
+            anchor: The node whose place (module path, stack trace) the new one shares.
+            stamp: Goes into the new node's ``meta``.
+            op: The operator.
+            args: Its arguments.
+            drop: Tokens that the operator takes off its first argument. The result is
+                then like that argument; otherwise its value is computed on fakes.
+        """
+        with self._graph.inserting_before(anchor):
+            node = self._graph.call_function(op, args)
+        node.meta = _provenance(anchor, stamp)
+        full = map_arg(args, value_at_full_length)
+        with self._mode, enable_python_dispatcher():
+            value = full[0] if drop else op(*full)
+        set_value(node, value, _add(map(dropped_tokens, node.all_input_nodes), drop))
+        return node
+
+    def trace(
+        self,
+        anchor: Node,
+        stamp: Stamp,
+        function: Callable[..., Tensor],
+        *args: object,
+    ) -> Node:
+        """Insert what ``function(*args)`` traces to, ahead of ``anchor``.
+
+        Args:
+            anchor: As in ``call``.
+            stamp: As in ``call``.
+            function: Takes tensors for the nodes among ``args``, returns a tensor.
+            args: Nodes, which no token has left yet, and constants.
+
+        Returns:
+            The node of the function's result.
+        """
+        template = self._template(function, args)
+        values: dict[Node, Any] = {}
+        given = iter(arg for arg in args if isinstance(arg, Node))
+        with self._graph.inserting_before(anchor):
+            for node in template.nodes:
+                if node.op == "placeholder":
+                    values[node] = next(given)
+                elif node.op == "call_function":
+                    values[node] = self._graph.node_copy(node, lambda n: values[n])
+                    values[node].meta = _provenance(anchor, stamp)
+                    set_value(values[node], node.meta["val"], 0)
+        [output] = template.find_nodes(op="output")
+        result: Node = values[output.args[0]]
+        return result
+
+    def _template(
+        self, function: Callable[..., Tensor], args: tuple[object, ...]
+    ) -> Graph:
+        kinds = tuple(_kind(a.meta["val"]) if isinstance(a, Node) else a for a in args)
+        key = (function, kinds)
+        if key not in self._traced:
+            self._traced[key] = self._trace(function, args)
+        return self._traced[key]
+
+    def _trace(
+        self, function: Callable[..., Tensor], args: tuple[object, ...]
+    ) -> Graph:
+        def with_constants(*tensors: Tensor) -> Tensor:
+            given = iter(tensors)
+            return function(*(next(given) if isinstance(a, Node) else a for a in args))
+
+        examples = [arg.meta["val"] for arg in args if isinstance(arg, Node)]
+        with self._mode, enable_python_dispatcher():
+            traced = make_fx(with_constants, tracing_mode="real", pre_dispatch=True)(
+                *examples
+            )
+        assert not traced.graph.find_nodes(op="get_attr"), f"{function} has constants"
+        traced.graph.eliminate_dead_code()
+        return traced.graph
+
+
+def _add(dropped: Iterable[int | None], more: int) -> int | None:
+    """Tokens gone from a result, by those gone from its inputs."""
+    counts = list(dropped)
+    known = [count for count in counts if count is not None]
+    return max(known, default=0) + more if len(known) == len(counts) else None
+
+
+def _kind(value: object) -> object:
+    """What a traced function may depend on in a value: equal kinds trace alike."""
+    if isinstance(value, torch.SymInt):
+        return value.node.expr
+    if not isinstance(value, Tensor):
+        return value
+    sizes = tuple(map(size_expr, (*value.shape, *value.stride())))
+    return value.dtype, value.device, value.dim(), sizes
+
+
+def _provenance(anchor: Node, stamp: Stamp) -> dict[str, Any]:
+    """Metadata of a node inserted at ``anchor``."""
+    kept = ("nn_module_stack", "stack_trace")
+    return {key: anchor.meta[key] for key in kept if key in anchor.meta} | {
+        STAMP: stamp
+    }
+
+
+def readable(module: GraphModule) -> str:
+    """The graph as text, with shapes: for logs, docstrings and golden files."""
+    return str(module.print_readable(print_output=False))
+
+
+def replace_inputs(node: Node, current: Mapping[Node, Node]) -> None:
+    """Let ``node`` read the current version of each of its inputs."""
+    node.args = map_arg(node.args, lambda n: current.get(n, n))
+    node.kwargs = map_arg(node.kwargs, lambda n: current.get(n, n))

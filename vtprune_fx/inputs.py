@@ -1,0 +1,185 @@
+"""Open what a user names: a checkpoint, an image. What is unusable is an InputError."""
+
+from __future__ import annotations
+
+import textwrap
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from PIL import Image, ImageOps
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+)
+from transformers.utils import logging as transformers_logging
+
+from vtprune_fx.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_EXPECTED = "a checkpoint folder or the id of a model on the hub"
+
+
+def open_checkpoint(
+    model: str | Path, dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Open a vision-language checkpoint.
+
+    Args:
+        model: A folder, or the id of a model on the hub (``owner/name``).
+        dtype: Type of the weights.
+
+    Returns:
+        The model, in evaluation mode, and its processor.
+
+    Raises:
+        InputError: There is no such checkpoint, it cannot be read, or its model takes
+            no images.
+    """
+    return load_model(model, dtype), load_processor(model)
+
+
+def load_model(
+    model: str | Path, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """The model of a checkpoint, as ``open_checkpoint`` opens it."""
+    config = _config(model)
+    _check_sees_images(model, config)
+    with _reading(model, "weights"), quiet() if Path(model).is_dir() else nullcontext():
+        loaded: PreTrainedModel = AutoModelForImageTextToText.from_pretrained(
+            str(model), dtype=dtype, config=config
+        )
+    return loaded
+
+
+def load_processor(model: str | Path) -> ProcessorMixin:
+    """The processor of a checkpoint, as ``open_checkpoint`` opens it."""
+    _check_exists(model)
+    with _reading(model, "a processor"):
+        processor: object = AutoProcessor.from_pretrained(str(model))
+    if not isinstance(processor, ProcessorMixin) or not (
+        hasattr(processor, "image_processor") and hasattr(processor, "tokenizer")
+    ):
+        raise InputError(
+            _where(model),
+            expected="a processor for images and text",
+            found=f"only a {type(processor).__name__}",
+            fix="Save the model's own processor there with save_pretrained().",
+        )
+    return processor
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """Open an image file as RGB, upright as its EXIF data says.
+
+    Raises:
+        InputError: The file is missing or is no image.
+    """
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        found = "a file that is not a readable image"
+        if not Path(path).is_file():
+            found = "a folder" if Path(path).is_dir() else "no such file"
+        elif isinstance(error, Image.DecompressionBombError):
+            found = "an image with too many pixels"
+        raise InputError(
+            f"image {str(path)!r}",
+            expected="an image file (PNG, JPEG, WebP, ...)",
+            found=found,
+            fix="Name a file that an image viewer opens.",
+        ) from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Hide the progress bars of transformers inside the block."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def _where(model: str | Path) -> str:
+    return f"model {str(model)!r}"
+
+
+def _config(model: str | Path) -> PreTrainedConfig:
+    _check_exists(model)
+    with _reading(model, "config.json"):
+        config: PreTrainedConfig = AutoConfig.from_pretrained(str(model))
+    return config
+
+
+def _check_exists(model: str | Path) -> None:
+    """Refuse paths that are no folder, and folders without a config.json."""
+    path, found = Path(model), None
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            found = "a folder without a config.json"
+    elif path.exists():
+        found = "a file"
+    elif not _could_be_hub_id(model):
+        found = "no such folder"
+    if found:
+        raise InputError(
+            _where(model),
+            expected=_EXPECTED,
+            found=found,
+            fix="Name the folder that save_pretrained() wrote, with config.json in it.",
+        )
+
+
+def _could_be_hub_id(model: str | Path) -> bool:
+    if isinstance(model, Path):
+        return False
+    owner, _, name = model.rpartition("/")
+    return "/" not in owner and bool(name) and model[0] not in "./~"
+
+
+def _check_sees_images(model: str | Path, config: PreTrainedConfig) -> None:
+    known = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    if known and getattr(config, "image_token_id", None) is not None:
+        return
+    raise InputError(
+        _where(model),
+        expected="a vision-language model with image tokens in its prompt",
+        found=f"a model of type {config.model_type!r}",
+        fix="Name a model such as LLaVA, Qwen2-VL, InternVL or PaliGemma.",
+    )
+
+
+@contextmanager
+def _reading(model: str | Path, what: str) -> Iterator[None]:
+    """Whatever goes wrong in the block becomes an InputError about ``model``."""
+    try:
+        yield
+    except Exception as error:  # many kinds: network, JSON, safetensors, imports
+        local = Path(model).is_dir()
+        raise InputError(
+            _where(model),
+            expected=f"{what} that can be read" if local else _EXPECTED,
+            found=f"{type(error).__name__}: {_first_line(error)}",
+            fix="Write the folder anew with save_pretrained()."
+            if local
+            else "Check the spelling, the network and, for a gated model, the login.",
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or ["no message"]
+    return textwrap.shorten(lines[0], 200, placeholder=" ...").rstrip(".")

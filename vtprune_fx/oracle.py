@@ -1,0 +1,441 @@
+"""The oracle: a slow, plain eager pruner that every pruned graph is checked against.
+
+Written for reading. It takes one sample at a time, so it has no batches, no padding
+and no attention mask but the causal triangle. It shares no code with the passes and
+runs on an unmodified ``LlavaForConditionalGeneration`` with a Llama decoder, whose own
+linear layers, norms and rotary tables it calls. Rotary application, attention, scoring
+and the cut are written out.
+
+The method is FitPrune (Ye et al., arXiv:2409.10197, and its published code). At a layer
+that drops ``c`` tokens, with ``A`` the layer's attention probabilities and
+``M[q, i] = max over heads of A[head, q, i]``::
+
+    cross[i] = sum of M[q, i] over the text tokens q after the last visual token
+    self[i]  = sum of M[q, i] over the visual tokens q still present / their number
+    score[i] = cross[i] * self[i]           the c visual tokens with the lowest leave
+
+They leave the attention output and the residual, before the output projection and the
+MLP. The layer's own keys and values stay whole, and whoever stays keeps its rotary
+position.
+
+Letters in shapes: ``n`` tokens of the sample, ``m`` of them present in a layer, ``v``
+visual tokens, ``h`` hidden size, ``H`` query heads, ``K`` key/value heads, ``d`` head
+size, ``L`` layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaModel
+
+from vtprune_fx.errors import InputError, PlanError
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from transformers import LlavaForConditionalGeneration
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    from vtprune_fx.recipe import Recipe
+
+_FROM_ZERO = torch.empty(0, dtype=torch.long)
+"""Stands for ``arange(n)`` where a sample is made without positions."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One prompt without padding.
+
+    Attributes:
+        input_ids: Token ids, the model's image token where a visual token stands. [n]
+        features: The projector's outputs, all images of the sample in order. [v, h]
+        positions: Rotary positions; 0, 1, 2, ... where none are given. [n]
+    """
+
+    input_ids: Tensor
+    features: Tensor
+    positions: Tensor = _FROM_ZERO
+
+    def __post_init__(self) -> None:
+        """Fill in the default positions."""
+        if self.positions is _FROM_ZERO:
+            counted = torch.arange(len(self.input_ids), device=self.input_ids.device)
+            object.__setattr__(self, "positions", counted)
+
+
+@dataclass(eq=False)
+class Prefill:
+    """What a prefill computed, and the state that decoding goes on from.
+
+    Attributes:
+        logits: Of the tokens that survived every cut. [n_final, vocab]
+        hidden: The same tokens' hidden states after the final norm. [n_final, h]
+        kept: For each layer, which tokens of the sample are present after its cut:
+            indices into the sample, ascending. L of [m after the cut]
+        keys: Each layer's key cache, rotated. L of [K, m before the cut, d]
+        values: Each layer's value cache. L of [K, m before the cut, d]
+        next_position: Rotary position of the next token, the same in all layers.
+        scores: For each layer with a cut, the scores of the visual tokens that were
+            present before it, in order. [v present]
+    """
+
+    logits: Tensor
+    hidden: Tensor
+    kept: list[Tensor]
+    keys: list[Tensor]
+    values: list[Tensor]
+    next_position: int
+    scores: dict[int, Tensor] = field(default_factory=dict)
+
+
+@torch.no_grad()
+def split_batch(
+    model: LlavaForConditionalGeneration,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    *,
+    pixel_values: Tensor | None = None,
+    features: Tensor | None = None,
+    position_ids: Tensor | None = None,
+) -> list[Sample]:
+    """Take a padded batch apart into samples.
+
+    Args:
+        model: Encodes the images where ``pixel_values`` are given.
+        input_ids: Token ids, padded on either side. [B, S]
+        attention_mask: 1 where a token stands, 0 where padding does. [B, S]
+        pixel_values: The images of the batch in order. [images, 3, height, width]
+        features: The projector's outputs for the batch, instead of its images. [v, h]
+        position_ids: Rotary positions. [B, S] or [1, S]. Without them positions count
+            from the start of the padded row, as in Hugging Face's plain forward: a
+            left-padded sample starts at the number of its pads.
+
+    Returns:
+        One sample a row. Features go to image tokens in the order of the rows.
+
+    Raises:
+        InputError: There are more or fewer features than image tokens.
+    """
+    if position_ids is None:
+        position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+    position_ids = position_ids.expand_as(input_ids)
+    attended = attention_mask.bool()
+    visual = (input_ids == model.config.image_token_id) & attended
+    counts: list[int] = visual.sum(dim=1).tolist()
+    rows = _features(model, pixel_values, features)
+    _check_features(len(rows), sum(counts))
+    return [
+        Sample(ids[real], own, positions[real])
+        for ids, real, own, positions in zip(
+            input_ids, attended, torch.split(rows, counts), position_ids, strict=True
+        )
+    ]
+
+
+@torch.no_grad()
+def prefill(
+    model: LlavaForConditionalGeneration, recipe: Recipe, sample: Sample
+) -> Prefill:
+    """Run the prompt through the model and prune it on the way.
+
+    A sample without visual tokens is not pruned.
+
+    Raises:
+        PlanError: The recipe drops more visual tokens than a layer has left, names a
+            layer that the model lacks, or wants compacted positions.
+        InputError: The sample has more or fewer features than image tokens.
+    """
+    decoder, layers = _decoder(model)
+    visual = sample.input_ids == model.config.image_token_id
+    instruction = _after_last(visual)
+    drops = _drops(recipe, int(visual.sum()), len(layers))
+    hidden = _embed(model, sample)
+    cos, sin = _rotary(decoder, hidden, sample.positions)
+    present = torch.arange(len(hidden), device=hidden.device)
+    kept, keys, values, scores = [], [], [], {}
+    for index, layer in enumerate(layers):
+        query, key, value = _project(layer, hidden, cos[present], sin[present])
+        probabilities = _causal_attention(query, key, layer.self_attn.scaling)
+        attended = _mix(probabilities, value)
+        if index in drops:
+            scores[index] = fitprune_scores(
+                probabilities, visual[present], instruction[present]
+            )
+            stay = _stay(scores[index], visual[present], drops[index])
+            attended, hidden, present = attended[stay], hidden[stay], present[stay]
+        hidden = _finish(layer, attended, hidden)
+        kept.append(present)
+        keys.append(key)
+        values.append(value)
+    hidden = _call(decoder.norm, hidden)
+    next_position = int(sample.positions[-1]) + 1
+    logits = _call(model.lm_head, hidden)
+    return Prefill(logits, hidden, kept, keys, values, next_position, scores)
+
+
+@torch.no_grad()
+def step(model: LlavaForConditionalGeneration, state: Prefill, token: int) -> Tensor:
+    """Decode one token: append it to every layer's cache, each of its own length.
+
+    Args:
+        model: The model that made the state.
+        state: Its caches and next position are moved on in place.
+        token: Id of the token to feed.
+
+    Returns:
+        The logits of what comes next. [vocab]
+    """
+    decoder, layers = _decoder(model)
+    device = state.hidden.device
+    hidden = _call(decoder.embed_tokens, torch.tensor([token], device=device))
+    position = torch.tensor([state.next_position], device=device)
+    cos, sin = _rotary(decoder, hidden, position)
+    for index, layer in enumerate(layers):
+        query, key, value = _project(layer, hidden, cos, sin)
+        state.keys[index] = torch.cat((state.keys[index], key), dim=1)
+        state.values[index] = torch.cat((state.values[index], value), dim=1)
+        logits = _logits(query, state.keys[index], layer.self_attn.scaling)
+        attended = _mix(_softmax(logits), state.values[index])
+        hidden = _finish(layer, attended, hidden)
+    state.next_position += 1
+    return _call(model.lm_head, _call(decoder.norm, hidden))[0]
+
+
+def generate(
+    model: LlavaForConditionalGeneration,
+    recipe: Recipe,
+    sample: Sample,
+    max_new_tokens: int,
+    eos: Collection[int] = (),
+) -> list[int]:
+    """Prefill, then decode greedily.
+
+    Args:
+        model: The model.
+        recipe: What is pruned in the prefill.
+        sample: The prompt.
+        max_new_tokens: How many tokens to make at most.
+        eos: Ids that end the text; the one that does is part of the result.
+
+    Returns:
+        The new tokens' ids.
+    """
+    state = prefill(model, recipe, sample)
+    logits = state.logits[-1]
+    tokens: list[int] = []
+    while len(tokens) < max_new_tokens:
+        tokens.append(int(logits.argmax()))
+        if tokens[-1] in eos or len(tokens) == max_new_tokens:
+            break
+        logits = step(model, state, tokens[-1])
+    return tokens
+
+
+def fitprune_scores(
+    probabilities: Tensor, visual: Tensor, instruction: Tensor
+) -> Tensor:
+    """FitPrune's rating of visual tokens (arXiv:2409.10197 and its published code).
+
+    Shapes:
+        probabilities: [H, m, m] float32, rows are queries
+        visual, instruction: [m] bool, who is a visual token, who is text after them
+        returns: [v present], in the order of the visual tokens
+    """
+    largest = probabilities.amax(dim=0)[:, visual]
+    cross = largest[instruction].sum(dim=0)
+    own = largest[visual].sum(dim=0) / visual.sum()
+    return cross * own
+
+
+def _stay(scores: Tensor, visual: Tensor, drop: int) -> Tensor:
+    """Who stays when the ``drop`` lowest leave; of equals the earlier leaves first.
+
+    Shapes: scores [v present], visual [m] bool -> [m] bool
+    """
+    lowest = torch.argsort(scores, stable=True)[:drop]
+    leaving = visual.nonzero()[:, 0][lowest]
+    stay = torch.ones_like(visual)
+    stay[leaving] = False
+    return stay
+
+
+def _after_last(visual: Tensor) -> Tensor:
+    """The tokens after the last visual token of the whole sample. [n] bool -> [n] bool.
+
+    The prompt as it came decides, so that the same text rates the visual tokens at
+    every cut, even after the last image has lost all of its tokens.
+    """
+    seen = visual.long().cumsum(dim=0)
+    return (seen == seen[-1]) & ~visual
+
+
+def _drops(recipe: Recipe, visual_tokens: int, layers: int) -> dict[int, int]:
+    """The recipe's counts by layer for this sample, checked."""
+    _check_positions(recipe)
+    if visual_tokens == 0:
+        return {}
+    drops, left = recipe.drops(visual_tokens), visual_tokens
+    for layer, drop in drops.items():
+        _check_cut(recipe, layer, layers, drop, left)
+        left -= drop
+    return drops
+
+
+def _check_positions(recipe: Recipe) -> None:
+    if recipe.positions != "kept":
+        raise PlanError(
+            f"recipe {recipe.name}, field positions",
+            expected="kept",
+            found=recipe.positions,
+            fix="The oracle keeps every token's rotary position; use such a recipe.",
+        )
+
+
+def _check_cut(recipe: Recipe, layer: int, layers: int, drop: int, left: int) -> None:
+    if layer >= layers:
+        raise PlanError(
+            f"recipe {recipe.name}, cut at layer {layer}",
+            expected=f"a layer below {layers}",
+            found=str(layer),
+            fix="Use a recipe that was made for this decoder's number of layers.",
+        )
+    if drop > left:
+        raise PlanError(
+            f"recipe {recipe.name}, cut at layer {layer}",
+            expected=f"at most {left} visual tokens to drop, as many as are left",
+            found=str(drop),
+            fix="Drop fewer, or use a recipe made for images of this size.",
+        )
+
+
+def _check_features(features: int, placeholders: int) -> None:
+    if features != placeholders:
+        raise InputError(
+            "image features",
+            expected=f"one for each of the {placeholders} image tokens",
+            found=str(features),
+            fix="Put one image token into the prompt for each feature of its images.",
+        )
+
+
+def _features(
+    model: LlavaForConditionalGeneration,
+    pixel_values: Tensor | None,
+    features: Tensor | None,
+) -> Tensor:
+    """The batch's visual embeddings, [v, h]: none, as given, or from the images."""
+    if features is not None:
+        return features
+    if pixel_values is None:
+        return torch.empty(0, model.lm_head.in_features, device=model.device)
+    encoded = model.get_image_features(pixel_values=pixel_values, return_dict=True)
+    return torch.cat(list(encoded.pooler_output))
+
+
+def _embed(model: LlavaForConditionalGeneration, sample: Sample) -> Tensor:
+    """Embeddings with the features in the image tokens' places. [n] -> [n, h]."""
+    decoder, _ = _decoder(model)
+    hidden = _call(decoder.embed_tokens, sample.input_ids)
+    visual = sample.input_ids == model.config.image_token_id
+    _check_features(len(sample.features), int(visual.sum()))
+    hidden[visual] = sample.features.to(hidden)
+    return hidden
+
+
+def _rotary(
+    decoder: LlamaModel, hidden: Tensor, positions: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The model's cosines and sines at these positions, two of [n, d]."""
+    cos, sin = decoder.rotary_emb(hidden[None], positions[None])
+    return cos[0], sin[0]
+
+
+def _project(
+    layer: LlamaDecoderLayer, hidden: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotated queries [H, m, d], rotated keys [K, m, d] and values [K, m, d]."""
+    attention = layer.self_attn
+    normed = _call(layer.input_layernorm, hidden)
+    query = _heads(_call(attention.q_proj, normed), attention.head_dim)
+    key = _heads(_call(attention.k_proj, normed), attention.head_dim)
+    value = _heads(_call(attention.v_proj, normed), attention.head_dim)
+    return _rotate(query, cos, sin), _rotate(key, cos, sin), value
+
+
+def _heads(projected: Tensor, head_dim: int) -> Tensor:
+    """Split heads off: [m, heads * d] -> [heads, m, d]."""
+    return projected.view(len(projected), -1, head_dim).transpose(0, 1)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding (arXiv:2104.09864) in Hugging Face's layout.
+
+    Component i is paired with component i + d/2. Shapes: x [heads, m, d]; cos and
+    sin [m, d] -> [heads, m, d]
+    """
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def _logits(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """QK^T * scale, each key head serving H/K query heads in a row.
+
+    Shapes: query [H, q, d], key [K, m, d] -> [H, q, m]
+    """
+    key = key.repeat_interleave(len(query) // len(key), dim=0)
+    return query @ key.transpose(1, 2) * scale
+
+
+def _softmax(logits: Tensor) -> Tensor:
+    """Softmax over keys, in float32 whatever the model's precision."""
+    return logits.softmax(dim=-1, dtype=torch.float32)
+
+
+def _causal_attention(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """Attention probabilities of a prompt: [H, m, d], [K, m, d] -> [H, m, m] float32.
+
+    The order of tokens is never changed, so "not later in the prompt" is "not further
+    right in what is left of it".
+    """
+    logits = _logits(query, key, scale)
+    later = torch.ones_like(logits[0], dtype=torch.bool).triu(diagonal=1)
+    return _softmax(logits.masked_fill(later, float("-inf")))
+
+
+def _mix(probabilities: Tensor, value: Tensor) -> Tensor:
+    """Average the values. [H, q, m] float32, [K, m, d] -> [q, H * d]."""
+    value = value.repeat_interleave(len(probabilities) // len(value), dim=0)
+    mixed = probabilities.to(value.dtype) @ value
+    return mixed.transpose(0, 1).flatten(1)
+
+
+def _finish(layer: LlamaDecoderLayer, attended: Tensor, residual: Tensor) -> Tensor:
+    """Output projection, MLP, residuals. [m, H * d], [m, h] -> [m, h]."""
+    hidden = residual + _call(layer.self_attn.o_proj, attended)
+    normed = _call(layer.post_attention_layernorm, hidden)
+    return hidden + _call(layer.mlp, normed)
+
+
+def _decoder(
+    model: LlavaForConditionalGeneration,
+) -> tuple[LlamaModel, list[LlamaDecoderLayer]]:
+    """The Llama in the model, and its layers."""
+    decoder = model.model.language_model
+    if not isinstance(decoder, LlamaModel):
+        raise PlanError(
+            "oracle",
+            expected="a Llama decoder",
+            found=type(decoder).__name__,
+            fix="Check a graph of this model against its own unpruned forward.",
+        )
+    return decoder, cast("list[LlamaDecoderLayer]", list(decoder.layers))
+
+
+def _call(module: nn.Module, x: Tensor) -> Tensor:
+    """Call a module of one tensor; for the type checker, which sees no result type."""
+    result: Tensor = module(x)
+    return result

@@ -1,0 +1,202 @@
+"""From a recipe and an anatomy to a plan: cuts placed on nodes. Pure data.
+
+Everything that can be refused is refused here, before any pass writes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import sympy
+from torch import Tensor
+from torch.fx import Graph, Node
+
+from vtprune_fx.anatomy import Anatomy, Attention
+from vtprune_fx.errors import PlanError
+from vtprune_fx.graph import axes_of, mentions, size_expr
+from vtprune_fx.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class LiveValue:
+    """A value that is made before a cut, used after it, and carries the token axis.
+
+    Attributes:
+        node: Its name.
+        axes: Its token axes: one, or two for an attention mask.
+    """
+
+    node: str
+    axes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PlannedCut:
+    """One cut, placed.
+
+    Attributes:
+        attention: The layer's attention; tokens leave right behind its node.
+        drop: Visual tokens that leave.
+        dropped: Visual tokens that have left when the cut is done, earlier ones too.
+        live: What has to be gathered, beside the tokens' roles that passes add.
+    """
+
+    attention: Attention
+    drop: int
+    dropped: int
+    live: tuple[LiveValue, ...]
+
+
+@dataclass(frozen=True)
+class PrunePlan:
+    """A recipe, placed on one graph.
+
+    Attributes:
+        recipe: The recipe.
+        tokens: The symbol of the prompt's length.
+        visual: Name of the [B, S] mask of visual tokens.
+        visual_tokens: Visual tokens a sample comes with.
+        layers: Decoder layers of the graph.
+        lengths: Names of the symbolic ints that are the prompt's length.
+        cuts: The cuts, in order.
+    """
+
+    recipe: Recipe
+    tokens: sympy.Symbol
+    visual: str
+    visual_tokens: int
+    layers: int
+    lengths: frozenset[str]
+    cuts: tuple[PlannedCut, ...]
+
+    @property
+    def dropped(self) -> int:
+        """Visual tokens that a sample loses in all."""
+        return self.cuts[-1].dropped if self.cuts else 0
+
+
+def place(recipe: Recipe, anatomy: Anatomy, graph: Graph) -> PrunePlan:
+    """Place a recipe's cuts on a graph.
+
+    Raises:
+        PlanError: The recipe asks for what this version does not do, names a layer that
+            the model does not have, or drops more visual tokens than a sample has; or a
+            live value cannot be gathered.
+    """
+    _check_supported(recipe)
+    drops = recipe.drops(anatomy.visual_tokens)
+    _check_fits(recipe, anatomy, drops)
+    uses = _Uses(graph)
+    lengths = frozenset(
+        n.name for n in graph.nodes if _is_length(n.meta.get("val"), anatomy.tokens)
+    )
+    cuts: list[PlannedCut] = []
+    dropped = 0
+    for layer, drop in sorted(drops.items()):
+        dropped += drop
+        attention = anatomy.layers[layer]
+        live = _live(uses, attention.node, anatomy, lengths)
+        cuts.append(PlannedCut(attention, drop, dropped, live))
+    return PrunePlan(
+        recipe=recipe,
+        tokens=anatomy.tokens,
+        visual=anatomy.visual,
+        visual_tokens=anatomy.visual_tokens,
+        layers=len(anatomy.layers),
+        lengths=lengths,
+        cuts=tuple(cuts),
+    )
+
+
+def _check_supported(recipe: Recipe) -> None:
+    if recipe.positions != "kept":
+        raise PlanError(
+            f"recipe {recipe.name}, field positions",
+            expected="'kept'",
+            found=repr(recipe.positions),
+            fix="Compacted positions reach into decoding, which no pass rewrites yet.",
+        )
+
+
+def _check_fits(recipe: Recipe, anatomy: Anatomy, drops: dict[int, int]) -> None:
+    layers = len(anatomy.layers)
+    deepest = max((cut.layer for cut in recipe.cuts), default=-1)
+    if deepest >= layers:
+        raise PlanError(
+            f"recipe {recipe.name}, cut at layer {deepest}",
+            expected=f"a layer below {layers}, which the model has",
+            found=f"a recipe made for {recipe.layers} layers",
+            fix="Choose a recipe for this model, or fit one.",
+        )
+    if sum(drops.values()) > anatomy.visual_tokens:
+        raise PlanError(
+            f"recipe {recipe.name}",
+            expected=f"at most {anatomy.visual_tokens} dropped, which a sample has",
+            found=f"{sum(drops.values())} visual tokens dropped",
+            fix="A recipe with the field 'of' scales to what a sample has.",
+        )
+
+
+class _Uses:
+    """Where each node stands, and where it is last read by anything but the output."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.nodes: list[Node] = list(graph.nodes)
+        self.order = {node: i for i, node in enumerate(self.nodes)}
+        self.named = {node.name: node for node in self.nodes}
+        self.last = {
+            node: max(
+                (self.order[u] for u in node.users if u.op != "output"), default=-1
+            )
+            for node in self.nodes
+        }
+
+    def across(self, name: str) -> list[Node]:
+        """Nodes that stand at or before ``name`` and are read after it."""
+        edge = self.order[self.named[name]]
+        return [n for n in self.nodes[: edge + 1] if self.last[n] > edge]
+
+
+def _live(
+    uses: _Uses, edge: str, anatomy: Anatomy, lengths: frozenset[str]
+) -> tuple[LiveValue, ...]:
+    found: list[LiveValue] = []
+    for node in uses.across(edge):
+        value = node.meta.get("val")
+        if node.name in lengths or not mentions(value, anatomy.tokens):
+            continue
+        found.append(LiveValue(node.name, _token_axes(node, edge, anatomy)))
+    return tuple(found)
+
+
+def _token_axes(node: Node, edge: str, anatomy: Anatomy) -> tuple[int, ...]:
+    value = node.meta["val"]
+    axes = axes_of(value, anatomy.tokens) if isinstance(value, Tensor) else ()
+    others = [
+        s
+        for s in getattr(value, "shape", ())
+        if mentions(s, anatomy.tokens) and size_expr(s) != anatomy.tokens
+    ]
+    per_sample = axes and axes[0] > 0 and _is_batch(value.shape[0], anatomy.batch)
+    if not per_sample or others:
+        raise PlanError(
+            f"node {node.name}, live across the cut at {edge}",
+            expected="a tensor [batch or 1, ..., prompt, ...]",
+            found=str(getattr(value, "shape", value)).replace("torch.Size", ""),
+            fix="This graph cannot be cut here; move the cut, or report the model.",
+        )
+    return axes
+
+
+def _is_batch(size: int, batch: sympy.Expr) -> bool:
+    return size_expr(size) in (batch, sympy.Integer(1))
+
+
+def _is_length(value: object, tokens: sympy.Symbol) -> bool:
+    return (
+        not isinstance(value, Tensor)
+        and mentions(value, tokens)
+        and (
+            size_expr(value) == tokens  # type: ignore[arg-type]
+        )
+    )

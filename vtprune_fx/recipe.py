@@ -1,0 +1,262 @@
+"""Recipes: which visual tokens leave a decoder, where, and how many. Pure data.
+
+A recipe is a JSON file. It names a method, the score that ranks visual tokens, and its
+cuts: the decoder layer, the site in that layer, and the number of visual tokens that
+every sample drops there. ``of`` decides what that number means:
+
+* ``"of": null``: counts. The cut drops ``drop`` visual tokens, whatever came in.
+* ``"of": 2880``: shares. A sample that came with ``v`` visual tokens drops
+  ``floor(drop * v / 2880)`` (FitPrune's rule for any-resolution models).
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
+
+from vtprune_fx.errors import RecipeError
+
+SCHEMA_VERSION = 1
+"""Version of the recipe file format that this package reads and writes."""
+
+MAX_QUOTED = 200
+"""Characters of a wrong value that an error message quotes."""
+
+Count = Annotated[int, Field(ge=0, strict=True)]
+PositiveCount = Annotated[int, Field(ge=1, strict=True)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Cut(_Strict):
+    """One place in the decoder at which visual tokens leave.
+
+    Attributes:
+        layer: Index of the decoder layer, from 0.
+        drop: Visual tokens that a sample loses here: a count, or a share of ``of``.
+        site: Where in the layer. ``after_attention``: the attention output and the
+            residual are cut, then the output projection and the MLP run on the rest.
+    """
+
+    layer: Count
+    drop: Count
+    site: Literal["after_attention"] = "after_attention"
+
+
+class Provenance(_Strict):
+    """Where a recipe comes from.
+
+    Attributes:
+        source: A paper, a command line, a person.
+        model: The model whose statistics the recipe was fitted to.
+        note: Anything a reader should know.
+    """
+
+    source: str
+    model: str = ""
+    note: str = ""
+
+
+class Recipe(_Strict):
+    """A validated recipe.
+
+    Attributes:
+        schema_version: Version of the file format.
+        name: What the recipe is called: lower case letters, digits, ``.`` and ``-``.
+        method: The pruning method.
+        score: The scorer that ranks visual tokens at each cut.
+        positions: ``kept``: a surviving token keeps its rotary position.
+        layers: Decoder layers of the model the recipe was made for.
+        visual_tokens: Visual tokens per sample of that model.
+        of: Reference count of visual tokens, or None where ``drop`` is a plain count.
+        cuts: The cuts, at most one a layer, in order.
+        provenance: Where the numbers come from.
+    """
+
+    schema_version: Literal[1]
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
+    method: Literal["fitprune"]
+    score: Literal["fitprune"]
+    positions: Literal["kept", "compacted"]
+    layers: PositiveCount
+    visual_tokens: PositiveCount
+    of: PositiveCount | None = None
+    cuts: tuple[Cut, ...]
+    provenance: Provenance
+
+    @model_validator(mode="after")
+    def _check_cuts(self) -> Self:
+        layers = [cut.layer for cut in self.cuts]
+        for previous, layer in itertools.pairwise(layers):
+            if layer <= previous:
+                raise _cuts_error(
+                    "cuts in the order of their layers, at most one a layer",
+                    f"layer {layer} after layer {previous}",
+                )
+        if layers and layers[-1] >= self.layers:
+            raise _cuts_error(
+                f"cuts in layers 0 to {self.layers - 1} ('layers' is {self.layers})",
+                f"a cut in layer {layers[-1]}",
+            )
+        total, most = sum(cut.drop for cut in self.cuts), self.of or self.visual_tokens
+        if total > most:
+            raise _cuts_error(
+                f"cuts that drop at most the {most} visual tokens there are",
+                f"{total} dropped",
+            )
+        return self
+
+    def drops(self, visual_tokens: int) -> dict[int, int]:
+        """Visual tokens that a sample with ``visual_tokens`` of them loses, by layer.
+
+        Layers that lose none are left out.
+        """
+        counts = {
+            cut.layer: cut.drop
+            if self.of is None
+            else cut.drop * visual_tokens // self.of
+            for cut in self.cuts
+        }
+        return {layer: count for layer, count in counts.items() if count > 0}
+
+    def tokens_per_layer(self, visual_tokens: int, layers: int) -> list[int]:
+        """Visual tokens left after each layer's own cut, ``layers`` numbers.
+
+        Never below 0: a sample with fewer visual tokens than the recipe drops loses
+        those it has.
+        """
+        drops = self.drops(visual_tokens)
+        gone = itertools.accumulate(drops.get(layer, 0) for layer in range(layers))
+        return [max(0, visual_tokens - count) for count in gone]
+
+    def to_json(self) -> str:
+        """The recipe as the text of a recipe file."""
+        return self.model_dump_json(indent=2) + "\n"
+
+
+def names() -> list[str]:
+    """Names of the recipes that ship with the package, sorted."""
+    files = resources.files("vtprune_fx").joinpath("recipes").iterdir()
+    return sorted(
+        f.name.removesuffix(".json") for f in files if f.name.endswith(".json")
+    )
+
+
+def load_recipe(source: str | Path | Recipe | dict[str, object]) -> Recipe:
+    """Load a recipe by shipped name, from a file, or from its fields.
+
+    Args:
+        source: A name that ``names()`` lists, a path to a JSON file, a mapping of
+            fields, or a recipe, which is returned as it is.
+
+    Raises:
+        RecipeError: The name or file does not exist, the file is not JSON, or a field
+            is missing, unknown or wrong.
+    """
+    if isinstance(source, Recipe):
+        return source
+    if isinstance(source, dict):
+        return _validate(source, where="recipe")
+    text, where = _read(source)
+    try:
+        fields = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise RecipeError(
+            f"recipe {where}, line {error.lineno}",
+            expected="JSON",
+            found=error.msg,
+            fix="`vtprune recipes show NAME --json` prints a valid recipe.",
+        ) from error
+    return _validate(fields, where=f"recipe {where}")
+
+
+DEFAULT = "fitprune-llava-1.5-7b-60"
+"""The shipped recipe that ``default`` starts from."""
+
+
+def default(layers: int, visual_tokens: int) -> Recipe:
+    """The recipe for a model that none was given for.
+
+    ``DEFAULT``, with its schedule stretched over the model's depth (what has left by a
+    relative depth stays the same) and its counts taken as shares. It saves about 60 % of
+    the visual tokens' arithmetic. On LLaVA-1.5-7B it is the published recipe; on another
+    model it is a guess, and a recipe fitted to that model is better.
+
+    Args:
+        layers: Decoder layers of the model.
+        visual_tokens: Visual tokens that a sample comes with.
+    """
+    published = load_recipe(DEFAULT)
+    whole = published.visual_tokens
+    left = published.tokens_per_layer(whole, published.layers)
+    gone = [0, *(whole - tokens for tokens in left)]
+    stretched = [
+        _at(gone, layer * published.layers / layers) for layer in range(layers + 1)
+    ]
+    cuts = tuple(
+        Cut(layer=layer, drop=after - before)
+        for layer, (before, after) in enumerate(itertools.pairwise(stretched))
+        if after > before
+    )
+    changes = {"name": f"{DEFAULT}-stretched", "layers": layers, "cuts": cuts}
+    scaled = {"of": whole, "visual_tokens": visual_tokens}
+    return published.model_copy(update=changes | scaled)
+
+
+def _at(values: list[int], place: float) -> int:
+    """``values`` between its entries, linearly, rounded down."""
+    low = min(int(place), len(values) - 2)
+    return int(values[low] + (place - low) * (values[low + 1] - values[low]))
+
+
+def _read(source: str | Path) -> tuple[str, str]:
+    if str(source) in names():
+        shipped = resources.files("vtprune_fx") / "recipes" / f"{source}.json"
+        return shipped.read_text(encoding="utf-8"), str(source)
+    try:
+        return Path(source).read_text(encoding="utf-8"), str(source)
+    except (OSError, ValueError) as error:
+        raise RecipeError(
+            f"recipe {str(source)!r}",
+            expected="the name of a shipped recipe or a recipe file",
+            found=getattr(error, "strerror", None) or "a file that is not text",
+            fix="`vtprune recipes` lists the shipped recipes.",
+        ) from error
+
+
+def _cuts_error(expected: str, found: str) -> PydanticCustomError:
+    # Braces in a message are filled from the context, so the text goes in through it.
+    return PydanticCustomError(
+        "cuts", "{expected}", {"expected": expected, "found": found}
+    )
+
+
+def _validate(fields: object, where: str) -> Recipe:
+    try:
+        return Recipe.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        kind, context = first["type"], first.get("ctx", {})
+        place = "cuts" if kind == "cuts" else ".".join(map(str, first["loc"]))
+        found = "nothing" if kind == "missing" else repr(first["input"])
+        found = context["found"] if kind == "cuts" else found
+        raise RecipeError(
+            f"{where}, field {place}" if place else where,
+            expected=_expected(kind, first["msg"]),
+            found=found if len(found) < MAX_QUOTED else found[:MAX_QUOTED] + "...",
+            fix="`vtprune recipes show NAME --json` prints a valid recipe.",
+        ) from error
+
+
+def _expected(kind: str, message: str) -> str:
+    if kind == "extra_forbidden":
+        return "no such field"
+    return message[0].lower() + message[1:]
