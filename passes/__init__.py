@@ -1,4 +1,4 @@
-"""The passes that write a pruned graph, and the pipeline that runs and verifies them."""
+"""The passes that write a pruned graph; the pipeline that runs and verifies them."""
 
 if __name__ != "vtprune_fx.passes":
     raise ImportError("import vtprune_fx.passes: a bare `passes` makes second classes")
@@ -26,6 +26,9 @@ __all__ = [
     "Pass",
     "PassResult",
     "Pipeline",
-    "default_pipeline",
+    "RefreshValues",
     "Verifier",
+    "default_pipeline",
+    "prune_graph",
+    "prune_program",
 ]

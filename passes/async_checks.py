@@ -1,13 +1,14 @@
 """Keep runtime checks of tensors on the device.
 
 A model that checks its input (LLaVA compares the number of image placeholders with the
-number of image features) traces to a scalar that is read back from the device. Reading it
-stops the device and makes a data-dependent number in the graph::
+number of image features) traces to a scalar that is read back from the device. Reading
+it stops the device and makes a data-dependent number in the graph::
 
     ok: "b8[]" = aten._is_all_true(eq)
     item: "Sym(u0)" = aten.item(ok)
     sym_ite = torch.sym_ite(item, 1, 0);  ge = sym_ite >= 1
-    aten._assert_scalar(ge, "Runtime assertion failed ...");  aten._assert_scalar(item, ...)
+    aten._assert_scalar(ge, "Runtime assertion failed ...")
+    aten._assert_scalar(item, ...)
 
 becomes an assertion on the tensor itself::
 
@@ -30,8 +31,8 @@ aten = torch.ops.aten
 
 _ASSERT = aten._assert_scalar.default
 _ARITHMETIC: frozenset[object] = frozenset(
-    # What tracing derives from a scalar to assert its range: nothing but truth values of
-    # the same check, so the assertion on the tensor implies every one of them.
+    # What tracing derives from a scalar to assert its range: nothing but truth values
+    # of the same check, so the assertion on the tensor implies every one of them.
     {torch.sym_ite, torch.sym_not, operator.ge, operator.le, operator.eq}
 )
 

@@ -1,8 +1,8 @@
 """Let tokens leave: gather every live value at every cut.
 
 At a cut, each value that is live across it and carries the token axis is gathered along
-it; everything after reads the gathered version. Graph outputs do not: a layer's keys and
-values go into the cache as they were made, ahead of the layer's own cut::
+it; everything after reads the gathered version. Graph outputs do not: a layer's keys
+and values go into the cache as they were made, ahead of the layer's own cut::
 
     vtprune_keep_3: "i64[B, S - 36]"
     attention: "f32[B, H, S, D]" = aten.scaled_dot_product_attention(q, k, v, mask)
@@ -115,7 +115,8 @@ class _Gather:
         """Gather what is live across a cut.
 
         Returns:
-            For each live value the version behind the cut; ``length`` is the new length.
+            For each live value the version behind the cut; ``length`` is the new
+            length.
         """
         layer = cut.attention.layer
         keep = named[f"{KEEP_PREFIX}{layer}"]
@@ -134,7 +135,9 @@ class _Gather:
 def _sample_rows(insert: Insert, keep: Node) -> Node:
     """[B, 1]: the number of each sample, to index with beside a keep set."""
     samples = insert(aten.sym_size.int, keep, 0)
-    return insert(aten.unsqueeze.default, insert(aten.arange.default, samples), 1)
+    device = value_at_full_length(keep).device
+    count = insert(aten.arange.default, samples, device=device)
+    return insert(aten.unsqueeze.default, count, 1)
 
 
 def _take(

@@ -38,7 +38,7 @@ ROLES = "vtprune_roles"
 """Name of the tokens' roles, [B, S]."""
 
 KEEP_PREFIX = "vtprune_keep_"
-"""Name of a cut's keep set is this and the layer's number, in every exported form too."""
+"""A cut's keep set is named this and the layer's number, in every exported form too."""
 
 
 _END = sys.maxsize

@@ -15,6 +15,7 @@ from torch.utils._sympy.value_ranges import ValueRanges
 
 from vtprune_fx.anatomy import read
 from vtprune_fx.errors import AnatomyError
+from vtprune_fx.graph import assume_at_least, fake_mode_of, uncached_fakes
 from vtprune_fx.passes.async_checks import AsyncChecks
 from vtprune_fx.passes.base import Pass
 from vtprune_fx.passes.check_tokens import CheckTokens
@@ -32,8 +33,8 @@ logger = logging.getLogger(__name__)
 @functools.cache
 def _say_default(recipe: Recipe) -> None:
     logger.warning(
-        "No recipe given: %s drops %d of %d visual tokens over %d layers. Give one that "
-        "was fitted to the model to be sure of its answers.",
+        "No recipe given: %s drops %d of %d visual tokens over %d layers. Give one "
+        "that was fitted to the model to be sure of its answers.",
         recipe.name,
         sum(recipe.drops(recipe.visual_tokens).values()),
         recipe.visual_tokens,
@@ -63,7 +64,10 @@ def prune_graph(module: GraphModule, recipe: Recipe | None) -> PruneReport:
         recipe = default(len(anatomy.layers), anatomy.visual_tokens)
         _say_default(recipe)
     plan = place(recipe, anatomy, module.graph)
-    records = default_pipeline(plan).run(module)
+    if plan.cuts:
+        assume_at_least(module.graph, plan.tokens, _shortest_prompt(plan))
+    with uncached_fakes(fake_mode_of(module.graph)):
+        records = default_pipeline(plan).run(module)
     return PruneReport(plan, records, before, len(module.graph.nodes))
 
 
@@ -100,12 +104,17 @@ def prune_program(
     return pruned, report
 
 
+def _shortest_prompt(plan: PrunePlan) -> int:
+    """Two tokens are left: a length of 1 would be a size that broadcasts."""
+    return plan.dropped + 2
+
+
 def _longer_than_cuts(
     program: ExportedProgram, plan: PrunePlan
 ) -> dict[sympy.Symbol, ValueRanges[Any]]:
-    """The program's ranges, with a prompt that holds what is dropped and some text."""
+    """The program's ranges, with a prompt that the cuts leave something of."""
     known = program.range_constraints
-    holds = ValueRanges(plan.dropped + 2, known[plan.tokens].upper)
+    holds = ValueRanges(_shortest_prompt(plan), known[plan.tokens].upper)
     return {**known, plan.tokens: holds}
 
 
@@ -115,11 +124,7 @@ def default_pipeline(plan: PrunePlan) -> Pipeline:
     Scores stand ahead of gathers, since a gather reads the keep set of its cut.
     """
     return Pipeline(
-        plan.tokens,
-        AsyncChecks(),
-        CheckTokens(plan),
-        InsertScores(plan),
-        GatherTokens(plan),
+        plan, AsyncChecks(), CheckTokens(plan), InsertScores(plan), GatherTokens(plan)
     )
 
 
@@ -127,12 +132,12 @@ class Pipeline:
     """Runs passes in order and verifies the graph after each that changed it.
 
     Args:
-        tokens: The symbol of the prompt's length.
+        plan: What the passes carry out.
         passes: The passes.
     """
 
-    def __init__(self, tokens: sympy.Symbol, *passes: Pass) -> None:
-        self._tokens = tokens
+    def __init__(self, plan: PrunePlan, *passes: Pass) -> None:
+        self._plan = plan
         self.passes = passes
 
     def run(self, module: GraphModule) -> tuple[PassRecord, ...]:
@@ -141,7 +146,7 @@ class Pipeline:
         Raises:
             VerifyError: A pass wrote a wrong graph.
         """
-        verifier = Verifier(module, self._tokens)
+        verifier = Verifier(module, self._plan.tokens, self._plan.dropped)
         return tuple(_run_one(pass_, module, verifier) for pass_ in self.passes)
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import GraphModule, map_arg
 
-from vtprune_fx.graph import SHORTER, fake_mode_of
+from vtprune_fx.graph import SHORTER, fake_mode_of, uncached_fakes
 from vtprune_fx.passes.base import Pass
 
 
@@ -33,7 +33,8 @@ class RefreshValues(Pass):
         short = [node for node in module.graph.nodes if SHORTER in node.meta]
         if not short:
             return False
-        with fake_mode_of(module.graph), enable_python_dispatcher():
+        mode = fake_mode_of(module.graph)
+        with mode, uncached_fakes(mode), enable_python_dispatcher():
             for node in short:
                 args, kwargs = map_arg(
                     (node.args, node.kwargs), lambda n: n.meta["val"]

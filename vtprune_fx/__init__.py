@@ -1,7 +1,7 @@
 """Visual-token pruning as a compiler pass for vision-language models.
 
-``prune`` and ``vtprune_backend`` take a traced graph of an unmodified transformers model
-and a recipe, and give back a graph that is smaller by construction.
+``prune`` and ``vtprune_backend`` take a traced graph of an unmodified transformers
+model and a recipe, and give back a graph that is smaller by construction.
 """
 
 from __future__ import annotations

@@ -4,14 +4,15 @@ Nothing is found by a model's name or by counting nodes:
 
 * The *visual tokens* are where image features are placed into the embeddings with
   ``masked_scatter``; its mask says which positions are visual.
-* The *token axis* is the symbol of that mask's second dimension: a dimension of any other
-  value whose size is the same symbol runs over the same tokens.
+* The *token axis* is the symbol of that mask's second dimension: a dimension of any
+  other value whose size is the same symbol runs over the same tokens.
 * The *decoder layers* are the attention nodes whose queries carry the token axis; their
   numbers come from the module path (``...language_model.layers.7.self_attn``).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -85,7 +86,8 @@ class Anatomy:
         tokens: The symbol that is the prompt's length.
         batch: The number of samples.
         visual: Name of the [B, S] mask of visual tokens.
-        visual_tokens: Visual tokens of a sample in the example the graph was traced with.
+        visual_tokens: Visual tokens of a sample in the example the graph was traced
+            with.
         layers: The decoder layers' attentions, in order.
     """
 
@@ -97,8 +99,10 @@ class Anatomy:
 
 
 def read(graph: Graph) -> Anatomy | None:
-    """Find the parts, or None where the graph places no image: a text-only prompt or a
-    decode step, in which there is nothing to prune.
+    """Find the parts, or None where the graph places no image.
+
+    Such a graph is a text-only prompt or a decode step, in which there is nothing to
+    prune.
 
     Raises:
         AnatomyError: An image is placed, but something that pruning needs is missing or
@@ -145,7 +149,8 @@ def _spelled_out(where: Node) -> tuple[Node, Node] | None:
     if picked.target != aten.index.Tensor:
         return None
     features, indices = picked.args
-    assert isinstance(features, Node) and isinstance(indices, (list, tuple))
+    assert isinstance(features, Node)
+    assert isinstance(indices, (list, tuple))
     if len(indices) != 1 or not isinstance(indices[0], Node):
         return None
     counted = mask in walk_back(indices[0], _PLACES_OF_FEATURES)
@@ -188,7 +193,9 @@ def _rows(features: Node) -> int:
     """Visual tokens in the whole example batch: [rows, width], perhaps flattened."""
     sources = [_shape(node) for node in walk_back(features, _VIEWS_OF_A_MASK)]
     widest = max(sources, key=len)
-    return size_hint(sources[0].numel()) // size_hint(widest[-1])
+    # Not Size.numel: it would make constants of symbolic sizes.
+    elements = math.prod(map(size_hint, sources[0]))
+    return elements // size_hint(widest[-1])
 
 
 def _shape(node: Node) -> torch.Size:
@@ -227,7 +234,8 @@ def _attention(node: Node, layer: int) -> Attention:
             fix="The decoder's layers must run in order, one attention each.",
         )
     query, key = node.args[:2]
-    assert isinstance(query, Node) and isinstance(key, Node)
+    assert isinstance(query, Node)
+    assert isinstance(key, Node)
     mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
     assert mask is None or isinstance(mask, Node)
     scale = node.kwargs.get("scale") or size_hint(_shape(query)[-1]) ** -0.5

@@ -85,8 +85,8 @@ def prune(
         model_or_program: An unmodified transformers model, which is exported with
             ``inputs``, or a program that ``torch.export`` made of one with a dynamic
             prompt length. Neither is changed.
-        inputs: An example, as the model's processor returns it. Batch, prompt length and
-            number of images stay dynamic. Only for a model.
+        inputs: An example, as the model's processor returns it. Batch, prompt length
+            and number of images stay dynamic. Only for a model.
         recipe: A recipe, the name of a shipped one, or a recipe file; left out, the
             default (``recipe.default``) stretched to the model.
 

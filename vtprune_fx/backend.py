@@ -1,18 +1,23 @@
 """The ``torch.compile`` backend.
 
-``torch.compile(model, backend=vtprune_backend, options={"recipe": ...}, fullgraph=True)``,
-or ``backend="vtprune"``. The graph with the images is pruned and handed to an inner
-backend; every other graph (text-only prompts, decode steps) goes there as it is.
+Call it by name or by itself, ``backend="vtprune"`` being the same::
 
-The prompt length has to be dynamic: mark it, ``torch._dynamo.mark_dynamic(ids, 1)``. The
-graph has to be whole: transformers checks the number of image placeholders with a tensor,
-at which Dynamo breaks the graph unless ``fullgraph=True``.
+    torch.compile(
+        model, backend=vtprune_backend, options={"recipe": ...}, fullgraph=True
+    )
+
+The graph with the images is pruned and handed to an inner backend; every other graph
+(text-only prompts, decode steps) goes there as it is.
+
+The prompt length has to be dynamic: mark it, ``torch._dynamo.mark_dynamic(ids, 1)``.
+The graph has to be whole: transformers checks the number of image placeholders with a
+tensor, at which Dynamo breaks the graph unless ``fullgraph=True``.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -31,7 +36,7 @@ _OPTIONS = ("recipe", "inner")
 
 def vtprune_backend(
     module: GraphModule,
-    example_inputs: Sequence[Tensor],
+    example_inputs: list[Tensor],
     *,
     options: dict[str, Any] | None = None,
     **kwargs: Any,

@@ -72,7 +72,7 @@ def example(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def dynamic_shapes(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Which dimensions may vary: [batch, prompt] as in ``input_ids``, and the images'."""
+    """Which dimensions may vary: [batch, prompt] as in ``input_ids``, and images."""
     prompt_shape = inputs["input_ids"].shape
     batch, prompt, images = Dim("batch"), Dim("prompt"), Dim("images")
     shapes: dict[str, Any] = {}

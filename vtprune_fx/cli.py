@@ -190,3 +190,90 @@ def _work_fields(work: Work) -> dict[str, float]:
         "saved": work.saved,
         "cache_ratio": work.cache_ratio,
     }
+
+
+export_app = typer.Typer(
+    no_args_is_help=True,
+    help="Export a pruned model for another runtime.",
+    epilog="Example: [bold]vtprune export onnx MODEL --output DIR[/bold]",
+)
+app.add_typer(export_app, name="export")
+
+ModelArgument = Annotated[
+    str, typer.Argument(help="A checkpoint folder, or the id of a model on the hub.")
+]
+OptionalRecipe = Annotated[
+    str | None,
+    typer.Option("--recipe", help="Shipped name or file. Default: fitted by depth."),
+]
+
+
+@export_app.command("onnx")
+def export_to_onnx(
+    model: ModelArgument,
+    output: Annotated[Path, typer.Option(help="New folder, or an earlier export.")],
+    recipe: OptionalRecipe = None,
+) -> None:
+    """Write prefill and decode graphs, processor, configuration and a manifest.
+
+    Example: [bold]vtprune export onnx llava-hf/llava-1.5-7b-hf
+    --recipe fitprune-llava-1.5-7b-60 --output llava-60[/bold]
+    """
+    from vtprune_fx.export import require_onnxruntime, write_onnx
+    from vtprune_fx.export.folder import check_free
+    from vtprune_fx.inputs import open_checkpoint
+
+    # What can be refused is refused before anything slow.
+    require_onnxruntime()
+    check_free(output)
+    loaded = recipes_module.load_recipe(recipe) if recipe else None
+    with Console(stderr=True).status(f"Exporting {model} (minutes for a deep model)"):
+        report = write_onnx(*open_checkpoint(model), loaded, output)
+    typer.echo(report)
+    typer.echo(
+        f"Wrote {output}. Try: vtprune generate {output} --image FILE --prompt TEXT"
+    )
+
+
+@app.command("generate")
+def generate(
+    model: Annotated[
+        str, typer.Argument(help="An exported folder, a checkpoint folder or a hub id.")
+    ],
+    prompt: Annotated[str, typer.Option(help="What to ask.")],
+    image: Annotated[Path | None, typer.Option(help="What it is about.")] = None,
+    recipe: OptionalRecipe = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens at most.")] = 32,
+    inner: Annotated[
+        str, typer.Option(help="torch.compile backend for a checkpoint.")
+    ] = "inductor",
+) -> None:
+    """Answer a question about an image, pruned.
+
+    An exported folder runs on ONNX Runtime alone; a checkpoint through torch.compile.
+
+    Example: [bold]vtprune generate llava-60 --image cat.jpg
+    --prompt "What is it?"[/bold]
+    """
+    from vtprune_fx.answer import answer
+
+    typer.echo(answer(model, prompt, image, recipe, max_new_tokens, inner))
+
+
+@app.command("demo")
+def demo(
+    output: Annotated[Path, typer.Option(help="Where files go.")] = Path(
+        "vtprune-demo"
+    ),
+    recipe: RecipeOption = "fitprune-llava-1.5-7b-60",
+    prompt: Annotated[str, typer.Option(help="What to ask.")] = "What is on the table?",
+) -> None:
+    """Build a small LLaVA, prune it, run it on every runtime, and compare.
+
+    About ten minutes on two CPU cores, nearly all of it in the compilers.
+
+    Example: [bold]vtprune demo --output vtprune-demo[/bold]
+    """
+    from vtprune_fx.demo import run_demo
+
+    run_demo(output, recipes_module.load_recipe(recipe), prompt)

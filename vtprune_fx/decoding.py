@@ -1,13 +1,17 @@
 """Decoding on a ragged cache, through transformers' own extension points.
 
 After a pruned prefill each layer's cache has its own length, while transformers builds
-one mask for all layers, as long as the first layer's cache. ``ATTENTION`` is an attention
-implementation like any other (``model.set_attn_implementation``) that fits the mask to
-its layer. Cropping is exact: padding stands in front, where no token ever leaves, and a
-single new token sees all that is not padding.
+one mask for all layers, as long as the first layer's cache. ``ATTENTION`` is an
+attention implementation like any other (``model.set_attn_implementation``) that fits
+the mask to its layer. Cropping is exact: padding stands in front, where no token ever
+leaves, and a single new token sees all that is not padding.
 """
 
 from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +31,7 @@ def ragged_sdpa(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    **kwargs: object,
+    **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Scaled dot product attention whose mask may be longer than this layer's keys.
 
@@ -70,8 +74,19 @@ def use_ragged_attention(model: PreTrainedModel) -> None:
     model.set_attn_implementation({"text_config": ATTENTION})
 
 
-def mark_prompt_dynamic(*inputs: Tensor | None) -> None:
-    """Tell Dynamo that dimension 1 of each input, [B, S], varies from prompt to prompt."""
-    for value in inputs:
+@contextlib.contextmanager
+def ragged_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Let a model's decoder run on ragged caches for a while."""
+    before = model.config.get_text_config()._attn_implementation
+    use_ragged_attention(model)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation({"text_config": before})
+
+
+def mark_dynamic(axis: int, *values: Tensor | None) -> None:
+    """Tell Dynamo that a dimension of each value varies from call to call."""
+    for value in values:
         if value is not None:
-            torch._dynamo.mark_dynamic(value, 1)
+            torch._dynamo.mark_dynamic(value, axis)

@@ -1,8 +1,8 @@
 """Every error that vtprune_fx raises on purpose.
 
 A message says where, what was expected, what was found, and what to do next, in that
-order. ``VtpruneError`` is the base class, so callers can catch the lot; the command line
-prints the message alone and exits with status 1.
+order. ``VtpruneError`` is the base class, so callers can catch the lot; the command
+line prints the message alone and exits with status 1.
 """
 
 from __future__ import annotations

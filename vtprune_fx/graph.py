@@ -3,14 +3,15 @@
 ``Graph.call_function`` leaves a node's ``meta`` empty and ``Graph.lint`` does not mind;
 here every inserted node gets its value, the place it came from, and a stamp.
 
-A value behind a cut is kept as a ``Shorter``: the fake tensor that it was at full length,
-and how many tokens have left since. That is exact and free, while a fake tensor with a new
-symbolic length costs milliseconds, thousands of times over in one graph.
+A value behind a cut is kept as a ``Shorter``: the fake tensor that it was at full
+length, and how many tokens have left since. That is exact and free, while a fake tensor
+with a new symbolic length costs milliseconds, thousands of times over in one graph.
 ``passes.RefreshValues`` turns them into plain ``val`` where somebody needs that.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -108,7 +109,7 @@ def axes_of(value: Tensor, symbol: sympy.Symbol) -> tuple[int, ...]:
 
 
 def mentions(value: object, symbol: sympy.Symbol) -> bool:
-    """Whether a size of ``value`` (tensor, symbolic int, tuple) depends on ``symbol``."""
+    """Whether a size in ``value`` (tensor, symbolic int, tuple) holds ``symbol``."""
     if isinstance(value, Tensor):
         return mentions(tuple(value.shape), symbol)
     if isinstance(value, (tuple, list)):
@@ -121,6 +122,31 @@ def fake_mode_of(graph: Graph) -> FakeTensorMode:
     mode = detect_fake_mode([n.meta.get("val") for n in graph.nodes])
     assert mode is not None, "the graph carries no fake tensors"
     return mode
+
+
+@contextlib.contextmanager
+def uncached_fakes(mode: FakeTensorMode) -> Iterator[None]:
+    """Run operators on fakes without remembering them.
+
+    After cuts nearly every symbolic size is new; the mode's cache then only costs,
+    about as much again as the operators.
+    """
+    enabled, mode.cache_enabled = mode.cache_enabled, False
+    try:
+        yield
+    finally:
+        mode.cache_enabled = enabled
+
+
+def assume_at_least(graph: Graph, symbol: sympy.Symbol, least: int) -> None:
+    """Let the shape environment know a lower bound of a size that an input has."""
+    for node in graph.find_nodes(op="placeholder"):
+        value = node.meta.get("val")
+        sizes = value.shape if isinstance(value, Tensor) else (value,)
+        for size in sizes:
+            if isinstance(size, torch.SymInt) and size_expr(size) == symbol:
+                torch._check(size >= least)
+                return
 
 
 def walk_back(node: Node, through: frozenset[object]) -> Iterator[Node]:
@@ -136,18 +162,26 @@ def walk_back(node: Node, through: frozenset[object]) -> Iterator[Node]:
 class Inserter:
     """Inserts operators, and functions as the nodes they trace to.
 
-    Tracing costs more than copying, and a decoder's layers are alike: a function is
-    traced once for each kind of arguments and copied afterwards. Equal kinds have equal
-    sizes, so a copy's value is the traced one's.
+    Running an operator on symbolic sizes costs more than remembering what came out, and
+    a decoder's layers are alike: a function is traced once for each kind of arguments
+    and copied afterwards, an operator run once. Equal kinds have equal sizes, so a
+    copy's value is the remembered one.
     """
 
     def __init__(self, graph: Graph) -> None:
         self._graph = graph
         self._mode = fake_mode_of(graph)
         self._traced: dict[object, Graph] = {}
+        self._values: dict[object, Any] = {}
 
     def call(
-        self, anchor: Node, stamp: Stamp, op: Any, *args: Any, drop: int = 0
+        self,
+        anchor: Node,
+        stamp: Stamp,
+        op: Any,
+        *args: Any,
+        drop: int = 0,
+        **kwargs: Any,
     ) -> Node:
         """Insert one operator ahead of ``anchor``.
 
@@ -158,15 +192,24 @@ class Inserter:
             args: Its arguments.
             drop: Tokens that the operator takes off its first argument. The result is
                 then like that argument; otherwise its value is computed on fakes.
+            kwargs: The operator's keyword arguments, none of them a node.
         """
         with self._graph.inserting_before(anchor):
-            node = self._graph.call_function(op, args)
+            node = self._graph.call_function(op, args, kwargs)
         node.meta = _provenance(anchor, stamp)
-        full = map_arg(args, value_at_full_length)
-        with self._mode, enable_python_dispatcher():
-            value = full[0] if drop else op(*full)
-        set_value(node, value, _add(map(dropped_tokens, node.all_input_nodes), drop))
+        dropped = _add(map(dropped_tokens, node.all_input_nodes), drop)
+        full = value_at_full_length(args[0]) if drop else self._value(op, args, kwargs)
+        set_value(node, full, dropped)
         return node
+
+    def _value(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What ``op`` gives at full length."""
+        full = map_arg(args, value_at_full_length)
+        key = (op, *map(_kind, full), *kwargs.items())
+        if key not in self._values:
+            with self._mode, enable_python_dispatcher():
+                self._values[key] = op(*full, **kwargs)
+        return self._values[key]
 
     def trace(
         self,
@@ -238,6 +281,8 @@ def _kind(value: object) -> object:
     """What a traced function may depend on in a value: equal kinds trace alike."""
     if isinstance(value, torch.SymInt):
         return value.node.expr
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_kind, value))
     if not isinstance(value, Tensor):
         return value
     sizes = tuple(map(size_expr, (*value.shape, *value.stride())))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image, ImageOps
@@ -100,6 +100,39 @@ def open_image(path: str | Path) -> Image.Image:
             found=found,
             fix="Name a file that an image viewer opens.",
         ) from error
+
+
+def prompt_inputs(
+    processor: ProcessorMixin, prompt: str, image: Image.Image | None
+) -> dict[str, torch.Tensor]:
+    """A user's question as the model's inputs, by the processor's chat template.
+
+    Args:
+        processor: The model's processor.
+        prompt: The question.
+        image: What it is about, if anything.
+
+    Returns:
+        ``input_ids`` [1, S], ``attention_mask`` [1, S], and ``pixel_values``
+        [1, 3, H, W] where there is an image.
+    """
+    content = [{"type": "image"}] if image is not None else []
+    turn: dict[str, Any] = {
+        "role": "user",
+        "content": [*content, {"type": "text", "text": prompt}],
+    }
+    if processor.chat_template is None:
+        text = f"{image_token(processor)}\n{prompt}" if image is not None else prompt
+    else:
+        text = processor.apply_chat_template([turn], add_generation_prompt=True)
+    inputs = processor(images=image, text=text, return_tensors="pt")
+    return {name: inputs[name] for name in inputs}
+
+
+def image_token(processor: ProcessorMixin) -> str:
+    """The placeholder that stands for an image in a prompt."""
+    concrete: Any = processor  # each has one, but their base class declares none
+    return str(concrete.image_token)
 
 
 @contextmanager

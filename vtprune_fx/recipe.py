@@ -186,9 +186,9 @@ def default(layers: int, visual_tokens: int) -> Recipe:
     """The recipe for a model that none was given for.
 
     ``DEFAULT``, with its schedule stretched over the model's depth (what has left by a
-    relative depth stays the same) and its counts taken as shares. It saves about 60 % of
-    the visual tokens' arithmetic. On LLaVA-1.5-7B it is the published recipe; on another
-    model it is a guess, and a recipe fitted to that model is better.
+    relative depth stays the same) and its counts taken as shares. It saves about 60 %
+    of the visual tokens' arithmetic. On LLaVA-1.5-7B it is the published recipe; on
+    another model it is a guess, and a recipe fitted to that model is better.
 
     Args:
         layers: Decoder layers of the model.

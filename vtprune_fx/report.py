@@ -35,7 +35,7 @@ class PruneReport:
 
     @property
     def visual_tokens(self) -> list[int]:
-        """Visual tokens left after each decoder layer; empty where nothing is pruned."""
+        """Visual tokens left after each decoder layer; empty if nothing is pruned."""
         if self.plan is None:
             return []
         plan = self.plan

@@ -17,7 +17,7 @@ Scorer = Callable[[Tensor, Tensor, Tensor | None, Tensor, float], Tensor]
 """``(query, key, mask, roles, scale) -> scores``: rates the visual tokens at a cut."""
 
 CONTEXT, VISUAL, INSTRUCTION = 0, 1, 2
-"""Roles of tokens: text ahead of or between images, images, text behind the last image."""
+"""Roles of tokens: text ahead of or between images, images, text behind the last."""
 
 _NEVER = torch.finfo(torch.float32).min
 """Logit of a pair that may not attend. Finite, so that a row which may attend nothing
@@ -76,7 +76,7 @@ def _attention_bias(mask: Tensor | None, query: Tensor) -> Tensor:
 
 
 def token_roles(visual: Tensor) -> Tensor:
-    """[B, S] int64 roles, from the [B, S] bool mask of visual tokens of the whole prompt.
+    """[B, S] int64 roles, from the whole prompt's [B, S] bool mask of visual tokens.
 
     Text is instruction behind the last image of the prompt as it came, also once that
     image has lost all its tokens; hence roles are taken once and gathered at cuts.

@@ -1,0 +1,68 @@
+"""Writing an exported folder all at once, and over nothing but an earlier export."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from vtprune_fx.errors import ExportError, InputError
+from vtprune_fx.export import manifest
+
+
+def check_free(folder: Path) -> None:
+    """Check that an export may be written to ``folder``.
+
+    Raises:
+        InputError: It is a file, or holds anything that an earlier export did not
+            write.
+    """
+    if not folder.exists():
+        return
+    found = _foreign(folder)
+    if found is not None:
+        raise InputError(
+            f"output folder {folder}",
+            expected="a new or empty folder, or an earlier export",
+            found=found,
+            fix="Choose another folder. Nothing was changed.",
+        )
+
+
+def _foreign(folder: Path) -> str | None:
+    """What in ``folder`` is not ours, if anything."""
+    if not folder.is_dir():
+        return "a file"
+    entries = {path.name for path in folder.iterdir()}
+    if not entries:
+        return None
+    if not manifest.is_export(folder):
+        return sorted(entries)[0]
+    try:
+        ours = {manifest.FILE, *manifest.read(folder).files}
+    except ExportError:
+        return f"a {manifest.FILE} that cannot be read"
+    return next(iter(sorted(entries - ours)), None)
+
+
+@contextlib.contextmanager
+def written_at_once(folder: Path) -> Iterator[Path]:
+    """A scratch folder that takes the place of ``folder`` when all went well.
+
+    Raises:
+        InputError: ``folder`` holds something else.
+    """
+    check_free(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        yield scratch
+        check_free(folder)
+        scratch.chmod(0o755)
+        if folder.exists():
+            shutil.rmtree(folder)
+        scratch.rename(folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)

@@ -1,0 +1,373 @@
+"""Each pass by itself: what it writes, what it leaves alone, what all of them keep."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from tests.tiny import (
+    Compiled,
+    assert_static,
+    batch,
+    calls,
+    exported_program,
+    planned,
+    recipe_for,
+    tiny_llava,
+)
+from vtprune_fx.api import prune
+from vtprune_fx.graph import (
+    SHORTER,
+    STAMP,
+    dropped_tokens,
+    readable,
+    value_at_full_length,
+)
+from vtprune_fx.passes import (
+    KEEP_PREFIX,
+    AsyncChecks,
+    CheckTokens,
+    GatherTokens,
+    InsertScores,
+    Pass,
+    RefreshValues,
+)
+from vtprune_fx.passes.insert_scores import ROLES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vtprune_fx.plan import PrunePlan
+
+aten = torch.ops.aten
+
+DROPS = {0: 3, 1: 5}
+PASSES: dict[str, Callable[[PrunePlan], Pass]] = {
+    "AsyncChecks": lambda plan: AsyncChecks(),
+    "CheckTokens": CheckTokens,
+    "InsertScores": InsertScores,
+    "GatherTokens": GatherTokens,
+    "RefreshValues": lambda plan: RefreshValues(),
+}
+"""In the order in which they run."""
+
+
+def ready_for(name: str) -> tuple[GraphModule, Pass, PrunePlan]:
+    """A graph that all passes ahead of ``name`` have written to."""
+    module, plan = planned(DROPS)
+    for earlier, make in PASSES.items():
+        if earlier == name:
+            return module, make(plan), plan
+        make(plan)(module)
+    raise AssertionError(name)
+
+
+def outputs(module: GraphModule) -> Any:
+    [output] = module.graph.find_nodes(op="output")
+    return output.args[0]
+
+
+def names(nodes: Any) -> list[str]:
+    return [node.name for node in nodes]
+
+
+# --------------------------------------------------------------- what all passes keep
+
+
+@pytest.mark.parametrize("name", list(PASSES))
+def test_pass_keeps_the_module_its_inputs_and_its_outputs(name: str) -> None:
+    module, pass_, _ = ready_for(name)
+    inputs, results = module.graph.find_nodes(op="placeholder"), outputs(module)
+    before = names(inputs), names(results)
+    result = pass_(module)
+    assert result.module is module
+    assert result.modified
+    assert pass_.name == name
+    after = module.graph.find_nodes(op="placeholder"), outputs(module)
+    assert (names(after[0]), names(after[1])) == before
+
+
+@pytest.mark.parametrize("name", list(PASSES))
+def test_pass_recompiles_what_it_wrote(name: str) -> None:
+    module, pass_, _ = ready_for(name)
+    pass_(module)
+    code = module.code
+    module.recompile()
+    assert module.code == code
+
+
+@pytest.mark.parametrize("name", [name for name in PASSES if name != "RefreshValues"])
+def test_pass_stamps_and_values_what_it_inserts(name: str) -> None:
+    module, pass_, _ = ready_for(name)
+    before = set(module.graph.nodes)
+    pass_(module)
+    inserted = [node for node in module.graph.nodes if node not in before]
+    assert inserted
+    for node in inserted:
+        assert node.meta[STAMP].role in {"check", "score", "keep", "gather"}
+        assert "val" in node.meta or SHORTER in node.meta, node.format_node()
+        assert node.meta["nn_module_stack"], node.format_node()
+
+
+@pytest.mark.parametrize("name", list(PASSES))
+def test_pass_keeps_what_other_nodes_know_of_their_origin(name: str) -> None:
+    module, pass_, _ = ready_for(name)
+    kept = ("nn_module_stack", "stack_trace", STAMP)
+    before = {n: {k: n.meta.get(k) for k in kept} for n in module.graph.nodes}
+    pass_(module)
+    for node in module.graph.nodes:
+        if node in before:
+            assert {k: node.meta.get(k) for k in kept} == before[node]
+
+
+@pytest.mark.parametrize("name", list(PASSES))
+def test_pass_without_cuts_or_run_again_changes_nothing(name: str) -> None:
+    """Nothing is cut, so nothing is scored, gathered, asserted or refreshed."""
+    module, plan = planned({})
+    AsyncChecks()(module)
+    text, nodes = readable(module), list(module.graph.nodes)
+    result = PASSES[name](plan)(module)
+    assert result.module is module
+    assert not result.modified
+    assert readable(module) == text
+    assert list(module.graph.nodes) == nodes
+
+
+def test_only_gathers_change_recorded_lengths() -> None:
+    for name in ("AsyncChecks", "CheckTokens"):
+        module, pass_, _ = ready_for(name)
+        pass_(module)
+        assert not any(SHORTER in node.meta for node in module.graph.nodes)
+
+
+# ------------------------------------------------------------------------ AsyncChecks
+
+
+def test_scalar_check_becomes_an_assertion_that_quotes_the_model() -> None:
+    module, pass_, _ = ready_for("AsyncChecks")
+    [item] = calls(module, aten.item.default)
+    checked = item.args[0]
+    pass_(module)
+    [assertion] = calls(module, aten._assert_async.msg)
+    assert assertion.args[0] is checked
+    message = str(assertion.args[1])
+    assert message.startswith("runtime check failed: ")
+    assert "special_image_mask" in message
+    assert not calls(module, aten.item.default, aten._assert_scalar.default)
+    assert not calls(module, torch.sym_ite)
+
+
+def test_scalar_that_something_else_reads_is_left_alone() -> None:
+    module, pass_, _ = ready_for("AsyncChecks")
+    [item] = calls(module, aten.item.default)
+    with module.graph.inserting_after(item):
+        module.graph.call_function(operator.add, (item, 1))
+    text = readable(module)
+    assert not pass_(module).modified
+    assert readable(module) == text
+
+
+def checked_scalar(dtype: torch.dtype, test: Any, *args: object) -> GraphModule:
+    """``assert test(x.item(), *args)`` as a graph."""
+    graph = Graph()
+    x = graph.placeholder("x")
+    x.meta["val"] = torch.ones((), dtype=dtype)
+    item = graph.call_function(aten.item.default, (x,))
+    item.meta["val"] = x.meta["val"].item()
+    tested = graph.call_function(test, (item, *args)) if test else item
+    graph.call_function(aten._assert_scalar.default, (tested, "message"))
+    graph.output((x,))
+    return GraphModule(torch.nn.Module(), graph)
+
+
+def test_check_of_a_truth_value_is_rewritten() -> None:
+    module = checked_scalar(torch.bool, None)
+    assert AsyncChecks()(module).modified
+    module(torch.tensor(True))
+    with pytest.raises(RuntimeError, match="runtime check failed"):
+        module(torch.tensor(False))
+
+
+def test_check_of_a_number_keeps_its_meaning() -> None:
+    """7 <= 5 is false, and 7 is true: asserting on the tensor would be another check."""
+    module = checked_scalar(torch.int64, operator.le, 5)
+    AsyncChecks()(module)
+    module(torch.tensor(0))
+    with pytest.raises(RuntimeError):
+        module(torch.tensor(7))
+
+
+def test_check_that_a_truth_value_is_false_keeps_its_meaning() -> None:
+    module = checked_scalar(torch.bool, torch.sym_not)
+    AsyncChecks()(module)
+    module(torch.tensor(False))
+    with pytest.raises(RuntimeError):
+        module(torch.tensor(True))
+
+
+# ------------------------------------------------------------------------ CheckTokens
+
+
+@pytest.mark.parametrize(
+    ("of", "few", "count", "comparison"),
+    [(None, "at least", 8, aten.ge.Scalar), (16, "exactly", 16, aten.eq.Scalar)],
+)
+def test_check_asserts_what_the_recipe_counts_on(
+    of: int | None, few: str, count: int, comparison: object
+) -> None:
+    module, plan = planned(DROPS, of=of)
+    assert CheckTokens(plan)(module).modified
+    [assertion] = calls(module, aten._assert_async.msg)
+    assert f"hold {few} {count} visual tokens" in str(assertion.args[1])
+    [enough] = assertion.all_input_nodes
+    [compared] = enough.all_input_nodes
+    assert compared.target == comparison
+    assert compared.args[1] == count
+    [counts] = compared.all_input_nodes
+    assert names(counts.all_input_nodes) == [plan.visual]
+
+
+# ----------------------------------------------------------------------- InsertScores
+
+
+def test_scores_stand_ahead_of_their_layer_and_nothing_reads_a_keep_set_yet() -> None:
+    module, pass_, plan = ready_for("InsertScores")
+    pass_(module)
+    order = {node.name: place for place, node in enumerate(module.graph.nodes)}
+    named = {node.name: node for node in module.graph.nodes}
+    assert names(n for n in named.values() if n.name.startswith(KEEP_PREFIX)) == [
+        f"{KEEP_PREFIX}0",
+        f"{KEEP_PREFIX}1",
+    ]
+    for cut in plan.cuts:
+        keep = named[f"{KEEP_PREFIX}{cut.attention.layer}"]
+        assert order[keep.name] < order[cut.attention.node]
+        assert not keep.users
+        assert dropped_tokens(keep) == cut.drop
+        path = list(keep.meta["nn_module_stack"].values())[-1][0]
+        assert path == cut.attention.path
+    assert named[ROLES].meta[STAMP].layer == -1
+    readers = {user.meta[STAMP].layer for user in named[ROLES].users}
+    assert readers == {0, 1}
+
+
+def test_the_number_that_leaves_is_a_constant() -> None:
+    module, pass_, _ = ready_for("InsertScores")
+    pass_(module)
+    slices = [n for n in _of_role(module, "keep") if n.target == aten.slice.Tensor]
+    assert [node.args[2] for node in slices] == [3, 5]
+
+
+def test_scores_alone_change_no_result() -> None:
+    module, pass_, _ = ready_for("InsertScores")
+    pass_(module)
+    program = copy.deepcopy(exported_program())
+    program._graph_module = module
+    inputs = batch(tiny_llava(layers=2), (3, 6), (9, 1))
+    with torch.no_grad():
+        ours = program.module()(**inputs).logits
+        plain = exported_program().module()(**inputs).logits
+    assert torch.equal(ours, plain)
+
+
+def _of_role(module: GraphModule, role: str) -> list[Node]:
+    return [n for n in calls(module) if STAMP in n.meta and n.meta[STAMP].role == role]
+
+
+# ----------------------------------------------------------------------- GatherTokens
+
+
+def test_every_live_value_is_gathered_by_the_keep_set_of_its_cut() -> None:
+    module, pass_, plan = ready_for("GatherTokens")
+    pass_(module)
+    gathers = [n for n in _of_role(module, "gather") if n.target == aten.index.Tensor]
+    for cut in plan.cuts:
+        layer = cut.attention.layer
+        of_cut = [n for n in gathers if n.meta[STAMP].layer == layer]
+        # Beside what is live, the tokens' roles: one gather an axis.
+        assert len(of_cut) == sum(len(live.axes) for live in cut.live) + 1
+        for node in of_cut:
+            indices = node.args[1]
+            assert isinstance(indices, (list, tuple))
+            assert indices[-1].name == f"{KEEP_PREFIX}{layer}"
+
+
+def test_nothing_behind_a_cut_reads_what_is_as_long_as_before() -> None:
+    """But for the gathers themselves."""
+    module, pass_, plan = ready_for("GatherTokens")
+    pass_(module)
+    named = {node.name: node for node in module.graph.nodes}
+    for cut in plan.cuts:
+        node = named[cut.attention.node].next
+        whole = {live.node for live in cut.live} | plan.lengths
+        while node.op != "output":
+            if STAMP not in node.meta:
+                assert not whole & set(names(node.all_input_nodes)), node.format_node()
+            node = node.next
+    last = named[outputs(module)[0].name]
+    assert dropped_tokens(last) == plan.dropped
+
+
+def test_keys_and_values_go_into_the_cache_ahead_of_their_own_cut() -> None:
+    module, pass_, _ = ready_for("GatherTokens")
+    pass_(module)
+    # logits, keys and values of layers 0 and 1, image features
+    gone = [dropped_tokens(node) for node in outputs(module)]
+    assert gone == [8, 0, 0, 3, 3, 0]
+
+
+# ---------------------------------------------------------------------- RefreshValues
+
+
+def test_refreshed_values_are_what_was_recorded_less_the_tokens() -> None:
+    module, pass_, plan = ready_for("RefreshValues")
+    logits = outputs(module)[0]
+    full = value_at_full_length(logits).shape
+    assert pass_(module).modified
+    assert not any(SHORTER in node.meta for node in module.graph.nodes)
+    shape = logits.meta["val"].shape
+    assert shape[1].node.expr == full[1].node.expr - plan.dropped
+    assert (shape[0], shape[2]) == (full[0], full[2])
+
+
+# ------------------------------------------------------------------------ whole graphs
+
+
+def test_exported_graph_is_static() -> None:
+    pruned = prune(exported_program(), recipe=recipe_for(2, DROPS))
+    assert_static(pruned.program.graph_module)
+
+
+def test_compiled_graph_is_static() -> None:
+    model = tiny_llava(layers=2)
+    compiled = Compiled(model, recipe_for(2, DROPS))
+    compiled(**batch(model, (3, 6)))
+    assert_static(compiled.recorded.graphs[0])
+
+
+def test_the_check_for_static_graphs_finds_what_is_not() -> None:
+    """The graph as it came reads a scalar back; a mask as index is data too."""
+    with pytest.raises(AssertionError, match="item"):
+        assert_static(exported_program().graph_module)
+    module, plan = planned({})
+    AsyncChecks()(module)
+    assert_static(module)
+    visual = next(n for n in module.graph.nodes if n.name == plan.visual)
+    with module.graph.inserting_after(visual):
+        module.graph.call_function(aten.index.Tensor, (visual, [visual]))
+    with pytest.raises(AssertionError, match=r"aten\.index"):
+        assert_static(module)
+
+
+def test_pruning_copies_the_graph_and_shares_the_weights() -> None:
+    program = exported_program()
+    text = readable(program.graph_module)
+    pruned = prune(program, recipe=recipe_for(2, DROPS)).program
+    assert readable(program.graph_module) == text
+    for name, weight in program.state_dict.items():
+        assert pruned.state_dict[name] is weight

@@ -1,0 +1,377 @@
+"""Tiny models, prompts for them, and the comparison with the oracle."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
+from transformers.utils.output_capturing import (
+    install_all_output_capturing_hooks as install_hooks,
+)
+
+from vtprune_fx import oracle
+from vtprune_fx.anatomy import read
+from vtprune_fx.backend import vtprune_backend
+from vtprune_fx.capture import export
+from vtprune_fx.decoding import mark_dynamic
+from vtprune_fx.graph import value_at_full_length
+from vtprune_fx.passes import KEEP_PREFIX
+from vtprune_fx.plan import PrunePlan, place
+from vtprune_fx.recipe import Cut, Provenance, Recipe
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from torch.export import ExportedProgram
+
+aten = torch.ops.aten
+
+IMAGE, PAD = 99, 0
+"""Image and padding token of the tiny models."""
+PATCH = 14
+VOCABULARY = 100
+
+Inputs = dict[str, Tensor]
+KeepSets = dict[int, Tensor]
+
+
+@functools.cache
+def tiny_llava(
+    *,
+    layers: int = 4,
+    heads: int = 4,
+    kv_heads: int | None = None,
+    head_dim: int = 8,
+    image: int = 56,
+    attention: str = "sdpa",
+) -> LlavaForConditionalGeneration:
+    """A LLaVA 32 wide, with weights that make attention far from uniform.
+
+    Args:
+        layers: Decoder layers.
+        heads: Query heads of the decoder.
+        kv_heads: Key and value heads, as many as query heads if left out.
+        head_dim: Width of a head.
+        image: Width of an image in pixels: one visual token a patch of 14 x 14.
+        attention: Attention implementation of transformers.
+    """
+    torch.manual_seed(0)
+    text = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads or heads,
+        head_dim=head_dim,
+        initializer_range=0.3,
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=image,
+        patch_size=PATCH,
+    )
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=IMAGE
+    )
+    model = LlavaForConditionalGeneration(config)
+    model.train(mode=False)
+    model.set_attn_implementation(attention)
+    # Dynamo cannot trace the lock under which a first call would do this.
+    install_hooks(model)
+    return model
+
+
+def image_tokens(model: LlavaForConditionalGeneration) -> int:
+    """Visual tokens of one image."""
+    width: int = model.config.vision_config.image_size
+    return (width // PATCH) ** 2
+
+
+def batch(
+    model: LlavaForConditionalGeneration, *prompts: Sequence[int], seed: int = 0
+) -> Inputs:
+    """Prompts in one batch, padded on the left, with an image of its own in each gap.
+
+    Args:
+        model: Its image size decides how many tokens an image takes.
+        prompts: For each sample, how many text tokens stand ahead of, between and behind
+            its images: ``(3, 6)`` has one image behind three tokens, ``(3, 0, 6)`` two
+            side by side, ``(9,)`` none.
+        seed: Of texts and images.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    image = torch.full((image_tokens(model),), IMAGE)
+    rows: list[Tensor] = []
+    for texts in prompts:
+        parts: list[Tensor] = []
+        for count in texts:
+            parts += [image, torch.randint(1, IMAGE, (count,), generator=generator)]
+        rows.append(torch.cat(parts[1:]))
+    width = model.config.vision_config.image_size
+    images = sum(len(texts) - 1 for texts in prompts)
+    inputs = _padded(rows)
+    if images:
+        inputs["pixel_values"] = torch.randn(
+            images, 3, width, width, generator=generator
+        )
+    return inputs
+
+
+def _padded(rows: list[Tensor]) -> Inputs:
+    ids = torch.full((len(rows), max(map(len, rows))), PAD)
+    mask = torch.zeros_like(ids)
+    for index, row in enumerate(rows):
+        ids[index, -len(row) :] = row
+        mask[index, -len(row) :] = 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def counted_positions(inputs: Inputs) -> Tensor:
+    """Position ids that count each sample's own tokens, as ``generate`` makes them."""
+    return (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+
+
+def recipe_for(
+    layers: int,
+    drops: Mapping[int, int],
+    *,
+    visual_tokens: int = 16,
+    of: int | None = None,
+) -> Recipe:
+    """A recipe that drops ``drops[layer]`` visual tokens in a layer."""
+    return Recipe(
+        schema_version=1,
+        name="test",
+        method="fitprune",
+        score="fitprune",
+        positions="kept",
+        layers=layers,
+        visual_tokens=visual_tokens,
+        of=of,
+        cuts=tuple(Cut(layer=at, drop=drops[at]) for at in sorted(drops)),
+        provenance=Provenance(source="this test"),
+    )
+
+
+# ------------------------------------------------------------------- the comparison
+
+
+def cache_lengths(outputs: Any) -> list[int]:
+    """Length of each layer's key cache; values must be as long."""
+    layers = outputs.past_key_values.layers
+    assert all(layer.keys.shape == layer.values.shape for layer in layers)
+    return [layer.keys.shape[2] for layer in layers]
+
+
+def assert_matches_oracle(
+    outputs: Any,
+    keep_sets: KeepSets,
+    model: LlavaForConditionalGeneration,
+    recipe: Recipe,
+    inputs: Inputs,
+    atol: float = 1e-4,
+) -> None:
+    """Compare a pruned run with the oracle's, sample by sample.
+
+    Logits of what is no padding, the tokens kept after every cut, cache lengths.
+    Padding stands in front and never leaves, so a sample's own rows are the last ones.
+    """
+    samples = oracle.split_batch(model, **inputs)
+    for row, sample in enumerate(samples):
+        run = oracle.prefill(model, recipe, sample)
+        padding = inputs["input_ids"].shape[1] - len(sample.input_ids)
+        whole = padding + len(run.logits)
+        assert outputs.logits.shape[1] == whole, f"sample {row}"
+        torch.testing.assert_close(
+            outputs.logits[row, padding:], run.logits, atol=atol, rtol=0
+        )
+        lengths = [padding + keys.shape[1] for keys in run.keys]
+        assert cache_lengths(outputs) == lengths, f"sample {row}"
+        assert sorted(keep_sets) == sorted(run.scores), "layers with a cut"
+        for layer, positions in keep_sets.items():
+            kept = (positions[row] - padding).tolist()
+            assert kept[:padding] == list(range(-padding, 0)), f"padding of {row}"
+            assert kept[padding:] == run.kept[layer].tolist(), f"{layer=}, sample {row}"
+
+
+class KeepRecorder(Interpreter):
+    """Runs a graph and follows its keep sets back to the prompt as it came."""
+
+    def __init__(self, module: GraphModule) -> None:
+        super().__init__(module)
+        self.kept: KeepSets = {}
+
+    def run_node(self, n: Node) -> Any:
+        result = super().run_node(n)
+        if n.name.startswith(KEEP_PREFIX):
+            before = self.kept[max(self.kept)] if self.kept else None
+            layer = int(n.name.removeprefix(KEEP_PREFIX))
+            self.kept[layer] = result if before is None else before.gather(1, result)
+        return result
+
+
+# ------------------------------------------------------------- the Dynamo front end
+
+
+@dataclasses.dataclass(eq=False)
+class Inner:
+    """An inner backend that keeps the graphs it gets, and runs them node by node.
+
+    Attributes:
+        graphs: All graphs so far, one for each compilation.
+        ran: For each call so far, the graph that ran.
+        keep_sets: Of the last graph that ran.
+    """
+
+    graphs: list[GraphModule] = dataclasses.field(default_factory=list)
+    ran: list[GraphModule] = dataclasses.field(default_factory=list)
+    keep_sets: KeepSets = dataclasses.field(default_factory=dict)
+
+    def __call__(
+        self, module: GraphModule, example_inputs: Sequence[Tensor]
+    ) -> Callable[..., Any]:
+        """Compile a graph."""
+        self.graphs.append(module)
+        return functools.partial(self._run, module)
+
+    def _run(self, module: GraphModule, *inputs: Any) -> Any:
+        recorder = KeepRecorder(module)
+        outputs = recorder.run(*inputs)
+        self.ran.append(module)
+        self.keep_sets = recorder.kept
+        return outputs
+
+
+class Compiled:
+    """A model compiled with the backend, prompt length dynamic.
+
+    Args:
+        model: The model.
+        recipe: What to cut, or None for the default.
+        inner: The inner backend; by default one that records.
+    """
+
+    def __init__(
+        self,
+        model: LlavaForConditionalGeneration,
+        recipe: Recipe | str | None,
+        inner: Inner | str | None = None,
+    ) -> None:
+        self.inner = Inner() if inner is None else inner
+        self._forward = torch.compile(
+            model.forward,
+            backend=vtprune_backend,
+            options={"recipe": recipe, "inner": self.inner},
+            fullgraph=True,
+        )
+
+    @property
+    def recorded(self) -> Inner:
+        """The recording inner backend."""
+        assert isinstance(self.inner, Inner)
+        return self.inner
+
+    def __call__(self, **inputs: Any) -> Any:
+        """Run a prompt or a decode step."""
+        if inputs["input_ids"].shape[1] > 1:
+            names = ("input_ids", "attention_mask", "position_ids")
+            mark_dynamic(1, *map(inputs.get, names))
+        with torch.no_grad():
+            return self._forward(**inputs)
+
+
+# ---------------------------------------------------------------- looking at graphs
+
+
+def assert_static(module: GraphModule) -> None:
+    """No shape and no number on the host depends on data."""
+    for node in calls(module):
+        assert node.target not in _DYNAMIC, node.format_node()
+        assert not _indexes_by_mask(node), node.format_node()
+        for count in _selected(node):
+            assert not isinstance(count, Node), node.format_node()
+
+
+_DYNAMIC: frozenset[object] = frozenset(
+    {
+        aten.nonzero.default,
+        aten.nonzero_static.default,
+        aten.item.default,
+        aten._local_scalar_dense.default,
+        aten.masked_select.default,
+        aten.repeat_interleave.Tensor,
+        aten.unique_dim.default,
+        aten._unique2.default,
+    }
+)
+
+
+def _indexes_by_mask(node: Node) -> bool:
+    if node.target not in {aten.index.Tensor, aten.index_put.default}:
+        return False
+    indices = node.args[1]
+    assert isinstance(indices, (list, tuple))
+    kinds = {value_at_full_length(n).dtype for n in indices if isinstance(n, Node)}
+    return bool(kinds & {torch.bool, torch.uint8})
+
+
+def _selected(node: Node) -> Iterator[object]:
+    """How many values a topk takes."""
+    if node.target == aten.topk.default:
+        yield node.args[1]
+
+
+def calls(module: GraphModule, *targets: object) -> list[Node]:
+    """Nodes that call one of ``targets``, or anything where none is given."""
+    return [
+        node
+        for node in module.graph.nodes
+        if node.op == "call_function" and (not targets or node.target in targets)
+    ]
+
+
+def placeholder(module: GraphModule, name: str) -> Node:
+    """The one input whose name holds ``name``."""
+    [found] = [n for n in module.graph.find_nodes(op="placeholder") if name in n.name]
+    return found
+
+
+def is_dynamic(size: int | torch.SymInt) -> bool:
+    """Whether a size was left open."""
+    return not is_concrete_int(size)
+
+
+# ------------------------------------------------------------ graphs to try passes on
+
+
+@functools.cache
+def exported_program(layers: int = 2) -> ExportedProgram:
+    """An exported tiny model, not pruned. Copy its graph before you write to it."""
+    model = tiny_llava(layers=layers)
+    return export(model, batch(model, (3, 6)))
+
+
+def planned(
+    drops: Mapping[int, int], of: int | None = None
+) -> tuple[GraphModule, PrunePlan]:
+    """A graph of two layers to write to, and a recipe placed on it."""
+    module = copy.deepcopy(exported_program().graph_module)
+    anatomy = read(module.graph)
+    assert anatomy is not None
+    return module, place(recipe_for(2, drops, of=of), anatomy, module.graph)
