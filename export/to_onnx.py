@@ -6,7 +6,10 @@ conversion, by inheritance.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+import contextlib
+import logging
+import sys
+from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +101,7 @@ def export_onnx(
     inputs["position_ids"] = positions
     exporter = PrunedOnnxExporter(recipe)
     # Behind cuts nearly every symbolic size is new: remembering fakes doubles the time.
-    with torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
+    with torch._dynamo.config.patch(fake_tensor_cache_enabled=False), _quietly():
         with images_as_one_sequence(model):
             prefill = _export(exporter, model, inputs, dynamic_shapes(inputs))
         with ragged_attention(model):
@@ -108,6 +111,26 @@ def export_onnx(
         components, ExportFormat.ONNX, model.config, model.generation_config
     )
     return exported, exporter.report
+
+
+_CHATTY = ("torch.onnx", "transformers.exporters.utils", "onnx_ir")
+"""Loggers of the exporters: operators of packages that are not installed, versions that
+differ from the last that transformers tested. What matters is an exception."""
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Errors only from the exporters' loggers, and their progress on standard error."""
+    loggers = [logging.getLogger(name) for name in _CHATTY]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def write_onnx(

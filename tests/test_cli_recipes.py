@@ -67,7 +67,7 @@ def test_show_json_is_a_recipe_file(io: Run, tmp_path: Path) -> None:
     status, out, _ = run(*io, "recipes", "show", NAME, "--json")
     (tmp_path / "copy.json").write_text(out, encoding="utf-8")
     assert status == 0
-    assert recipe.load_recipe(tmp_path / "copy.json") == recipe.load(NAME)
+    assert recipe.load_recipe(tmp_path / "copy.json") == recipe.load_recipe(NAME)
 
 
 def test_cost_prints_both_counts(io: Run) -> None:

@@ -212,7 +212,9 @@ def test_the_manifest_tells_what_was_cut_and_hashes_every_file(folder: Path) -> 
     assert contents.recipe == RECIPE
     assert contents.tokens_per_layer == [11, 8, 8]
     assert set(contents.packages) >= {"torch", "transformers", "vtprune-fx"}
-    files = {p.name: p.read_bytes() for p in folder.iterdir() if p.name != manifest.FILE}
+    files = {
+        p.name: p.read_bytes() for p in folder.iterdir() if p.name != manifest.FILE
+    }
     hashes = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     assert contents.files == hashes
     assert {"prefill.onnx", "decode.onnx", "tokenizer.json"} <= set(files)
@@ -220,7 +222,9 @@ def test_the_manifest_tells_what_was_cut_and_hashes_every_file(folder: Path) -> 
 
 def test_a_missing_file_is_named(folder: Path, tmp_path: Path) -> None:
     (tmp_path / manifest.FILE).write_text((folder / manifest.FILE).read_text())
-    with pytest.raises(ExportError, match="expected chat_template.jinja, found no such"):
+    with pytest.raises(
+        ExportError, match="expected chat_template.jinja, found no such"
+    ):
         load(tmp_path)
 
 

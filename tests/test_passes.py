@@ -194,7 +194,7 @@ def test_check_of_a_truth_value_is_rewritten() -> None:
 
 
 def test_check_of_a_number_keeps_its_meaning() -> None:
-    """7 <= 5 is false, and 7 is true: asserting on the tensor would be another check."""
+    """7 <= 5 is false, 7 is true: to assert on the tensor would be another check."""
     module = checked_scalar(torch.int64, operator.le, 5)
     AsyncChecks()(module)
     module(torch.tensor(0))

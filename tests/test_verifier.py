@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 
+
 class WrongEdit(Pass):
     """Runs an edit, which returns the node that the error has to name."""
 

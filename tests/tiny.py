@@ -76,7 +76,7 @@ def tiny_llava(
         num_attention_heads=heads,
         num_key_value_heads=kv_heads or heads,
         head_dim=head_dim,
-        initializer_range=0.3,
+        initializer_range=0.2,
     )
     vision = CLIPVisionConfig(
         hidden_size=16,
@@ -110,9 +110,9 @@ def batch(
 
     Args:
         model: Its image size decides how many tokens an image takes.
-        prompts: For each sample, how many text tokens stand ahead of, between and behind
-            its images: ``(3, 6)`` has one image behind three tokens, ``(3, 0, 6)`` two
-            side by side, ``(9,)`` none.
+        prompts: For each sample, how many text tokens stand ahead of, between and
+            behind its images: ``(3, 6)`` has one image behind three tokens,
+            ``(3, 0, 6)`` two side by side, ``(9,)`` none.
         seed: Of texts and images.
     """
     generator = torch.Generator().manual_seed(seed)

@@ -26,6 +26,7 @@ from torch.fx import GraphModule
 
 from vtprune_fx.capture import lower
 from vtprune_fx.errors import InputError
+from vtprune_fx.graph import fake_mode_of, uncached_fakes
 from vtprune_fx.passes import prune_graph
 from vtprune_fx.recipe import Recipe, load_recipe
 
@@ -69,8 +70,10 @@ def vtprune_backend(
     recipe = (
         load_recipe(options["recipe"]) if options.get("recipe") is not None else None
     )
-    pruned = _prune(module, recipe)
-    compiled: Callable[..., Any] = inner(pruned or module, example_inputs, **kwargs)
+    module = _prune(module, recipe) or module
+    # The inner backend traces the graph once more, in the same fake mode.
+    with uncached_fakes(fake_mode_of(module.graph)):
+        compiled: Callable[..., Any] = inner(module, example_inputs, **kwargs)
     return compiled
 
 

@@ -36,7 +36,7 @@ TOLERANCE = 1e-4
 ROUNDS = 5
 """Timed runs of each of dense and pruned, in turn."""
 
-PANELS = 4
+PANELS = 3
 """Layers that the picture shows."""
 
 
@@ -87,7 +87,11 @@ class _Job:
 
 
 def run_demo(
-    folder: Path, recipe: Recipe, prompt: str, spec: CheckpointSpec | None = None
+    folder: Path,
+    recipe: Recipe,
+    prompt: str,
+    spec: CheckpointSpec | None = None,
+    inner: str = "inductor",
 ) -> list[Outcome]:
     """Build, prune, compile, export, run, compare, draw; print a report.
 
@@ -96,6 +100,7 @@ def run_demo(
         recipe: What to cut.
         prompt: The question.
         spec: The model; LLaVA-1.5's geometry with narrow layers if left out.
+        inner: The ``torch.compile`` backend that compiles dense and pruned graphs.
 
     Raises:
         VerifyError: A runtime disagrees with the oracle.
@@ -109,7 +114,7 @@ def run_demo(
     job = _Job(model, processor, inputs, recipe, folder, console)
     with job.step("Oracle, eager"):
         sample, expected, answer = _ask_oracle(job)
-    outcomes = [_on_torch(job, expected), _on_onnx(job, expected)]
+    outcomes = [_on_torch(job, expected, inner), _on_onnx(job, expected)]
     picture = _draw(job, sample, expected)
     for outcome in outcomes:
         _check(outcome, answer)
@@ -143,10 +148,13 @@ def _ask_oracle(job: _Job) -> tuple[oracle.Sample, oracle.Prefill, list[int]]:
     return sample, expected, answer
 
 
-def _on_torch(job: _Job, expected: oracle.Prefill) -> Outcome:
+def _on_torch(job: _Job, expected: oracle.Prefill, inner: str) -> Outcome:
     # A model of its own for each: both stay compiled while they are timed in turn.
     whole, _ = _open(job.folder / "checkpoint")
-    with pruned(job.model, job.recipe) as model, pruned(whole, job.nothing) as dense:
+    with (
+        pruned(job.model, job.recipe, inner) as model,
+        pruned(whole, job.nothing, inner) as dense,
+    ):
         with job.step("torch.compile, pruned prefill and decode"):
             answer = _generate(model, job.inputs, NEW_TOKENS)
         with job.step("torch.compile, dense prefill"):

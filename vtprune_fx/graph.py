@@ -119,7 +119,8 @@ def mentions(value: object, symbol: sympy.Symbol) -> bool:
 
 def fake_mode_of(graph: Graph) -> FakeTensorMode:
     """The fake mode that the graph's values live in."""
-    mode = detect_fake_mode([n.meta.get("val") for n in graph.nodes])
+    values = [n.meta.get("val", n.meta.get("example_value")) for n in graph.nodes]
+    mode = detect_fake_mode(values)
     assert mode is not None, "the graph carries no fake tensors"
     return mode
 
