@@ -39,6 +39,7 @@ from vtprune_fx.graph import (
     Stamp,
     dropped_tokens,
     fake_mode_of,
+    kind_of,
     mentions,
     replace_inputs,
     set_value,
@@ -85,14 +86,13 @@ class GatherTokens(Pass):
         for node in list(graph.nodes):
             if node.op == "output":
                 break
-            if dropped:
+            if current:
                 replace_inputs(node, current)
                 values.refresh(node, dropped)
             if cut := cuts.get(node.name):
-                shorter = gather.behind(node, cut, named, current)
+                length, shorter = gather.behind(node, cut, named, current)
                 values.watch(shorter)
-                current |= shorter
-                current |= dict.fromkeys(lengths, gather.length)
+                current |= shorter | dict.fromkeys(lengths, length)
                 dropped = cut.dropped
         return True
 
@@ -103,7 +103,6 @@ class _Gather:
     def __init__(self, graph: Graph) -> None:
         self._inserter = Inserter(graph)
         self._rows: Node | None = None
-        self.length: Node
 
     def behind(
         self,
@@ -111,17 +110,16 @@ class _Gather:
         cut: PlannedCut,
         named: Mapping[str, Node],
         current: Mapping[Node, Node],
-    ) -> dict[Node, Node]:
+    ) -> tuple[Node, dict[Node, Node]]:
         """Gather what is live across a cut.
 
         Returns:
-            For each live value the version behind the cut; ``length`` is the new
-            length.
+            The prompt's new length, and for each live value the version behind the cut.
         """
         layer = cut.attention.layer
         keep = named[f"{KEEP_PREFIX}{layer}"]
         insert = partial(self._inserter.call, attention.next, Stamp("gather", layer))
-        self.length = insert(aten.sym_size.int, keep, 1)
+        length = insert(aten.sym_size.int, keep, 1)
         if self._rows is None:
             self._rows = _sample_rows(insert, keep)
         shorter: dict[Node, Node] = {}
@@ -129,7 +127,7 @@ class _Gather:
             original = named[live.node]
             value = current.get(original, original)
             shorter[original] = _take(insert, value, self._rows, keep, live.axes)
-        return shorter
+        return length, shorter
 
 
 def _sample_rows(insert: Insert, keep: Node) -> Node:
@@ -188,8 +186,8 @@ class _Values:
         """Set the value of a node behind a cut."""
         full, gone = value_at_full_length(node), dropped_tokens(node)
         if not self._widened.isdisjoint(node.all_input_nodes):
-            samples, full = _samples(node), self._run(node)
-            if size_expr(full.shape[0]) != samples:
+            shared, full = full, self._run(node)
+            if kind_of(full) != kind_of(shared):
                 self._widened.add(node)
         if mentions(full, self._tokens):
             set_value(node, full, None if gone is None else gone + dropped)

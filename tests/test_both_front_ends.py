@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
@@ -71,7 +72,15 @@ PROMPTS: dict[str, Prompts] = {
 @pytest.fixture(scope="module")
 def exported() -> PrunedProgram:
     model = tiny_llava()
-    return prune(model, batch(model, (3, 6)), RECIPE)
+    pruned = prune(model, batch(model, (3, 6)), RECIPE)
+    _make_module_once(pruned)
+    return pruned
+
+
+def _make_module_once(pruned: PrunedProgram) -> None:
+    """To make a module of a program costs more than to run it."""
+    module = functools.cache(pruned.program.module)
+    pruned.program.module = module  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("case", list(PROMPTS))
@@ -260,11 +269,9 @@ def test_backend_by_its_own_name() -> None:
     model, inner = tiny_llava(layers=2), Inner()
     inputs = batch(model, (3, 6))
     mark_dynamic(1, inputs["input_ids"], inputs["attention_mask"])
-    compiled = torch.compile(
-        model.forward,
-        backend="vtprune",
-        options={"recipe": SHORT, "inner": inner},
-        fullgraph=True,
+    options: dict[str, Any] = {"recipe": SHORT, "inner": inner}
+    compiled: Callable[..., Any] = torch.compile(
+        model.forward, backend="vtprune", options=options, fullgraph=True
     )
     with torch.no_grad():
         outputs = compiled(**inputs)
@@ -357,7 +364,9 @@ def test_compiled_cuts_that_drop_nothing_are_bit_equal() -> None:
     inner, model = Inner(), tiny_llava(layers=2)
     inputs = batch(model, (5, 9), (2, 4), seed=1)
     mark_dynamic(1, inputs["input_ids"], inputs["attention_mask"])
-    compiled = torch.compile(model.forward, backend=cutting, fullgraph=True)
+    compiled: Callable[..., Any] = torch.compile(
+        model.forward, backend=cutting, fullgraph=True
+    )
     with torch.no_grad():
         assert torch.equal(compiled(**inputs).logits, model(**inputs).logits)
     assert [k.shape for k in inner.keep_sets.values()] == [(2, 30)] * 2

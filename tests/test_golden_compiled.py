@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from transformers.utils.output_capturing import (
+    install_all_output_capturing_hooks as install_hooks,
+)
 
 from tests.golden_cases import CASES, GoldenCase, encoded, llava_from_golden, load_case
-from tests.tiny import Compiled, Inner, cache_lengths, install_hooks
+from tests.tiny import Compiled, Inner, cache_lengths
 from vtprune_fx.decoding import use_ragged_attention
 
 if TYPE_CHECKING:

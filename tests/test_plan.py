@@ -27,6 +27,8 @@ from vtprune_fx.plan import place
 from vtprune_fx.recipe import DEFAULT, default, load_recipe
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch.fx import GraphModule, Node
 
     from vtprune_fx.recipe import Recipe
@@ -213,8 +215,8 @@ def test_program_with_a_static_prompt_length() -> None:
     assert caught.value.found == "the constant 25"
 
 
-def compile_and_run(inputs: Inputs, **options: object) -> None:
-    compiled = torch.compile(
+def compile_and_run(inputs: Inputs, **options: Any) -> None:
+    compiled: Callable[..., Any] = torch.compile(
         tiny_llava(layers=2).forward,
         backend=vtprune_backend,
         options={"inner": "eager", **options},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -101,8 +102,9 @@ def test_a_pass_that_changes_nothing_is_fine() -> None:
 def test_gather_along_the_wrong_axis() -> None:
     def edit(module: GraphModule) -> Node:
         node = residual(module, 0)
-        value, [rows, keep] = node.args
-        node.args = (value, [rows, None, keep])
+        value, indices = node.args
+        assert isinstance(indices, (list, tuple))
+        node.args = (value, [indices[0], None, indices[1]])
         return node
 
     assert "its recorded value" in str(assert_caught(edit))
@@ -118,7 +120,9 @@ def test_gather_of_one_axis_of_a_mask() -> None:
             if value_at_full_length(node).dtype == torch.bool
             and value_at_full_length(node).dim() == 4
         ][:1]
-        mask.replace_all_uses_with(mask.args[0])
+        whole = mask.args[0]
+        assert isinstance(whole, Node)
+        mask.replace_all_uses_with(whole)
         module.graph.erase_node(mask)
 
     assert_caught(edit)
@@ -153,10 +157,10 @@ def _live_values() -> list[tuple[int, str]]:
 def test_every_forgotten_live_value_is_caught() -> None:
     """What reads the gathered version goes back to the version ahead of the cut."""
     for layer, value in _live_values():
-        assert_caught(lambda module, at=layer, name=value: _forget(module, at, name))
+        assert_caught(functools.partial(_forget, layer, value))
 
 
-def _forget(module: GraphModule, layer: int, value: str) -> None:
+def _forget(layer: int, value: str, module: GraphModule) -> None:
     """Let the model read ``value`` as it was ahead of the cut of ``layer``."""
     whole = named(module, value)
     last = _last_version(whole, layer)

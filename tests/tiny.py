@@ -99,8 +99,14 @@ def tiny_llava(
 
 def image_tokens(model: LlavaForConditionalGeneration) -> int:
     """Visual tokens of one image."""
-    width: int = model.config.vision_config.image_size
-    return (width // PATCH) ** 2
+    return (_image_width(model) // PATCH) ** 2
+
+
+def _image_width(model: LlavaForConditionalGeneration) -> int:
+    vision = model.config.vision_config
+    assert isinstance(vision, CLIPVisionConfig)
+    assert isinstance(vision.image_size, int)
+    return vision.image_size
 
 
 def batch(
@@ -123,7 +129,7 @@ def batch(
         for count in texts:
             parts += [image, torch.randint(1, IMAGE, (count,), generator=generator)]
         rows.append(torch.cat(parts[1:]))
-    width = model.config.vision_config.image_size
+    width = _image_width(model)
     images = sum(len(texts) - 1 for texts in prompts)
     inputs = _padded(rows)
     if images:
@@ -274,11 +280,10 @@ class Compiled:
         inner: Inner | str | None = None,
     ) -> None:
         self.inner = Inner() if inner is None else inner
-        self._forward = torch.compile(
-            model.forward,
-            backend=vtprune_backend,
-            options={"recipe": recipe, "inner": self.inner},
-            fullgraph=True,
+        # torch types options as numbers, texts and functions; a backend takes any.
+        options: dict[str, Any] = {"recipe": recipe, "inner": self.inner}
+        self._forward: Callable[..., Any] = torch.compile(
+            model.forward, backend=vtprune_backend, options=options, fullgraph=True
         )
 
     @property
@@ -348,6 +353,7 @@ def calls(module: GraphModule, *targets: object) -> list[Node]:
 
 def placeholder(module: GraphModule, name: str) -> Node:
     """The one input whose name holds ``name``."""
+    found: Node
     [found] = [n for n in module.graph.find_nodes(op="placeholder") if name in n.name]
     return found
 

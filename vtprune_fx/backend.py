@@ -26,7 +26,6 @@ from torch.fx import GraphModule
 
 from vtprune_fx.capture import lower
 from vtprune_fx.errors import InputError
-from vtprune_fx.graph import fake_mode_of, uncached_fakes
 from vtprune_fx.passes import prune_graph
 from vtprune_fx.recipe import Recipe, load_recipe
 
@@ -70,10 +69,8 @@ def vtprune_backend(
     recipe = (
         load_recipe(options["recipe"]) if options.get("recipe") is not None else None
     )
-    module = _prune(module, recipe) or module
-    # The inner backend traces the graph once more, in the same fake mode.
-    with uncached_fakes(fake_mode_of(module.graph)):
-        compiled: Callable[..., Any] = inner(module, example_inputs, **kwargs)
+    pruned = _prune(module, recipe)
+    compiled: Callable[..., Any] = inner(pruned or module, example_inputs, **kwargs)
     return compiled
 
 

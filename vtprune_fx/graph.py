@@ -119,8 +119,7 @@ def mentions(value: object, symbol: sympy.Symbol) -> bool:
 
 def fake_mode_of(graph: Graph) -> FakeTensorMode:
     """The fake mode that the graph's values live in."""
-    values = [n.meta.get("val", n.meta.get("example_value")) for n in graph.nodes]
-    mode = detect_fake_mode(values)
+    mode = detect_fake_mode([n.meta.get("val") for n in graph.nodes])
     assert mode is not None, "the graph carries no fake tensors"
     return mode
 
@@ -206,7 +205,7 @@ class Inserter:
     def _value(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What ``op`` gives at full length."""
         full = map_arg(args, value_at_full_length)
-        key = (op, *map(_kind, full), *kwargs.items())
+        key = (op, *map(kind_of, full), *kwargs.items())
         if key not in self._values:
             with self._mode, enable_python_dispatcher():
                 self._values[key] = op(*full, **kwargs)
@@ -248,7 +247,9 @@ class Inserter:
     def _template(
         self, function: Callable[..., Tensor], args: tuple[object, ...]
     ) -> Graph:
-        kinds = tuple(_kind(a.meta["val"]) if isinstance(a, Node) else a for a in args)
+        kinds = tuple(
+            kind_of(a.meta["val"]) if isinstance(a, Node) else a for a in args
+        )
         key = (function, kinds)
         if key not in self._traced:
             self._traced[key] = self._trace(function, args)
@@ -278,12 +279,12 @@ def _add(dropped: Iterable[int | None], more: int) -> int | None:
     return max(known, default=0) + more if len(known) == len(counts) else None
 
 
-def _kind(value: object) -> object:
+def kind_of(value: object) -> object:
     """What a traced function may depend on in a value: equal kinds trace alike."""
     if isinstance(value, torch.SymInt):
         return value.node.expr
     if isinstance(value, (tuple, list)):
-        return tuple(map(_kind, value))
+        return tuple(map(kind_of, value))
     if not isinstance(value, Tensor):
         return value
     sizes = tuple(map(size_expr, (*value.shape, *value.stride())))
