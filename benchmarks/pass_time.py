@@ -47,8 +47,10 @@ def tiny_llava(layers: int) -> Llava:
         num_attention_heads=4,
         vocab_size=64,
     )
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=60)
-    return Llava(config).train(mode=False)
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=60)
+    model = Llava(config)
+    model.train(mode=False)
+    return model
 
 
 def cuts_everywhere(layers: int) -> Recipe:
@@ -75,7 +77,8 @@ def traced(layers: int) -> GraphModule:
         "attention_mask": torch.ones_like(ids),
         "pixel_values": torch.randn(2, 3, 336, 336),
     }
-    return export(tiny_llava(layers), inputs).graph_module
+    module: GraphModule = export(tiny_llava(layers), inputs).graph_module
+    return module
 
 
 def measure(layers: int) -> dict[str, float]:

@@ -2,8 +2,8 @@
 
     python examples/prune_and_compile.py
 
-Builds a small LLaVA with random weights next to this file's working folder, so the answer
-means nothing; the tokens that leave at each layer are real. Needs `vtprune-fx[demo]`.
+Builds a small LLaVA with random weights in a temporary folder: the answer means
+nothing, the tokens that leave at each layer are real. Needs `vtprune-fx[demo]`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from vtprune_fx.answer import continued
 from vtprune_fx.checkpoint import CheckpointSpec, build_checkpoint
 from vtprune_fx.generation import pruned
 from vtprune_fx.inputs import open_checkpoint, prompt_inputs
@@ -30,8 +31,8 @@ def main(inner: str = "inductor") -> str:
     inputs = prompt_inputs(processor, "What is on the table?", sample_photo())
     recipe = default(layers=spec.layers, visual_tokens=spec.visual_tokens)
     with pruned(model, recipe, inner) as compiled:
-        ids = compiled.generate(**inputs, max_new_tokens=8)
-    return str(processor.decode(ids[0], skip_special_tokens=True))
+        ids = continued(compiled, inputs, max_new_tokens=8)
+    return str(processor.decode(ids, skip_special_tokens=True))
 
 
 if __name__ == "__main__":

@@ -19,10 +19,11 @@ becomes an assertion on the tensor itself::
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule, Node, map_arg
 
 from vtprune_fx.graph import STAMP, Stamp
 from vtprune_fx.passes.base import Pass
@@ -31,40 +32,65 @@ aten = torch.ops.aten
 
 _ASSERT = aten._assert_scalar.default
 _ARITHMETIC: frozenset[object] = frozenset(
-    # What tracing derives from a scalar to assert its range: nothing but truth values
-    # of the same check, so the assertion on the tensor implies every one of them.
-    {torch.sym_ite, torch.sym_not, operator.ge, operator.le, operator.eq}
+    # What tracing derives from a truth value to assert its range. Each is plain Python,
+    # so what the assertions amount to is found by trying both truth values.
+    {torch.sym_ite, operator.ge, operator.le, operator.eq}
 )
 
 
 class AsyncChecks(Pass):
     """Turn scalar assertions on a boolean tensor into one assertion on the tensor.
 
-    1. ``item`` of a bool tensor, read by nothing but assertions: rewritten.
-    2. ``item`` read by anything else: left alone.
+    1. ``item`` of a bool tensor, read by nothing but assertions which together hold if
+       and only if it is true: rewritten.
+    2. Any other ``item``: left alone.
     """
 
     def edit(self, module: GraphModule) -> bool:
         """Rewrite every check of the first kind."""
-        graph = module.graph
         modified = False
-        for item in graph.find_nodes(op="call_function", target=aten.item.default):
+        for item in module.graph.find_nodes(
+            op="call_function", target=aten.item.default
+        ):
             readers = list(_readers(item))
-            if any(n.target not in _ARITHMETIC | {_ASSERT} for n in readers):
-                continue
-            checked = item.args[0]
-            with graph.inserting_before(item):
-                check = graph.call_function(
-                    aten._assert_async.msg,
-                    (checked, f"runtime check failed: {_source(item)}"),
-                )
-            check.meta = {**item.meta, "val": None, STAMP: Stamp("check", -1)}
-            check.meta.pop("unbacked_bindings", None)
-            for node in reversed(readers):
-                graph.erase_node(node)
-            graph.erase_node(item)
-            modified = True
+            if _asserts_truth(item, readers):
+                _rewrite(module, item, readers)
+                modified = True
         return modified
+
+
+def _asserts_truth(item: Node, readers: list[Node]) -> bool:
+    checked = item.args[0]
+    assert isinstance(checked, Node)
+    if checked.meta["val"].dtype != torch.bool:
+        return False
+    if any(node.target not in _ARITHMETIC | {_ASSERT} for node in readers):
+        return False
+    return _hold(item, readers, truth=True) and not _hold(item, readers, truth=False)
+
+
+def _hold(item: Node, readers: list[Node], *, truth: bool) -> bool:
+    """Whether all assertions hold when ``item`` is ``truth``."""
+    values: dict[Node, Any] = {item: truth}
+    for node in readers:
+        args = map_arg(node.args, values.__getitem__)
+        if node.target is not _ASSERT:
+            values[node] = cast("Callable[..., Any]", node.target)(*args)
+        elif not args[0]:
+            return False
+    return True
+
+
+def _rewrite(module: GraphModule, item: Node, readers: list[Node]) -> None:
+    message = f"runtime check failed: {_source(item)}"
+    with module.graph.inserting_before(item):
+        check = module.graph.call_function(
+            aten._assert_async.msg, (item.args[0], message)
+        )
+    check.meta = {**item.meta, "val": None, STAMP: Stamp("check", -1)}
+    check.meta.pop("unbacked_bindings", None)
+    for node in (*reversed(readers), item):
+        module.graph.erase_node(node)
 
 
 def _readers(item: Node) -> Iterator[Node]:

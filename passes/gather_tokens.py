@@ -123,6 +123,7 @@ class _Gather:
         if self._rows is None:
             self._rows = _sample_rows(insert, keep)
         shorter: dict[Node, Node] = {}
+        # The roles are read by the scores of later cuts.
         for live in (*cut.live, LiveValue(ROLES, (1,))):
             original = named[live.node]
             value = current.get(original, original)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import sympy
 import torch
@@ -41,10 +41,10 @@ _DYNAMIC: frozenset[object] = frozenset(
 
 @dataclass(frozen=True)
 class Interface:
-    """What a pass must not change: the inputs, and how many values come out."""
+    """What a pass must not change: the inputs, and which values come out."""
 
     placeholders: tuple[str, ...]
-    outputs: int
+    outputs: tuple[str, ...]
 
     @classmethod
     def of(cls, module: GraphModule) -> Interface:
@@ -52,7 +52,7 @@ class Interface:
         nodes = module.graph.nodes
         placeholders = tuple(n.name for n in nodes if n.op == "placeholder")
         [output] = [n for n in nodes if n.op == "output"]
-        return cls(placeholders, len(pytree.tree_leaves(output.args[0])))
+        return cls(placeholders, tuple(map(str, pytree.tree_leaves(output.args[0]))))
 
 
 class Verifier:
@@ -66,6 +66,7 @@ class Verifier:
 
     def __init__(self, module: GraphModule, tokens: sympy.Symbol, dropped: int) -> None:
         self._before = Interface.of(module)
+        self._own = frozenset(module.graph.nodes)
         self._sizes = Sizes(module, tokens, dropped)
         self._seen: dict[Node, _Seen] = {}
 
@@ -78,7 +79,7 @@ class Verifier:
                 what the operator gives.
         """
         _check_interface(module, self._before, pass_name)
-        _check_inserted(module, pass_name)
+        _check_inserted(module, self._own, pass_name)
         with torch.no_grad():
             for node in module.graph.nodes:
                 if node.op != "output":
@@ -128,9 +129,10 @@ def _check_interface(module: GraphModule, before: Interface, pass_name: str) -> 
         )
 
 
-def _check_inserted(module: GraphModule, pass_name: str) -> None:
+def _check_inserted(module: GraphModule, own: frozenset[Node], pass_name: str) -> None:
+    """Check what was not in the graph before any pass."""
     for node in module.graph.nodes:
-        if node.op != "call_function" or STAMP not in node.meta:
+        if node in own:
             continue
         if node.target in _DYNAMIC or _indexes_by_mask(node):
             raise VerifyError(
@@ -139,13 +141,21 @@ def _check_inserted(module: GraphModule, pass_name: str) -> None:
                 found=str(node.target),
                 fix="Use a gather with a fixed number of indices.",
             )
+        if STAMP not in node.meta:
+            raise VerifyError(
+                f"pass {pass_name}, node {node.name}",
+                expected="a Stamp in the metadata of an inserted node",
+                found="none",
+                fix="Insert nodes with graph.Inserter.",
+            )
 
 
 def _indexes_by_mask(node: Node) -> bool:
     if node.target != aten.index.Tensor:
         return False
-    indices = [n for n in node.all_input_nodes if n is not node.args[0]]
-    return any(value_at_full_length(n).dtype == torch.bool for n in indices)
+    indices = cast("list[Node | None]", node.args[1])
+    masks = (n for n in indices if n is not None)
+    return any(value_at_full_length(n).dtype == torch.bool for n in masks)
 
 
 def _run(

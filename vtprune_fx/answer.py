@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor
 from transformers import ProcessorMixin
 
 from vtprune_fx.errors import InputError
 from vtprune_fx.export import is_export, load
-from vtprune_fx.generation import Generates, pruned
+from vtprune_fx.generation import pruned
 from vtprune_fx.inputs import (
     load_model,
     load_processor,
@@ -56,9 +56,7 @@ def answer(
     processor = load_processor(model)
     inputs = prompt_inputs(processor, prompt, picture)
     with pruned(load_model(model), loaded, inner) as compiled:
-        # All models for images and text generate; PreTrainedModel does not say so.
-        generating = cast("Generates", compiled)
-        return _say(processor, continued(generating, inputs, max_new_tokens))
+        return _say(processor, continued(compiled, inputs, max_new_tokens))
 
 
 def _exported(folder: Path, prompt: str, picture: Any, max_new_tokens: int) -> str:
@@ -67,9 +65,7 @@ def _exported(folder: Path, prompt: str, picture: Any, max_new_tokens: int) -> s
     return _say(processor, continued(model, inputs, max_new_tokens))
 
 
-def continued(
-    model: Generates, inputs: dict[str, Tensor], max_new_tokens: int
-) -> list[int]:
+def continued(model: Any, inputs: dict[str, Tensor], max_new_tokens: int) -> list[int]:
     """The ids that greedy decoding appends to a single prompt.
 
     Args:

@@ -22,7 +22,7 @@ from vtprune_fx.checkpoint import CheckpointSpec, build_checkpoint
 from vtprune_fx.cost import Geometry, cost
 from vtprune_fx.errors import InputError, VerifyError
 from vtprune_fx.export import load, require_onnxruntime, write_onnx
-from vtprune_fx.generation import Generates, pruned
+from vtprune_fx.generation import pruned
 from vtprune_fx.inputs import open_checkpoint, prompt_inputs
 from vtprune_fx.picture import draw_kept, sample_photo, unnormalise
 from vtprune_fx.recipe import Recipe
@@ -175,7 +175,7 @@ def _on_onnx(job: _Job, expected: oracle.Prefill) -> Outcome:
 
 
 def _generate(
-    model: Generates, inputs: dict[str, Tensor], count: int
+    model: Any, inputs: dict[str, Tensor], count: int
 ) -> tuple[list[int], Tensor]:
     """Greedy ids, and the logits [vocabulary] behind the first of them."""
     answer = model.generate(
@@ -194,8 +194,8 @@ def _outcome(
     job: _Job,
     answer: tuple[list[int], Tensor],
     expected: oracle.Prefill,
-    dense: Generates,
-    model: Generates,
+    dense: Any,
+    model: Any,
 ) -> Outcome:
     tokens, logits = answer
     difference = float((logits - expected.logits[-1]).abs().max())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,13 +17,6 @@ from vtprune_fx.decoding import mark_dynamic, ragged_attention
 from vtprune_fx.recipe import Recipe
 
 Model = TypeVar("Model", bound=PreTrainedModel)
-
-
-class Generates(Protocol):
-    """A model with transformers' ``generate``, which ``PreTrainedModel`` lacks."""
-
-    def generate(self, **inputs: Any) -> Any:
-        """Continue a prompt."""
 
 
 @contextlib.contextmanager

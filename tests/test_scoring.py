@@ -1,0 +1,85 @@
+"""FitPrune's score, against the formula written out sample by sample."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from vtprune_fx.scoring import (
+    CONTEXT,
+    INSTRUCTION,
+    VISUAL,
+    fitprune_score,
+    lowest_first,
+    token_roles,
+)
+
+HEADS, TOKENS, WIDTH = 4, 12, 8
+SCALE = WIDTH**-0.5
+
+
+def written_out(query: Tensor, key: Tensor, roles: Tensor) -> Tensor:
+    """One sample without padding, [H, S, D]: softmax, head-maximum, two sums."""
+    causal = torch.ones(query.shape[1], query.shape[1], dtype=torch.bool).tril()
+    logits = (query @ key.transpose(1, 2) * SCALE).masked_fill(~causal, -torch.inf)
+    strongest = logits.softmax(-1).amax(0)
+    visual = roles == VISUAL
+    cross: Tensor = strongest[roles == INSTRUCTION].sum(0)
+    own = strongest[visual].sum(0) / visual.sum()
+    score: Tensor = cross * own
+    return score[visual]
+
+
+def drawn(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    query, key = torch.randn(2, HEADS, TOKENS, WIDTH, generator=generator) * 2
+    roles = torch.tensor([CONTEXT] * 2 + [VISUAL] * 6 + [INSTRUCTION] * 4)
+    return query, key, roles
+
+
+@pytest.mark.parametrize("left", [0, 3])
+@pytest.mark.parametrize("right", [0, 3])
+@pytest.mark.parametrize("boolean", [True, False])
+def test_padding_changes_nothing(left: int, right: int, boolean: bool) -> None:
+    query, key, roles = drawn()
+    whole = left + TOKENS + right
+    queries, keys = torch.randn(2, 1, HEADS, whole, WIDTH)
+    queries[0, :, left : left + TOKENS] = query
+    keys[0, :, left : left + TOKENS] = key
+    padded_roles = torch.full((1, whole), CONTEXT)
+    padded_roles[:, left + TOKENS :] = INSTRUCTION  # what token_roles says of padding
+    padded_roles[:, left : left + TOKENS] = roles
+    real = torch.zeros(whole, dtype=torch.bool)
+    real[left : left + TOKENS] = True
+    mask = torch.ones(whole, whole, dtype=torch.bool).tril() & real
+    added = mask.float().log() if not boolean else mask
+    found = fitprune_score(queries, keys, added[None, None], padded_roles, SCALE)
+    expected = written_out(query, key, roles)
+    torch.testing.assert_close(found[padded_roles == VISUAL], expected)
+    assert torch.isinf(found[padded_roles != VISUAL]).all()
+
+
+def test_without_a_mask_attention_is_causal() -> None:
+    query, key, roles = drawn(1)
+    found = fitprune_score(query[None], key[None], None, roles[None], SCALE)
+    torch.testing.assert_close(found[0, 2:8], written_out(query, key, roles))
+
+
+def test_grouped_keys_serve_several_heads() -> None:
+    query, key, roles = drawn(2)
+    groups = key[:2]
+    found = fitprune_score(query[None], groups[None], None, roles[None], SCALE)
+    repeated = groups.repeat_interleave(2, dim=0)
+    torch.testing.assert_close(found[0, 2:8], written_out(query, repeated, roles))
+
+
+def test_instruction_is_the_text_behind_the_last_image() -> None:
+    visual = torch.tensor([[0, 1, 0, 1, 0, 0], [1, 1, 0, 0, 0, 0]]).bool()
+    c, v, i = CONTEXT, VISUAL, INSTRUCTION
+    assert token_roles(visual).tolist() == [[c, v, c, v, i, i], [v, v, i, i, i, i]]
+
+
+def test_of_equal_scores_the_earlier_token_leaves_first() -> None:
+    scores = torch.tensor([[2.0, 1.0, 1.0, torch.inf, 1.0]])
+    assert lowest_first(scores).tolist() == [[1, 2, 4, 0, 3]]
