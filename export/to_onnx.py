@@ -99,9 +99,9 @@ def export_onnx(
     inputs = example(inputs)
     positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
     inputs["position_ids"] = positions
-    exporter = PrunedOnnxExporter(recipe)
     # Behind cuts nearly every symbolic size is new: remembering fakes doubles the time.
     with torch._dynamo.config.patch(fake_tensor_cache_enabled=False), _quietly():
+        exporter = PrunedOnnxExporter(recipe)
         with images_as_one_sequence(model):
             prefill = _export(exporter, model, inputs, dynamic_shapes(inputs))
         with ragged_attention(model):

@@ -27,18 +27,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
 
 import sympy
 import torch
-from torch._dispatch.python import enable_python_dispatcher
-from torch.fx import Graph, GraphModule, Node, map_arg
+from torch.fx import GraphModule, Node
 
 from vtprune_fx.graph import (
     Inserter,
     Stamp,
     dropped_tokens,
-    fake_mode_of,
     kind_of,
     mentions,
     replace_inputs,
@@ -79,8 +76,9 @@ class GatherTokens(Pass):
         named = {node.name: node for node in graph.nodes}
         lengths = [named[name] for name in plan.lengths]
         cuts = {cut.attention.node: cut for cut in plan.cuts}
-        values = _Values(graph, plan.tokens)
-        gather = _Gather(graph)
+        inserter = Inserter(graph)
+        values = _Values(inserter, plan.tokens)
+        gather = _Gather(inserter)
         current: dict[Node, Node] = {}
         dropped = 0
         for node in list(graph.nodes):
@@ -100,8 +98,8 @@ class GatherTokens(Pass):
 class _Gather:
     """Inserts the gathers of one cut after another."""
 
-    def __init__(self, graph: Graph) -> None:
-        self._inserter = Inserter(graph)
+    def __init__(self, inserter: Inserter) -> None:
+        self._inserter = inserter
         self._rows: Node | None = None
 
     def behind(
@@ -172,8 +170,8 @@ class _Values:
     those is run on fakes again.
     """
 
-    def __init__(self, graph: Graph, tokens: sympy.Symbol) -> None:
-        self._mode = fake_mode_of(graph)
+    def __init__(self, inserter: Inserter, tokens: sympy.Symbol) -> None:
+        self._inserter = inserter
         self._tokens = tokens
         self._widened: set[Node] = set()
 
@@ -187,16 +185,12 @@ class _Values:
         """Set the value of a node behind a cut."""
         full, gone = value_at_full_length(node), dropped_tokens(node)
         if not self._widened.isdisjoint(node.all_input_nodes):
-            shared, full = full, self._run(node)
+            shared = full
+            full = self._inserter.value(node.target, node.args, dict(node.kwargs))
             if kind_of(full) != kind_of(shared):
                 self._widened.add(node)
         if mentions(full, self._tokens):
             set_value(node, full, None if gone is None else gone + dropped)
-
-    def _run(self, node: Node) -> Any:
-        args, kwargs = map_arg((node.args, node.kwargs), value_at_full_length)
-        with self._mode, enable_python_dispatcher():
-            return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def _samples(node: Node) -> sympy.Expr:

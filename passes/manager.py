@@ -147,12 +147,16 @@ class Pipeline:
             VerifyError: A pass wrote a wrong graph.
         """
         verifier = Verifier(module, self._plan.tokens, self._plan.dropped)
-        return tuple(_run_one(pass_, module, verifier) for pass_ in self.passes)
+        records = tuple(_run_one(pass_, module, verifier) for pass_ in self.passes)
+        if any(record.modified for record in records):
+            module.recompile()
+        return records
 
 
 def _run_one(pass_: Pass, module: GraphModule, verifier: Verifier) -> PassRecord:
     start = time.perf_counter()
-    modified = pass_(module).modified
+    # Not the pass itself: that would write the module's code anew after each.
+    modified = pass_.edit(module)
     passed = time.perf_counter()
     if modified:
         verifier.check(module, pass_.name)

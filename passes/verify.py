@@ -78,6 +78,7 @@ class Verifier:
                 data, an operator cannot run on its inputs, or a recorded value is not
                 what the operator gives.
         """
+        module.graph.lint()
         _check_interface(module, self._before, pass_name)
         _check_inserted(module, self._own, pass_name)
         with torch.no_grad():

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from transformers import (
     CLIPVisionConfig,
@@ -23,11 +23,11 @@ from transformers.utils.output_capturing import (
 
 from vtprune_fx import oracle
 from vtprune_fx.anatomy import read
+from vtprune_fx.api import KeepRecorder
 from vtprune_fx.backend import vtprune_backend
 from vtprune_fx.capture import export
 from vtprune_fx.decoding import mark_dynamic
 from vtprune_fx.graph import value_at_full_length
-from vtprune_fx.passes import KEEP_PREFIX
 from vtprune_fx.plan import PrunePlan, place
 from vtprune_fx.recipe import Cut, Provenance, Recipe
 
@@ -214,22 +214,6 @@ def assert_matches_oracle(
             kept = (positions[row] - padding).tolist()
             assert kept[:padding] == list(range(-padding, 0)), f"padding of {row}"
             assert kept[padding:] == run.kept[layer].tolist(), f"{layer=}, sample {row}"
-
-
-class KeepRecorder(Interpreter):
-    """Runs a graph and follows its keep sets back to the prompt as it came."""
-
-    def __init__(self, module: GraphModule) -> None:
-        super().__init__(module)
-        self.kept: KeepSets = {}
-
-    def run_node(self, n: Node) -> Any:
-        result = super().run_node(n)
-        if n.name.startswith(KEEP_PREFIX):
-            before = self.kept[max(self.kept)] if self.kept else None
-            layer = int(n.name.removeprefix(KEEP_PREFIX))
-            self.kept[layer] = result if before is None else before.gather(1, result)
-        return result
 
 
 # ------------------------------------------------------------- the Dynamo front end

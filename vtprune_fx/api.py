@@ -44,20 +44,25 @@ class PrunedProgram:
             For each layer with a cut, [B, K]: positions in the prompt as it came.
         """
         module = self.program.module()
-        recorder = _KeepRecorder(module)
+        recorder = KeepRecorder(module)
         with torch.no_grad():
             recorder.run(*_flat(self.program, inputs), enable_io_processing=False)
         return recorder.kept
 
 
-class _KeepRecorder(Interpreter):
-    """Runs a graph and follows its keep sets back to the prompt."""
+class KeepRecorder(Interpreter):
+    """Runs a pruned graph and follows its keep sets back to the prompt.
+
+    Attributes:
+        kept: For each layer with a cut, [B, K]: positions in the prompt as it came.
+    """
 
     def __init__(self, module: torch.nn.Module) -> None:
         super().__init__(module)
         self.kept: dict[int, Tensor] = {}
 
     def run_node(self, n: Node) -> Any:
+        """Run one node; note what it says of a cut."""
         result = super().run_node(n)
         if n.name.startswith(KEEP_PREFIX):
             before = self.kept[max(self.kept)] if self.kept else None

@@ -198,17 +198,18 @@ class Inserter:
             node = self._graph.call_function(op, args, kwargs)
         node.meta = _provenance(anchor, stamp)
         dropped = _add(map(dropped_tokens, node.all_input_nodes), drop)
-        full = value_at_full_length(args[0]) if drop else self._value(op, args, kwargs)
+        full = value_at_full_length(args[0]) if drop else self.value(op, args, kwargs)
         set_value(node, full, dropped)
         return node
 
-    def _value(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What ``op`` gives at full length."""
+    def value(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What ``op`` gives at full length; nodes stand for their values."""
         full = map_arg(args, value_at_full_length)
-        key = (op, *map(kind_of, full), *kwargs.items())
+        named = sorted(map_arg(kwargs, value_at_full_length).items())
+        key = (op, *map(kind_of, full), *((name, kind_of(v)) for name, v in named))
         if key not in self._values:
             with self._mode, enable_python_dispatcher():
-                self._values[key] = op(*full, **kwargs)
+                self._values[key] = op(*full, **dict(named))
         return self._values[key]
 
     def trace(
@@ -306,5 +307,7 @@ def readable(module: GraphModule) -> str:
 
 def replace_inputs(node: Node, current: Mapping[Node, Node]) -> None:
     """Let ``node`` read the current version of each of its inputs."""
+    if current.keys().isdisjoint(node.all_input_nodes):
+        return
     node.args = map_arg(node.args, lambda n: current.get(n, n))
     node.kwargs = map_arg(node.kwargs, lambda n: current.get(n, n))
