@@ -78,6 +78,10 @@ def test_cost_prints_both_counts(io: Run) -> None:
     visual = next(row for row in rows if row[:3] == ["TMACs,", "visual", "tokens"])
     assert (visual[3], visual[5]) == ("3.817", "59.7%")
     assert any(row[:3] == ["TFLOPs,", "all", "tokens"] for row in rows)
+    # Published: layers 0 to 2 delete 14, 33 and 89 of 576, all together 449.
+    left = " ".join(out.split("after each layer:")[1].split())
+    assert left.startswith("562 529 440 ")
+    assert left.endswith(" 127")
 
 
 def test_cost_json(io: Run) -> None:

@@ -133,6 +133,8 @@ def show_cost(
         typer.echo(json.dumps(_cost_fields(loaded, geometry, result), indent=2))
     else:
         Console().print(_cost_table(loaded, result))
+        left = " ".join(map(str, result.after))
+        Console().print(f"Visual tokens left after each layer: {left}")
 
 
 def _read_geometry(path: Path) -> Geometry:
