@@ -61,8 +61,20 @@ def written_at_once(folder: Path) -> Iterator[Path]:
         yield scratch
         check_free(folder)
         scratch.chmod(0o755)
-        if folder.exists():
-            shutil.rmtree(folder)
-        scratch.rename(folder)
+        _take_place(scratch, folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _take_place(scratch: Path, folder: Path) -> None:
+    """Rename ``scratch`` to ``folder``; what stood there goes only when that worked."""
+    retired = scratch.with_name(f"{scratch.name}-old")
+    if folder.exists():
+        folder.rename(retired)
+    try:
+        scratch.rename(folder)
+    except OSError:
+        if retired.exists():
+            retired.rename(folder)
+        raise
+    shutil.rmtree(retired, ignore_errors=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
@@ -72,15 +71,7 @@ PROMPTS: dict[str, Prompts] = {
 @pytest.fixture(scope="module")
 def exported() -> PrunedProgram:
     model = tiny_llava()
-    pruned = prune(model, batch(model, (3, 6)), RECIPE)
-    _make_module_once(pruned)
-    return pruned
-
-
-def _make_module_once(pruned: PrunedProgram) -> None:
-    """To make a module of a program costs more than to run it."""
-    module = functools.cache(pruned.program.module)
-    pruned.program.module = module  # type: ignore[method-assign]
+    return prune(model, batch(model, (3, 6)), RECIPE)
 
 
 @pytest.mark.parametrize("case", list(PROMPTS))

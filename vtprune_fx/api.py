@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -35,7 +36,12 @@ class PrunedProgram:
     def __call__(self, **inputs: Any) -> Any:
         """Run it: what the model returns, with a ragged cache."""
         with torch.no_grad():
-            return self.program.module()(**inputs)
+            return self._module(**inputs)
+
+    @functools.cached_property
+    def _module(self) -> torch.nn.Module:
+        """The program as a module: made once, since that costs more than a run."""
+        return self.program.module()
 
     def keep_sets(self, **inputs: Any) -> dict[int, Tensor]:
         """Run it, and say which tokens stay.
@@ -43,8 +49,7 @@ class PrunedProgram:
         Returns:
             For each layer with a cut, [B, K]: positions in the prompt as it came.
         """
-        module = self.program.module()
-        recorder = KeepRecorder(module)
+        recorder = KeepRecorder(self._module)
         with torch.no_grad():
             recorder.run(*_flat(self.program, inputs), enable_io_processing=False)
         return recorder.kept

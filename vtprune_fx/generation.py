@@ -35,14 +35,11 @@ def pruned(
         inner: Name of the ``torch.compile`` backend that compiles the graphs.
     """
     _install_hooks(model)
-    forward = model.forward
+    forward, is_own = model.forward, "forward" in vars(model)
     # torch types options as numbers, texts and functions; a backend takes any object.
     options: dict[str, Any] = {"recipe": recipe, "inner": inner}
     compiled = torch.compile(
-        forward,
-        backend=vtprune_backend,
-        options=options,
-        fullgraph=True,
+        forward, backend=vtprune_backend, options=options, fullgraph=True
     )
 
     @functools.wraps(forward)
@@ -55,7 +52,10 @@ def pruned(
         try:
             yield model
         finally:
-            del model.forward
+            if is_own:
+                model.forward = forward
+            else:
+                del model.forward
 
 
 def _mark_dynamic(

@@ -1,0 +1,60 @@
+"""Attention on ragged caches, and a model that is given back as it was."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests.tiny import recipe_for, tiny_llava
+from vtprune_fx.decoding import ATTENTION, ragged_attention, ragged_sdpa
+from vtprune_fx.errors import InputError
+from vtprune_fx.generation import pruned
+
+HEADS, KEYS, WIDTH = 2, 5, 4
+
+
+def drawn(queries: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    query = torch.randn(1, HEADS, queries, WIDTH)
+    key, value = torch.randn(2, 1, HEADS, KEYS, WIDTH)
+    return query, key, value
+
+
+def test_a_longer_mask_is_cropped_behind_its_padding() -> None:
+    query, key, value = drawn(1)
+    # Two padding tokens in front; the mask is as long as a cache that lost none.
+    mask = torch.tensor([0, 0, 1, 1, 1, 1, 1, 1]).bool()[None, None, None]
+    found, _ = ragged_sdpa(nn.Module(), query, key, value, mask)
+    logits = query @ key[:, :, 2:].transpose(2, 3) / WIDTH**0.5
+    expected = (logits.softmax(-1) @ value[:, :, 2:]).transpose(1, 2)
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_second_prompt_on_a_pruned_cache_is_refused() -> None:
+    mask = torch.ones(1, 1, 3, KEYS + 2, dtype=torch.bool)
+    with pytest.raises(InputError, match="one new token at a time, found 3 tokens"):
+        ragged_sdpa(nn.Module(), *drawn(3), mask)
+
+
+def test_the_attention_of_a_model_is_given_back() -> None:
+    model = tiny_llava(layers=2)
+    config: Any = model.config
+    with ragged_attention(model):
+        assert config.text_config._attn_implementation == ATTENTION
+        assert config.vision_config._attn_implementation == "sdpa"
+    assert config.text_config._attn_implementation == "sdpa"
+
+
+def test_the_forward_of_a_model_is_given_back() -> None:
+    model = tiny_llava(layers=2)
+    before = model.forward
+    recipe = recipe_for(2, {0: 1})
+    with pruned(model, recipe, "eager"):
+        outer = model.forward
+        with pruned(model, recipe, "eager"):
+            assert model.forward is not outer
+        assert model.forward is outer
+    assert model.forward == before
+    assert "forward" not in vars(model)
