@@ -30,7 +30,7 @@ from torch.fx import GraphModule, Node
 from vtprune_fx.graph import Inserter, Stamp
 from vtprune_fx.passes.base import Pass
 from vtprune_fx.plan import PlannedCut, PrunePlan
-from vtprune_fx.scoring import SCORERS, lowest_first, token_roles
+from vtprune_fx.scoring import lowest_first, scorer_of, token_roles
 
 aten = torch.ops.aten
 
@@ -65,7 +65,7 @@ class InsertScores(Pass):
         visual = named[plan.visual]
         roles = inserter.trace(visual.next, Stamp("score", -1), token_roles, visual)
         roles._rename(ROLES)
-        score = SCORERS[plan.recipe.score]
+        score = scorer_of(plan.recipe)
         for cut in plan.cuts:
             at = cut.attention
             anchor = named[at.node]

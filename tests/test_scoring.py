@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,9 +12,13 @@ from vtprune_fx.scoring import (
     CONTEXT,
     INSTRUCTION,
     VISUAL,
+    Scorer,
     fitprune_score,
+    inverted_score,
     lowest_first,
+    random_score,
     token_roles,
+    uniform_score,
 )
 
 HEADS, TOKENS, WIDTH = 4, 12, 8
@@ -83,3 +89,52 @@ def test_instruction_is_the_text_behind_the_last_image() -> None:
 def test_of_equal_scores_the_earlier_token_leaves_first() -> None:
     scores = torch.tensor([[2.0, 1.0, 1.0, torch.inf, 1.0]])
     assert lowest_first(scores).tolist() == [[1, 2, 4, 0, 3]]
+
+
+def by_rank(score: Scorer, count: int) -> Tensor:
+    """A baseline's scores of ``count`` visual tokens, with text around them."""
+    roles = torch.tensor([[CONTEXT] * 3 + [VISUAL] * count + [INSTRUCTION] * 5])
+    unused = torch.empty(0)
+    scores = score(unused, unused, None, roles, 1.0)
+    assert torch.isinf(scores[roles != VISUAL]).all()
+    return scores[roles == VISUAL]
+
+
+@pytest.mark.parametrize("score", [uniform_score, random_score])
+def test_baselines_have_no_ties(score: Scorer) -> None:
+    assert len(by_rank(score, 2880).unique()) == 2880
+
+
+@pytest.mark.parametrize("count", [144, 576])
+@pytest.mark.parametrize("drop", [13, 70, 100])
+def test_uniform_is_evenly_spaced(count: int, drop: int) -> None:
+    leaving = by_rank(uniform_score, count).argsort()[:drop].sort().values
+    gaps = leaving.diff()
+    assert len(gaps.unique()) <= 3
+    assert gaps.max() < 2.7 * count / drop  # golden ratio squared, and rounding
+
+
+def test_random_is_spread_and_depends_on_the_seed_and_the_count() -> None:
+    def leaving(seed: int, count: int = 144) -> set[int]:
+        scores = by_rank(functools.partial(random_score, seed=seed), count)
+        return set(scores.argsort()[:72].tolist())
+
+    assert leaving(0) == leaving(0)
+    thirds = torch.zeros(3)
+    for seed in range(200):
+        for token in leaving(seed):
+            thirds[token // 48] += 1
+        # Two draws of half share half: 36, with a standard deviation of 3.
+        assert 20 < len(leaving(seed) & leaving(seed + 1)) < 52
+    torch.testing.assert_close(
+        thirds / thirds.sum(), torch.full((3,), 1 / 3), atol=0.01, rtol=0
+    )
+    assert leaving(0) != leaving(0, count=145)
+
+
+def test_inverted_ranks_backwards() -> None:
+    query, key, roles = drawn()
+    arguments = query[None], key[None], None, roles[None], SCALE
+    best_last = lowest_first(fitprune_score(*arguments))[0, :6]
+    worst_last = lowest_first(inverted_score(*arguments))[0, :6]
+    assert worst_last.tolist() == best_last.flip(0).tolist()

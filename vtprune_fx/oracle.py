@@ -79,8 +79,8 @@ class Prefill:
         keys: Each layer's key cache, rotated. L of [K, m before the cut, d]
         values: Each layer's value cache. L of [K, m before the cut, d]
         next_position: Rotary position of the next token, the same in all layers.
-        scores: For each layer with a cut, the scores of the visual tokens that were
-            present before it, in order. [v present]
+        scores: For each layer with a cut, the recipe's scores of the visual tokens
+            that were present before it, in order. [v present]
     """
 
     logits: Tensor
@@ -162,8 +162,8 @@ def prefill(
         probabilities = _causal_attention(query, key, layer.self_attn.scaling)
         attended = _mix(probabilities, value)
         if index in drops:
-            scores[index] = fitprune_scores(
-                probabilities, visual[present], instruction[present]
+            scores[index] = _rate(
+                recipe, probabilities, visual[present], instruction[present]
             )
             stay = _stay(scores[index], visual[present], drops[index])
             attended, hidden, present = attended[stay], hidden[stay], present[stay]
@@ -249,6 +249,27 @@ def fitprune_scores(
     cross = largest[instruction].sum(dim=0)
     own = largest[visual].sum(dim=0) / visual.sum()
     return cross * own
+
+
+def _rate(
+    recipe: Recipe, probabilities: Tensor, visual: Tensor, instruction: Tensor
+) -> Tensor:
+    """What the recipe scores each visual token present.
+
+    ``random`` and ``uniform`` are defined in ``scoring``; here in Python's integers.
+
+    Shapes: as in ``fitprune_scores``
+    """
+    count = int(visual.sum())
+    if recipe.score == "uniform":
+        ranks = [rank * 40503 % 2**16 for rank in range(count)]
+        return torch.tensor(ranks, device=visual.device)
+    if recipe.score == "random":
+        shift = 7919 * count + 104729 * recipe.seed
+        draws = [((251 * i + shift) ** 3 + count) ** 3 % 65519 for i in range(count)]
+        return torch.tensor(draws, device=visual.device)
+    scores = fitprune_scores(probabilities, visual, instruction)
+    return -scores if recipe.score == "inverted" else scores
 
 
 def _stay(scores: Tensor, visual: Tensor, drop: int) -> Tensor:

@@ -8,10 +8,15 @@ Shapes: B samples, H query heads, G key heads, S tokens, D head width.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from vtprune_fx.recipe import Recipe
 
 Scorer = Callable[[Tensor, Tensor, Tensor | None, Tensor, float], Tensor]
 """``(query, key, mask, roles, scale) -> scores``: rates the visual tokens at a cut."""
@@ -61,8 +66,80 @@ def fitprune_score(
     return score.masked_fill(~visual, float("inf"))
 
 
-SCORERS: dict[str, Scorer] = {"fitprune": fitprune_score}
+def inverted_score(
+    query: Tensor, key: Tensor, mask: Tensor | None, roles: Tensor, scale: float
+) -> Tensor:
+    """FitPrune's score the wrong way round: the best tokens leave first.
+
+    Arguments and result are those of ``fitprune_score``.
+    """
+    score = fitprune_score(query, key, mask, roles, scale)
+    return torch.where(roles == VISUAL, -score, score)
+
+
+def uniform_score(
+    query: Tensor, key: Tensor, mask: Tensor | None, roles: Tensor, scale: float
+) -> Tensor:
+    """Evenly spaced visual tokens leave, whatever they show.
+
+    The i-th visual token scores ``i * 40503 mod 2^16``, Fibonacci hashing with 40503
+    the odd number next to 2^16 over the golden ratio: the lowest n of v scores are
+    spread over the v places with gaps of at most three lengths (Knuth, TAOCP 6.4).
+
+    Arguments and result are those of ``fitprune_score``; only ``roles`` is read.
+    """
+    return _scored_by_rank(roles, lambda rank, _: rank * 40503 % 65536)
+
+
+def random_score(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    roles: Tensor,
+    scale: float,
+    seed: int = 0,
+) -> Tensor:
+    """Pseudo-random visual tokens leave, the same in every runtime.
+
+    Whole numbers modulo the prime p = 65519, so that no two tokens tie and every
+    runtime agrees: with v visual tokens left, the i-th scores ``(c^3 + v)^3`` with
+    ``c = 251 i + 7919 v + 104729 seed``. Cubing is one to one, as 3 does not divide
+    p - 1. Which tokens leave depends on the seed and on how many there are.
+
+    Arguments and result are those of ``fitprune_score``; only ``roles`` is read.
+    """
+    prime = 65519
+
+    def hashed(rank: Tensor, count: Tensor) -> Tensor:
+        mixed = (251 * rank + 7919 * count + 104729 * seed) % prime
+        mixed = (mixed * mixed % prime * mixed + count) % prime
+        return mixed * mixed % prime * mixed % prime
+
+    return _scored_by_rank(roles, hashed)
+
+
+def _scored_by_rank(roles: Tensor, score: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Score visual tokens by their number, from 0, and how many a sample has."""
+    visual = roles == VISUAL
+    rank = visual.long().cumsum(dim=1) - 1
+    scores = score(rank, visual.long().sum(dim=1, keepdim=True))
+    return scores.float().masked_fill(~visual, float("inf"))
+
+
+SCORERS: dict[str, Scorer] = {
+    "fitprune": fitprune_score,
+    "inverted": inverted_score,
+    "random": random_score,
+    "uniform": uniform_score,
+}
 """Scorers by the name that recipes use."""
+
+
+def scorer_of(recipe: Recipe) -> Scorer:
+    """The recipe's scorer, with its seed where it takes one."""
+    if recipe.score == "random":
+        return functools.partial(random_score, seed=recipe.seed)
+    return SCORERS[recipe.score]
 
 
 def _attention_bias(mask: Tensor | None, query: Tensor) -> Tensor:

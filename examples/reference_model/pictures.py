@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from vtprune_fx.optional import optional
+
 SIDE = 168
 """Side of a picture in pixels: 12 patches of 14."""
 
@@ -36,6 +38,7 @@ SPLITS = {"train": slice(0, 1400), "validation": slice(1400, 1500)}
 SPLITS["test"] = slice(1500, 1797)
 """Scans of digits that each split may draw."""
 
+_WHAT = "drawing the reference model's pictures"
 _PHOTOGRAPHS = ("astronaut", "brick", "chelsea", "coffee", "grass", "gravel", "rocket")
 _PLATE = 22.0
 """Grey value of the dark disc behind a digit."""
@@ -207,9 +210,7 @@ def _between(at: Pixels) -> Pixels:
 @functools.cache
 def _scans(split: str) -> list[Pixels]:
     """The split's scans of each digit, [n, 8, 8] in 0..1."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
+    digits = optional("sklearn.datasets", "scikit-learn", _WHAT).load_digits()
     images, labels = digits.images[SPLITS[split]], digits.target[SPLITS[split]]
     return [(images[labels == d] / 16).astype(np.float32) for d in range(10)]
 
@@ -245,11 +246,15 @@ def _texture(rng: np.random.Generator) -> Pixels:
 @functools.cache
 def _photographs() -> list[NDArray[np.uint8]]:
     """Photographs that come with scikit-image and scikit-learn, [H, W, 3]."""
-    import skimage.data
-    from sklearn.datasets import load_sample_images
-
-    own = [getattr(skimage.data, name)() for name in _PHOTOGRAPHS]
-    images = [*own, *load_sample_images().images]
+    data = optional("skimage.data", "scikit-image", _WHAT)
+    datasets = optional("sklearn.datasets", "scikit-learn", _WHAT)
+    images = [getattr(data, name)() for name in _PHOTOGRAPHS]
+    images += datasets.load_sample_images().images
     coloured = [i if i.ndim == 3 else np.stack([i] * 3, axis=2) for i in images]
-    # Half the size as well: the same scene with finer detail.
-    return [i[::s, ::s] for i in coloured for s in (1, 2) if min(i.shape[:2]) // s >= SIDE]
+    halves = [image[::2, ::2] for image in coloured]
+    return [
+        i
+        for pair in zip(coloured, halves, strict=True)
+        for i in pair
+        if min(i.shape[:2]) >= SIDE
+    ]

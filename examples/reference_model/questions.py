@@ -29,7 +29,7 @@ TWO_PICTURES = 0.2
 
 _ROWS, _COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
 _MARGIN = 6.0
-"""How far, in pixels, a centre is from the border of the place that a question names."""
+"""Pixels between a centre and the border of the place that a question names."""
 _APART = 14.0
 """How much further left, or higher, a thing must be to be said so: one patch."""
 _OPENERS = (
@@ -138,8 +138,10 @@ def _colour(
 ) -> Drawn | None:
     thing = _pick(rng, things)
     name = _name(rng, thing, things, colour=False)
+    if name is None:
+        return None
     text = _pick(rng, ("What colour is the {}{}?", "Tell me the colour of the {}{}."))
-    return name and (text.format(name, tail), thing.colour)
+    return text.format(name, tail), thing.colour
 
 
 def _digit(
@@ -150,8 +152,10 @@ def _digit(
         return None
     thing = _pick(rng, digits)
     name = _name(rng, thing, things, noun=False)
+    if name is None:
+        return None
     text = _pick(rng, ("Which digit is the {}{}?", "Read the {}{}."))
-    return name and (text.format(name, tail), thing.noun)
+    return text.format(name, tail), thing.noun
 
 
 def _count(
@@ -179,7 +183,9 @@ def _where(
 ) -> Drawn | None:
     thing = _pick(rng, things)
     name, place = _name(rng, thing, things), _place_of(thing)
-    return name and place and (f"Where is the {name}{tail}?", place)
+    if name is None or place is None:
+        return None
+    return f"Where is the {name}{tail}?", place
 
 
 def _exists(
@@ -208,14 +214,12 @@ def _compare(
     first, second = _name(rng, one, things), _name(rng, other, things)
     relation, further = _pick(rng, list(_RELATIONS.items()))
     by = further(one, other)
-    if not (first and second) or abs(by) < _APART:
+    if first is None or second is None or abs(by) < _APART:
         return None
     return f"Is the {first} {relation} the {second}{tail}?", _YES_NO[by < 0]
 
 
-def _what(
-    rng: np.random.Generator, things: Sequence[Thing], tail: str
-) -> Drawn | None:
+def _what(rng: np.random.Generator, things: Sequence[Thing], tail: str) -> Drawn | None:
     place = _place_of(_pick(rng, things))
     if place is None or not all(_is_clear_of(place, thing) for thing in things):
         return None
@@ -329,8 +333,12 @@ def _is_clear_of(place: str, thing: Thing) -> bool:
 
 
 def _places_near(thing: Thing) -> set[str | None]:
+    # Two margins further, a thing is out of the border's reach on either side.
+    columns, rows = (
+        [max(0.0, at - 2 * _MARGIN), at, min(SIDE - 1.0, at + 2 * _MARGIN)]
+        for at in (thing.x, thing.y)
+    )
     return {
-        _place_of(Thing("", "", "", thing.x + dx, thing.y + dy, 0.0))
-        for dx in (-2 * _MARGIN, 0.0, 2 * _MARGIN)
-        for dy in (-2 * _MARGIN, 0.0, 2 * _MARGIN)
+        _place_of(Thing("", "", "", x, y, 0.0))
+        for x, y in itertools.product(columns, rows)
     }

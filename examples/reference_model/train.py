@@ -38,6 +38,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, IterableDataset
+from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from vtprune_fx.errors import InputError
 from vtprune_fx.inputs import quiet
@@ -83,7 +84,7 @@ class Plan:
         seed: Of the weights and of all pictures and questions.
     """
 
-    see_steps: int = 1000
+    see_steps: int = 700
     talk_steps: int = 3000
     see_rows: int = 64
     talk_rows: int = 24
@@ -130,9 +131,13 @@ class Training:
         folder: Where the run lives. What is there is gone on from.
         plan: Must be the plan of what is there.
         device: Where to compute.
+        compiled: Whether to compile the model for the second stage: a few minutes at
+            first, a fifth of the time saved from then on.
     """
 
-    def __init__(self, folder: Path, plan: Plan, device: torch.device) -> None:
+    def __init__(
+        self, folder: Path, plan: Plan, device: torch.device, compiled: bool = False
+    ) -> None:
         self.folder, self.plan, self.device = folder, plan, device
         self.tokenizer = build_tokenizer()
         self.model = build_model(len(self.tokenizer), plan.seed).to(device).train()
@@ -143,6 +148,11 @@ class Training:
         tower = self.model.model.vision_tower
         self.see = _optimizers([tower, self.readouts], plan.see_rate)
         self.talk = _optimizers([self.model], plan.talk_rate)
+        maybe_install_capturing_hooks(self.model.model.language_model)
+        maybe_install_capturing_hooks(tower)
+        whole: Callable[..., Any] = self.model.model
+        # One graph for one picture a row and one for two, each with its own sizes.
+        self.decoder = torch.compile(whole, dynamic=False) if compiled else whole
         images = build_processor(self.tokenizer).image_processor
         self.mean, self.std = (
             torch.tensor(values, device=device)[:, None, None]
@@ -159,9 +169,7 @@ class Training:
             pictures = PatchBatches(plan.seed, left, plan.see_rows)
             self._stage("see", pictures, self._see_loss, self.see, progress)
             left = range(self.done["talk"], plan.talk_steps)
-            questions = QuestionBatches(
-                self.tokenizer, plan.seed, left, plan.talk_rows
-            )
+            questions = QuestionBatches(self.tokenizer, plan.seed, left, plan.talk_rows)
             self._stage("talk", questions, self._talk_loss, self.talk, progress)
         return self._finish()
 
@@ -184,7 +192,7 @@ class Training:
             smooth = loss if smooth is None else 0.98 * smooth + 0.02 * loss
             self.done[name] = step + 1
             progress.update(bar, advance=1, loss=smooth)
-            if (step + 1) % 20 == 0 or step + 1 == steps.stop:
+            if step + 1 in (1, steps.stop) or (step + 1) % 20 == 0:
                 self.log.append((name, step + 1, smooth))
             if time.monotonic() - saved > 240 or step + 1 == steps.stop:
                 self._save()
@@ -198,7 +206,7 @@ class Training:
     def _talk_loss(self, batch: Batch) -> Tensor:
         answers = batch.labels != IGNORED
         with _half_precision(self.device):
-            hidden = self.model.model(
+            hidden = self.decoder(
                 input_ids=batch.ids,
                 pixel_values=self._pixel_values(batch.pixels),
                 attention_mask=batch.attention_mask(),
@@ -219,7 +227,7 @@ class Training:
             return
         with safe_open(self._state, "pt") as file:
             told = json.loads(file.metadata()["training"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
         if told["plan"] != dataclasses.asdict(self.plan):
             raise InputError(
                 str(self._state),
@@ -331,7 +339,9 @@ def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The state of an optimiser, by parameter and name; empty before its first step."""
     state: dict[int, dict[str, Tensor]] = optimizer.state_dict()["state"]
-    return {f"{i}.{name}": value for i, of in state.items() for name, value in of.items()}
+    return {
+        f"{i}.{name}": value for i, of in state.items() for name, value in of.items()
+    }
 
 
 def _load_optimizer(
@@ -351,14 +361,18 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, help="where the run lives")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--compile", action="store_true", help="compile stage 2")
+    parser.add_argument(
+        "--device", default=str(torch.accelerator.current_accelerator() or "cpu")
+    )
     for field in dataclasses.fields(Plan):
         option = f"--{field.name.replace('_', '-')}"
         kind: Any = type(field.default)
         parser.add_argument(option, type=kind, default=field.default)
     told = vars(parser.parse_args())
     folder, device = told.pop("folder"), torch.device(told.pop("device"))
-    print(Training(folder, Plan(**told), device).run())
+    compiled = told.pop("compile")
+    print(Training(folder, Plan(**told), device, compiled).run())
 
 
 if __name__ == "__main__":
