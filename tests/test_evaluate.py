@@ -15,7 +15,8 @@ from tests.test_cli_recipes import Run, io, run
 from vtprune_fx import evaluate as evaluation
 from vtprune_fx.cost import Geometry, cost
 from vtprune_fx.evaluate import Backend, Evaluation, evaluate, inputs_of, paired, wilson
-from vtprune_fx.inputs import open_checkpoint
+from vtprune_fx.errors import InputError
+from vtprune_fx.inputs import load_model, load_processor, open_checkpoint
 from vtprune_fx.recipe import load_recipe
 from vtprune_fx.reference import CHECKPOINT
 from vtprune_fx.reference.questions import Sample, draw_samples
@@ -62,10 +63,11 @@ def answered() -> Evaluation:
 
 
 def test_dense_answers_are_those_of_transformers(answered: Evaluation) -> None:
-    model, processor = open_checkpoint(CHECKPOINT)
+    model: Any = load_model(CHECKPOINT)
+    processor = load_processor(CHECKPOINT)
     for sample, said in zip(samples(20), answered.results[0].answers, strict=False):
         inputs = inputs_of(processor, [sample])
-        ids: Any = model.generate(**inputs, max_new_tokens=12)
+        ids = model.generate(**inputs, max_new_tokens=12)
         new = ids[0, inputs["input_ids"].shape[1] :]
         assert str(processor.decode(new, skip_special_tokens=True)).strip() == said
 
@@ -158,5 +160,5 @@ def test_the_oracle_refuses_what_it_does_not_know() -> None:
     _, processor = open_checkpoint(CHECKPOINT)
     other: Any = torch.nn.Module()
     other.config = open_checkpoint(CHECKPOINT)[0].config
-    with pytest.raises(evaluation.InputError, match="--backend compile or onnx"):
+    with pytest.raises(InputError, match="--backend compile or onnx"):
         evaluate(other, processor, [RECIPE], samples(1))

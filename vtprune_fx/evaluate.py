@@ -103,9 +103,8 @@ class Evaluation:
     def table(self) -> Table:
         """Accuracy and cost of each recipe; intervals are of 95 %."""
         table = Table(box=SIMPLE_HEAD, title=f"{len(self.questions)} questions")
-        columns = ("recipe", "accuracy", "95 %", "change", "MACs saved")
-        columns += ("visual tokens", "KV cache", *self.kinds)
-        for title in columns:
+        costs = ("MACs saved", "visual tokens", "KV cache")
+        for title in ("recipe", "accuracy", "95 %", "change", *costs, *self.kinds):
             table.add_column(title, justify="left" if title == "recipe" else "right")
         for result in self.results:
             low, high = result.interval
@@ -291,7 +290,7 @@ def inputs_of(
     for sample in samples:
         content = [{"type": "image"} for _ in sample.pictures]
         text = {"type": "text", "text": sample.questions[0].text}
-        turn = {"role": "user", "content": [*content, text]}
+        turn: Any = {"role": "user", "content": [*content, text]}
         texts.append(processor.apply_chat_template([turn], add_generation_prompt=True))
     images = [Image.fromarray(p.pixels) for sample in samples for p in sample.pictures]
     inputs = processor(images=images, text=texts, return_tensors="pt", padding=True)
@@ -312,7 +311,7 @@ def _with_oracle(
             found=f"a {type(model).__name__}",
             fix="Evaluate this model with --backend compile or onnx.",
         )
-    tokenizer: Any = processor.tokenizer  # type: ignore[attr-defined]
+    tokenizer: Any = processor.tokenizer
 
     def answer(inputs: dict[str, Tensor]) -> list[list[int]]:
         mask = inputs["attention_mask"]

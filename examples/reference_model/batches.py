@@ -32,6 +32,13 @@ QUESTIONS = 14
 TEXT = 256
 """Tokens that a row has for them."""
 
+EASY = {100: (1, 2), 200: (1, 3), 300: (2, 5)}
+"""Ahead of these steps, pictures hold so many things instead of the usual crowd.
+
+With one thing in a picture, looking anywhere at it answers the question; from there the
+model learns where to look. Begun with crowds, it stays for long at what words alone say.
+"""
+
 IGNORED = -100
 """Label of a position that no loss looks at."""
 
@@ -85,8 +92,9 @@ class QuestionBatches(IterableDataset[Batch]):
         for step in _own_share(self.steps):
             rng = np.random.default_rng((10, self.seed, step))
             pictures = 2 if rng.random() < TWO_PICTURES else 1
+            things = next((EASY[end] for end in EASY if step < end), None)
             samples = [
-                draw_sample(rng, "train", pictures, QUESTIONS)
+                draw_sample(rng, "train", pictures, QUESTIONS, things)
                 for _ in range(self.rows // pictures)
             ]
             yield _collate([_row(self.tokenizer, s) for s in samples], samples)

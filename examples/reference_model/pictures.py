@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,7 +44,7 @@ _PHOTOGRAPHS = ("astronaut", "brick", "chelsea", "coffee", "grass", "gravel", "r
 _PLATE = 22.0
 """Grey value of the dark disc behind a digit."""
 
-Pixels = NDArray[np.float32]
+Pixels = NDArray[np.floating[Any]]
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ def _paint(canvas: Pixels, thing: Thing, rng: np.random.Generator, split: str) -
 
 def _inside(depth: Pixels) -> Pixels:
     """Coverage of a pixel by a region that it is ``depth`` pixels inside of."""
-    return (depth + 0.5).clip(0.0, 1.0)
+    return np.clip(depth + 0.5, 0.0, 1.0)
 
 
 def _depth(thing: Thing, x: Pixels, y: Pixels, turn: float) -> Pixels:
@@ -178,7 +179,7 @@ def _depth(thing: Thing, x: Pixels, y: Pixels, turn: float) -> Pixels:
             depth = 0.55 * r - np.maximum(sides, y)
         case _:
             depth = _star(x, y, far, r)
-    return depth.astype(np.float32)
+    return np.asarray(depth, np.float32)
 
 
 def _star(x: Pixels, y: Pixels, far: Pixels, r: float) -> Pixels:
@@ -188,7 +189,7 @@ def _star(x: Pixels, y: Pixels, far: Pixels, r: float) -> Pixels:
     inner = 0.45 * r * np.exp(0.5j * fifth)
     edge = inner - r
     across = (far * np.cos(angle) - r) * edge.imag - far * np.sin(angle) * edge.real
-    return -across / np.abs(edge)
+    return np.asarray(-across / np.abs(edge))
 
 
 def _glyph(
@@ -199,12 +200,13 @@ def _glyph(
     scan = scans[rng.integers(len(scans))]
     step = np.float32(1.5 * thing.radius / 8)
     across, down = _between(x[0] / step + 3.5), _between(y[:, 0] / step + 3.5)
-    return ((down @ scan @ across.T) * 1.6 - 0.2).clip(0.0, 1.0)
+    return np.clip((down @ scan @ across.T) * 1.6 - 0.2, 0.0, 1.0)
 
 
 def _between(at: Pixels) -> Pixels:
     """Weights [len(at), 8] that read a row of 8 values at places between them."""
-    return (1 - np.abs(at[:, None] - np.arange(8, dtype=np.float32))).clip(0.0, None)
+    away = np.abs(at[:, None] - np.arange(8, dtype=np.float32))
+    return np.clip(1 - away, 0.0, None)
 
 
 @functools.cache
@@ -219,16 +221,17 @@ def _background(rng: np.random.Generator) -> Pixels:
     """A part of a photograph (two times in three) or a texture, made dull."""
     plain = rng.uniform(40, 200, 3).astype(np.float32)
     strength = np.float32(rng.uniform(0.25, 0.7))
-    if rng.random() < 0.67:
-        photographs = _photographs()
-        photograph = photographs[rng.integers(len(photographs))]
-        top = rng.integers(photograph.shape[0] - SIDE + 1)
-        left = rng.integers(photograph.shape[1] - SIDE + 1)
-        texture = photograph[top : top + SIDE, left : left + SIDE]
-        texture = texture[:, :: rng.choice((-1, 1))].astype(np.float32)
-    else:
-        texture = _texture(rng)
+    texture = _part_of_photograph(rng) if rng.random() < 0.67 else _texture(rng)
     return plain + strength * (texture - plain)
+
+
+def _part_of_photograph(rng: np.random.Generator) -> Pixels:
+    photographs = _photographs()
+    photograph = photographs[rng.integers(len(photographs))]
+    top = rng.integers(photograph.shape[0] - SIDE + 1)
+    left = rng.integers(photograph.shape[1] - SIDE + 1)
+    part = photograph[top : top + SIDE, left : left + SIDE]
+    return part[:, :: rng.choice((-1, 1))].astype(np.float32)
 
 
 def _texture(rng: np.random.Generator) -> Pixels:

@@ -27,6 +27,9 @@ from vtprune_fx.reference.pictures import (
 TWO_PICTURES = 0.2
 """Share of samples with two pictures."""
 
+CROWDS = {1: (5, 9), 2: (3, 6)}
+"""Fewest and most things in one picture, and in each of two."""
+
 _ROWS, _COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
 _MARGIN = 6.0
 """Pixels between a centre and the border of the place that a question names."""
@@ -90,7 +93,11 @@ def draw_samples(split: str, seed: int, count: int) -> Iterator[Sample]:
 
 
 def draw_sample(
-    rng: np.random.Generator, split: str, pictures: int, questions: int
+    rng: np.random.Generator,
+    split: str,
+    pictures: int,
+    questions: int,
+    things: tuple[int, int] | None = None,
 ) -> Sample:
     """Draw pictures and questions about them, the kinds equally often.
 
@@ -99,8 +106,9 @@ def draw_sample(
         split: A key of ``pictures.SPLITS``.
         pictures: One or two. Of two, each is less crowded.
         questions: How many.
+        things: Fewest and most in a picture; as many as when tested if left out.
     """
-    fewest, most = (5, 9) if pictures == 1 else (3, 6)
+    fewest, most = things or CROWDS[pictures]
     while True:
         drawn = tuple(draw_picture(rng, split, fewest, most) for _ in range(pictures))
         asked: list[Question] = []
@@ -210,6 +218,8 @@ def _exists(
 def _compare(
     rng: np.random.Generator, things: Sequence[Thing], tail: str
 ) -> Drawn | None:
+    if len(things) < 2:
+        return None
     one, other = (things[i] for i in rng.choice(len(things), 2, replace=False))
     first, second = _name(rng, one, things), _name(rng, other, things)
     relation, further = _pick(rng, list(_RELATIONS.items()))
@@ -266,7 +276,7 @@ _RELATIONS: dict[str, Callable[[Thing, Thing], float]] = {
 
 
 def _pick(rng: np.random.Generator, choices: Sequence[T]) -> T:
-    return choices[rng.integers(len(choices))]
+    return choices[int(rng.integers(len(choices)))]
 
 
 def _noun(thing: Thing) -> str:

@@ -7,10 +7,11 @@ Two stages, each seeded, on pictures drawn as training goes on:
 1. *See*: the vision tower learns to name what each patch shows (noun, colour, size,
    centre of a thing), from linear readouts that are thrown away afterwards. It stands
    for the pretrained tower that a LLaVA starts from.
-2. *Talk*: the whole model learns to answer, many questions a picture (``batches``).
+2. *Talk*: projector and decoder learn to answer, many questions a picture
+   (``batches``), the tower frozen.
 
 The folder holds the state after every few minutes; the same command goes on from it. At
-the end it holds ``checkpoint/``, with the curve of the losses in ``log.csv``.
+the end it holds ``checkpoint/``, the curve of the losses among it.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from vtprune_fx.errors import InputError
 from vtprune_fx.inputs import quiet
+from vtprune_fx.optional import optional
 from vtprune_fx.reference.batches import (
     IGNORED,
     NOUNS,
@@ -79,17 +81,16 @@ class Plan:
         talk_steps: Steps of the second.
         see_rows: Pictures a step of the first stage.
         talk_rows: Rows a step of the second; half as many where each has two pictures.
-        see_rate: Peak learning rate of the first stage.
-        talk_rate: Peak learning rate of the second.
+        rate: Peak learning rate of the matrices inside of layers; everything else learns
+            at a third of it.
         seed: Of the weights and of all pictures and questions.
     """
 
     see_steps: int = 700
-    talk_steps: int = 3000
+    talk_steps: int = 2200
     see_rows: int = 64
     talk_rows: int = 24
-    see_rate: float = 1.5e-3
-    talk_rate: float = 1e-3
+    rate: float = 4e-3
     seed: int = 0
 
 
@@ -140,17 +141,20 @@ class Training:
     ) -> None:
         self.folder, self.plan, self.device = folder, plan, device
         self.tokenizer = build_tokenizer()
-        self.model = build_model(len(self.tokenizer), plan.seed).to(device).train()
+        self.model = build_model(len(self.tokenizer), plan.seed).train()
+        torch.nn.Module.to(self.model, device)  # transformers types its own as static
         torch.manual_seed(plan.seed)
         self.readouts = Readouts().to(device)
         self.done = {"see": 0, "talk": 0}
         self.log: list[tuple[str, int, float]] = []
-        tower = self.model.model.vision_tower
-        self.see = _optimizers([tower, self.readouts], plan.see_rate)
-        self.talk = _optimizers([self.model], plan.talk_rate)
-        maybe_install_capturing_hooks(self.model.model.language_model)
-        maybe_install_capturing_hooks(tower)
-        whole: Callable[..., Any] = self.model.model
+        llava: Any = self.model.model
+        self.tower, decoder = llava.vision_tower, llava.language_model
+        talking = [llava.multi_modal_projector, decoder, self.model.lm_head]
+        self.see = _optimizers([self.tower, self.readouts], plan.rate)
+        self.talk = _optimizers(talking, plan.rate)
+        maybe_install_capturing_hooks(decoder)
+        maybe_install_capturing_hooks(self.tower)
+        whole: Callable[..., Any] = llava
         # One graph for one picture a row and one for two, each with its own sizes.
         self.decoder = torch.compile(whole, dynamic=False) if compiled else whole
         images = build_processor(self.tokenizer).image_processor
@@ -168,6 +172,8 @@ class Training:
             left = range(self.done["see"], plan.see_steps)
             pictures = PatchBatches(plan.seed, left, plan.see_rows)
             self._stage("see", pictures, self._see_loss, self.see, progress)
+            # A decoder that cannot answer yet would make the tower forget what it saw.
+            self.tower.requires_grad_(requires_grad=False)
             left = range(self.done["talk"], plan.talk_steps)
             questions = QuestionBatches(self.tokenizer, plan.seed, left, plan.talk_rows)
             self._stage("talk", questions, self._talk_loss, self.talk, progress)
@@ -194,13 +200,13 @@ class Training:
             progress.update(bar, advance=1, loss=smooth)
             if step + 1 in (1, steps.stop) or (step + 1) % 20 == 0:
                 self.log.append((name, step + 1, smooth))
-            if time.monotonic() - saved > 240 or step + 1 == steps.stop:
+            if time.monotonic() - saved > 120 or step + 1 == steps.stop:
                 self._save()
                 saved = time.monotonic()
 
     def _see_loss(self, batch: PatchBatch) -> Tensor:
         with _half_precision(self.device):
-            seen = self.model.model.vision_tower(self._pixel_values(batch.pixels))
+            seen = self.tower(self._pixel_values(batch.pixels))
             return self.readouts.loss(seen.last_hidden_state[:, 1:], batch)
 
     def _talk_loss(self, batch: Batch) -> Tensor:
@@ -268,16 +274,31 @@ class Training:
         with quiet():
             self.model.eval().save_pretrained(checkpoint)
             build_processor(self.tokenizer).save_pretrained(checkpoint)
-        with (self.folder / "log.csv").open("w", newline="") as file:
+        with (checkpoint / "training.csv").open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(("stage", "step", "loss"))
             writer.writerows((name, at, f"{loss:.4f}") for name, at, loss in self.log)
+        draw_losses(self.log, checkpoint / "training.png")
         return checkpoint
+
+
+def draw_losses(log: list[tuple[str, int, float]], file: Path) -> None:
+    """Draw the smoothed loss of each stage over its steps."""
+    plots = optional("matplotlib.figure", "matplotlib", "the curve of the losses")
+    figure = plots.Figure(figsize=(8, 3.5), layout="constrained")
+    for place, stage in enumerate(("see", "talk")):
+        axes = figure.add_subplot(1, 2, place + 1, title=stage, xlabel="step")
+        line = [(at, loss) for name, at, loss in log if name == stage]
+        axes.plot(*zip(*line, strict=True))
+        axes.set_yscale("log")
+        axes.grid(alpha=0.3)
+    figure.savefig(file, dpi=100)
 
 
 def _optimizers(modules: list[nn.Module], rate: float) -> Optimizers:
     """Muon for the matrices inside of layers, AdamW for everything else."""
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for module in modules:
         for name, parameter in module.named_parameters():
             inside = "layers." in name and parameter.dim() == 2
@@ -286,7 +307,7 @@ def _optimizers(modules: list[nn.Module], rate: float) -> Optimizers:
         torch.optim.Muon(
             matrices, rate, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"
         ),
-        torch.optim.AdamW(others, rate, (0.9, 0.98), weight_decay=WEIGHT_DECAY),
+        torch.optim.AdamW(others, rate / 3, (0.9, 0.98), weight_decay=WEIGHT_DECAY),
     ]
 
 
@@ -300,7 +321,7 @@ def _set_rates(optimizers: Optimizers, step: int, steps: int) -> None:
 
 def _descend(loss: Tensor, optimizers: Optimizers) -> float:
     """One step downhill; the loss before it."""
-    loss.backward()
+    torch.autograd.backward(loss)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     parameters = [parameter for group in groups for parameter in group["params"]]
     nn.utils.clip_grad_norm_(parameters, CLIP)
