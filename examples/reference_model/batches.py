@@ -35,8 +35,8 @@ TEXT = 256
 EASY = {100: (1, 2), 200: (1, 3), 300: (2, 5)}
 """Ahead of these steps, pictures hold so many things instead of the usual crowd.
 
-With one thing in a picture, looking anywhere at it answers the question; from there the
-model learns where to look. Begun with crowds, it stays for long at what words alone say.
+With one thing in a picture, looking anywhere answers the question; from there the model
+learns where to look.
 """
 
 IGNORED = -100

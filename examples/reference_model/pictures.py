@@ -149,7 +149,7 @@ def _paint(canvas: Pixels, thing: Thing, rng: np.random.Generator, split: str) -
 
 def _inside(depth: Pixels) -> Pixels:
     """Coverage of a pixel by a region that it is ``depth`` pixels inside of."""
-    return np.clip(depth + 0.5, 0.0, 1.0)
+    return np.asarray(np.clip(depth + 0.5, 0.0, 1.0))
 
 
 def _depth(thing: Thing, x: Pixels, y: Pixels, turn: float) -> Pixels:
@@ -164,6 +164,7 @@ def _depth(thing: Thing, x: Pixels, y: Pixels, turn: float) -> Pixels:
     r = thing.radius
     x, y = x * np.cos(turn) + y * np.sin(turn), y * np.cos(turn) - x * np.sin(turn)
     far, wide, high = np.hypot(x, y), np.abs(x), np.abs(y)
+    depth: Pixels
     match thing.noun:
         case "circle":
             depth = 0.95 * r - far
@@ -200,13 +201,13 @@ def _glyph(
     scan = scans[rng.integers(len(scans))]
     step = np.float32(1.5 * thing.radius / 8)
     across, down = _between(x[0] / step + 3.5), _between(y[:, 0] / step + 3.5)
-    return np.clip((down @ scan @ across.T) * 1.6 - 0.2, 0.0, 1.0)
+    return np.asarray(np.clip((down @ scan @ across.T) * 1.6 - 0.2, 0.0, 1.0))
 
 
 def _between(at: Pixels) -> Pixels:
     """Weights [len(at), 8] that read a row of 8 values at places between them."""
     away = np.abs(at[:, None] - np.arange(8, dtype=np.float32))
-    return np.clip(1 - away, 0.0, None)
+    return np.asarray(np.clip(1 - away, 0.0, None))
 
 
 @functools.cache
@@ -222,7 +223,7 @@ def _background(rng: np.random.Generator) -> Pixels:
     plain = rng.uniform(40, 200, 3).astype(np.float32)
     strength = np.float32(rng.uniform(0.25, 0.7))
     texture = _part_of_photograph(rng) if rng.random() < 0.67 else _texture(rng)
-    return plain + strength * (texture - plain)
+    return np.asarray(plain + strength * (texture - plain))
 
 
 def _part_of_photograph(rng: np.random.Generator) -> Pixels:
@@ -231,7 +232,7 @@ def _part_of_photograph(rng: np.random.Generator) -> Pixels:
     top = rng.integers(photograph.shape[0] - SIDE + 1)
     left = rng.integers(photograph.shape[1] - SIDE + 1)
     part = photograph[top : top + SIDE, left : left + SIDE]
-    return part[:, :: rng.choice((-1, 1))].astype(np.float32)
+    return np.asarray(part[:, :: rng.choice((-1, 1))], np.float32)
 
 
 def _texture(rng: np.random.Generator) -> Pixels:
@@ -243,7 +244,7 @@ def _texture(rng: np.random.Generator) -> Pixels:
         fx, fy, start = rng.uniform((-0.5, -0.5, 0), (0.5, 0.5, 6.28)).tolist()
         wave += np.sin(np.float32(fx) * x + np.float32(fy) * y + np.float32(start))
     share = (0.5 + 0.5 * wave).clip(0, 1)[..., None]
-    return one + share * (other - one)
+    return np.asarray(one + share * (other - one))
 
 
 @functools.cache

@@ -81,8 +81,8 @@ class Plan:
         talk_steps: Steps of the second.
         see_rows: Pictures a step of the first stage.
         talk_rows: Rows a step of the second; half as many where each has two pictures.
-        rate: Peak learning rate of the matrices inside of layers; everything else learns
-            at a third of it.
+        rate: Peak learning rate of the matrices inside of layers; a third of it for
+            everything else.
         seed: Of the weights and of all pictures and questions.
     """
 
