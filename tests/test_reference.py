@@ -163,7 +163,7 @@ def test_a_row_asks_each_question_as_if_it_were_the_only_one() -> None:
     assert batch.positions[0, second[0]] == batch.positions[0, first[0]]
     said = batch.labels[0][batch.labels[0] != IGNORED]
     assert tokenizer.decode(said).count("</s>") == int(turns.max())
-    assert not batch.labels[turns[None] == PADDING].ne(IGNORED).any()
+    assert (batch.labels[batch.turns == PADDING] == IGNORED).all()
 
 
 def test_a_row_reads_like_the_processors_prompt() -> None:

@@ -72,7 +72,7 @@ def list_recipes(context: typer.Context) -> None:
     table = Table(
         box=SIMPLE_HEAD,
         pad_edge=False,
-        caption="MACs saved: over the visual tokens alone, in a 7B decoder.",
+        caption="MACs saved: over the visual tokens alone, in layers of a 7B decoder.",
     )
     for title in ("name", "model"):
         table.add_column(title, no_wrap=True)
@@ -84,7 +84,8 @@ def list_recipes(context: typer.Context) -> None:
 
 
 def _summary(recipe: Recipe) -> list[str]:
-    saved = cost(recipe, LLAVA_1_5_7B, recipe.visual_tokens, text_tokens=0).visual.saved
+    decoder = dataclasses.replace(LLAVA_1_5_7B, layers=recipe.layers)
+    saved = cost(recipe, decoder, recipe.visual_tokens, text_tokens=0).visual.saved
     dropped = sum(recipe.drops(recipe.visual_tokens).values())
     counts = (recipe.layers, recipe.visual_tokens, dropped)
     return [recipe.name, recipe.provenance.model, *map(str, counts), f"{saved:.1%}"]

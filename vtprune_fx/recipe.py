@@ -161,7 +161,9 @@ class Recipe(_Strict):
 
     def to_json(self) -> str:
         """The recipe as the text of a recipe file."""
-        return self.model_dump_json(indent=2) + "\n"
+        # Only recipes that draw at random have to tell a seed.
+        unused = {"seed"} if self.score != "random" else set()
+        return self.model_dump_json(indent=2, exclude=unused) + "\n"
 
 
 def names() -> list[str]:

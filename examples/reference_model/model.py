@@ -117,8 +117,8 @@ def build_model(vocabulary: int, seed: int) -> LlavaForConditionalGeneration:
         bos_token_id=BOS_ID,
         eos_token_id=EOS_ID,
         pad_token_id=PAD_ID,
-        # With the usual 0.02, made for wide models, a narrow model's attention starts so
-        # even that it is long in finding out where to look.
+        # With the usual 0.02, made for wide models, a narrow model's attention starts
+        # so even that it is long in finding out where to look.
         initializer_range=WIDTH**-0.5,
     )
     config = LlavaConfig(
