@@ -328,7 +328,7 @@ def evaluate(
     result = evaluation.evaluate(
         *open_checkpoint(model), recipes, samples, backend.value
     )
-    Console().print(result.table())
+    Console().print(*result.tables())
     if output is not None:
         asked = {"model": str(model), "split": split.value, "seed": seed}
         asked |= {"backend": backend.value}

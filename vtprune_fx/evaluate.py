@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from PIL import Image
 from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor
@@ -100,26 +101,30 @@ class Evaluation:
         right = [r for question, r in pairs if question.kind == kind]
         return sum(right) / len(right)
 
-    def table(self) -> Table:
-        """Accuracy and cost of each recipe; intervals are of 95 %."""
-        table = Table(box=SIMPLE_HEAD, title=f"{len(self.questions)} questions")
-        costs = ("MACs saved", "visual tokens", "KV cache")
-        for title in ("recipe", "accuracy", "95 %", "change", *costs, *self.kinds):
-            table.add_column(title, justify="left" if title == "recipe" else "right")
+    def tables(self) -> tuple[Table, Table]:
+        """Accuracy and cost of each recipe, and accuracy by kind."""
+        costs = Table(box=SIMPLE_HEAD, caption="Intervals are of 95 %.")
+        titles = ("accuracy", "interval", "change", "MACs\nsaved", "visual\ntokens")
+        kinds = Table(box=SIMPLE_HEAD, caption=f"{len(self.questions)} questions")
+        for table, more in ((costs, (*titles, "KV\nKiB")), (kinds, self.kinds)):
+            table.add_column("recipe", overflow="fold")
+            for title in more:
+                table.add_column(title, justify="right", no_wrap=True)
         for result in self.results:
             low, high = result.interval
             change, spread = paired(self.results[0].right, result.right)
-            table.add_row(
+            costs.add_row(
                 result.recipe,
-                f"{result.accuracy:.2%}",
-                f"{low:.1%} to {high:.1%}",
-                f"{100 * change:+.2f} ± {100 * spread:.2f}",
-                f"{result.macs_saved:.1%}",
+                f"{100 * result.accuracy:.2f}",
+                f"{100 * low:.1f}-{100 * high:.1f}",
+                f"{100 * change:+.2f}±{100 * spread:.2f}",
+                f"{100 * result.macs_saved:.1f}%",
                 f"{result.visual_tokens:.1f}",
-                f"{result.cache_bytes / 1024:.0f} KiB",
-                *(f"{self.accuracy_of(result, kind):.1%}" for kind in self.kinds),
+                f"{result.cache_bytes / 1024:.0f}",
             )
-        return table
+            shares = (self.accuracy_of(result, kind) for kind in self.kinds)
+            kinds.add_row(result.recipe, *(f"{100 * share:.1f}" for share in shares))
+        return costs, kinds
 
     def fields(self) -> dict[str, Any]:
         """Everything as plain data, answers included."""
@@ -198,7 +203,8 @@ def evaluate(
     """
     results = []
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeRemainingColumn()) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
         for recipe in (recipes[0].keep_all(), *recipes):
             bar = progress.add_task(recipe.name, total=len(samples))
             asked = _Asked(model, processor, recipe)

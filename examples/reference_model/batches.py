@@ -155,6 +155,8 @@ class PatchBatch:
         colours: [n, VISUAL_TOKENS] index into ``COLOURS``, ``IGNORED`` on background.
         sizes: [n, VISUAL_TOKENS] 1 where large, 0 small, ``IGNORED`` on background.
         centres: [n, VISUAL_TOKENS] 1 where the centre of a thing lies, else 0.
+        rows: [n, VISUAL_TOKENS] the patch's row.
+        columns: [n, VISUAL_TOKENS] its column.
     """
 
     pixels: Tensor
@@ -162,6 +164,8 @@ class PatchBatch:
     colours: Tensor
     sizes: Tensor
     centres: Tensor
+    rows: Tensor
+    columns: Tensor
 
 
 class PatchBatches(IterableDataset[PatchBatch]):
@@ -187,11 +191,12 @@ class PatchBatches(IterableDataset[PatchBatch]):
 
 
 def _patch_labels(picture: Picture) -> NDArray[np.int64]:
-    """[4, VISUAL_TOKENS]: noun, colour, size and centre of what each patch shows."""
+    """[6, VISUAL_TOKENS]: noun, colour, size, centre, row and column of each patch."""
     side = SIDE // PATCH
     middle = (np.arange(side) + 0.5) * PATCH
-    labels = np.full((4, side, side), IGNORED)
+    labels = np.full((6, side, side), IGNORED)
     labels[[0, 3]] = 0
+    labels[4:] = np.mgrid[:side, :side]
     for thing in picture.things:
         far = np.hypot(middle[None, :] - thing.x, middle[:, None] - thing.y)
         shown = far < thing.radius + 0.3 * PATCH
@@ -203,7 +208,7 @@ def _patch_labels(picture: Picture) -> NDArray[np.int64]:
         for label, value in zip(labels, what, strict=False):
             label[shown] = value
         labels[3, int(thing.y // PATCH), int(thing.x // PATCH)] = 1
-    return labels.reshape(4, -1)
+    return labels.reshape(6, -1)
 
 
 def _own_share(steps: range) -> range:

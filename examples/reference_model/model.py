@@ -28,7 +28,7 @@ from vtprune_fx.checkpoint import (
 from vtprune_fx.reference.pictures import SIDE
 from vtprune_fx.reference.questions import draw_samples
 
-PATCH = 14
+PATCH = 20
 VISUAL_TOKENS = (SIDE // PATCH) ** 2
 """Visual tokens of a picture."""
 WIDTH = 128

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from vtprune_fx.optional import optional
 
-SIDE = 168
-"""Side of a picture in pixels: 12 patches of 14."""
+SIDE = 240
+"""Side of a picture in pixels: 12 patches of 20."""
 
 COLOURS = {
     "red": (225, 35, 40),
@@ -32,8 +32,8 @@ COLOURS = {
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 DIGITS = tuple(str(digit) for digit in range(10))
-SIZES = {"small": (9.5, 11.5), "large": (16.0, 19.0)}
-"""Ranges of radii in pixels."""
+SIZES = {"small": (9.0, 10.5), "large": (14.0, 16.5)}
+"""Ranges of radii in pixels. A small thing is about as wide as a patch."""
 
 SPLITS = {"train": slice(0, 1400), "validation": slice(1400, 1500)}
 SPLITS["test"] = slice(1500, 1797)
@@ -199,7 +199,7 @@ def _glyph(
     """Ink of a scanned digit, read between its 8 x 8 values along both axes."""
     scans = _scans(split)[int(thing.noun)]
     scan = scans[rng.integers(len(scans))]
-    step = np.float32(1.5 * thing.radius / 8)
+    step = np.float32(1.7 * thing.radius / 8)
     across, down = _between(x[0] / step + 3.5), _between(y[:, 0] / step + 3.5)
     return np.asarray(np.clip((down @ scan @ across.T) * 1.6 - 0.2, 0.0, 1.0))
 

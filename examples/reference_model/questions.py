@@ -27,13 +27,13 @@ from vtprune_fx.reference.pictures import (
 TWO_PICTURES = 0.2
 """Share of samples with two pictures."""
 
-CROWDS = {1: (5, 9), 2: (3, 6)}
+CROWDS = {1: (6, 10), 2: (4, 7)}
 """Fewest and most things in one picture, and in each of two."""
 
 _ROWS, _COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
-_MARGIN = 6.0
+_MARGIN = 8.0
 """Pixels between a centre and the border of the place that a question names."""
-_APART = 14.0
+_APART = 20.0
 """How much further left, or higher, a thing must be to be said so: one patch."""
 _OPENERS = (
     "Look at the picture.",

@@ -5,8 +5,8 @@
 Two stages, each seeded, on pictures drawn as training goes on:
 
 1. *See*: the vision tower learns to name what each patch shows (noun, colour, size,
-   centre of a thing), from linear readouts that are thrown away afterwards. It stands
-   for the pretrained tower that a LLaVA starts from.
+   centre of a thing) and where it is, from linear readouts that are thrown away
+   afterwards. It stands for the pretrained tower that a LLaVA starts from.
 2. *Talk*: projector and decoder learn to answer, many questions a picture
    (``batches``), the tower frozen.
 
@@ -53,12 +53,13 @@ from vtprune_fx.reference.batches import (
     QuestionBatches,
 )
 from vtprune_fx.reference.model import (
+    PATCH,
     WIDTH,
     build_model,
     build_processor,
     build_tokenizer,
 )
-from vtprune_fx.reference.pictures import COLOURS
+from vtprune_fx.reference.pictures import COLOURS, SIDE
 
 AnyBatch = TypeVar("AnyBatch", Batch, PatchBatch)
 Optimizers = list[torch.optim.Optimizer]
@@ -86,8 +87,8 @@ class Plan:
         seed: Of the weights and of all pictures and questions.
     """
 
-    see_steps: int = 700
-    talk_steps: int = 2200
+    see_steps: int = 2000
+    talk_steps: int = 3500
     see_rows: int = 64
     talk_rows: int = 24
     rate: float = 4e-3
@@ -104,6 +105,8 @@ class Readouts(nn.Module):
         self.colours = nn.Linear(WIDTH, len(COLOURS))
         self.sizes = nn.Linear(WIDTH, 2)
         self.centres = nn.Linear(WIDTH, 2)
+        self.rows = nn.Linear(WIDTH, SIDE // PATCH)
+        self.columns = nn.Linear(WIDTH, SIDE // PATCH)
 
     def loss(self, features: Tensor, batch: PatchBatch) -> Tensor:
         """Sum of the cross entropies. ``features`` is [n, VISUAL_TOKENS, WIDTH]."""
@@ -113,6 +116,8 @@ class Readouts(nn.Module):
             (self.colours, batch.colours),
             (self.sizes, batch.sizes),
             (self.centres, batch.centres),
+            (self.rows, batch.rows),
+            (self.columns, batch.columns),
         )
         losses = [
             cross_entropy(
