@@ -13,9 +13,10 @@ from PIL import Image
 
 from tests.test_cli_recipes import Run, io, run
 from vtprune_fx import evaluate as evaluation
+from vtprune_fx.accuracy import Evaluation, paired, wilson
 from vtprune_fx.cost import Geometry, cost
 from vtprune_fx.errors import InputError
-from vtprune_fx.evaluate import Backend, Evaluation, evaluate, inputs_of, paired, wilson
+from vtprune_fx.evaluate import Backend, evaluate, inputs_of
 from vtprune_fx.inputs import load_model, load_processor, open_checkpoint
 from vtprune_fx.recipe import load_recipe
 from vtprune_fx.reference import CHECKPOINT

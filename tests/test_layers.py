@@ -16,14 +16,15 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "vtprune_fx"
 # These may import everything; the facade __init__ hands out what they define.
 TOP = (
-    *("__init__", "answer", "api", "backend", "cli", "curve", "demo", "evaluate"),
-    "generation",
+    *("__init__", "accuracy", "answer", "api", "backend", "cli", "curve", "demo"),
+    *("evaluate", "generation"),
 )
 FRONT = tuple(f"{PACKAGE}.{name}" for name in ("api", "backend", "cli", "demo"))
+REFERENCE = f"{PACKAGE}.reference"
 FORBIDDEN = {
-    "core": (f"{PACKAGE}.passes", f"{PACKAGE}.export", *FRONT),
-    "passes": (f"{PACKAGE}.export", *FRONT),
-    "export": FRONT,
+    "core": (f"{PACKAGE}.passes", f"{PACKAGE}.export", REFERENCE, *FRONT),
+    "passes": (f"{PACKAGE}.export", REFERENCE, *FRONT),
+    "export": (REFERENCE, *FRONT),
     "reference": (f"{PACKAGE}.passes", f"{PACKAGE}.export", *FRONT),
 }
 FOLDERS = {"passes": "passes", "export": "export"}

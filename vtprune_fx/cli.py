@@ -317,6 +317,7 @@ def evaluate(
     from vtprune_fx import evaluate as evaluation
     from vtprune_fx.curve import draw_curve, require_plots
     from vtprune_fx.inputs import open_checkpoint, replace_file
+    from vtprune_fx.reference.questions import draw_samples
 
     if plot is not None:
         require_plots()
@@ -324,7 +325,7 @@ def evaluate(
     for name in recipe or [REFERENCE]:
         loaded = recipes_module.load_recipe(name)
         recipes += [loaded, *loaded.baselines()] if baselines else [loaded]
-    samples = evaluation.draw(split.value, seed, limit)
+    samples = list(draw_samples(split.value, seed, limit))
     result = evaluation.evaluate(
         *open_checkpoint(model), recipes, samples, backend.value
     )

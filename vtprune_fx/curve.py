@@ -11,7 +11,7 @@ from vtprune_fx.inputs import replace_file
 from vtprune_fx.optional import optional
 
 if TYPE_CHECKING:
-    from vtprune_fx.evaluate import Evaluation, Result
+    from vtprune_fx.accuracy import Evaluation, Result
 
 _MARKERS = {"fitprune": "o", "random": "s", "uniform": "^", "inverted": "v"}
 
