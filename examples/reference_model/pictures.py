@@ -101,7 +101,8 @@ def draw_picture(
     things = _place(rng, int(rng.integers(fewest, most + 1)))
     for thing in things:
         _paint(canvas, thing, rng, split)
-    canvas += rng.normal(0.0, rng.uniform(0, 5), (SIDE, SIDE, 1)).astype(np.float32)
+    grain = rng.standard_normal((SIDE, SIDE, 1), np.float32)
+    canvas += np.float32(rng.uniform(0, 5)) * grain
     return Picture(things, canvas.clip(0, 255).astype(np.uint8))
 
 

@@ -87,7 +87,7 @@ class Plan:
         seed: Of the weights and of all pictures and questions.
     """
 
-    see_steps: int = 2000
+    see_steps: int = 1800
     talk_steps: int = 3500
     see_rows: int = 64
     talk_rows: int = 24
@@ -109,10 +109,16 @@ class Readouts(nn.Module):
         self.columns = nn.Linear(WIDTH, SIDE // PATCH)
 
     def loss(self, features: Tensor, batch: PatchBatch) -> Tensor:
-        """Sum of the cross entropies. ``features`` is [n, VISUAL_TOKENS, WIDTH]."""
+        """Sum of the cross entropies. ``features`` is [n, VISUAL_TOKENS, WIDTH].
+
+        Nouns count twice, over things alone and over everything: most patches are
+        background, and which digit a few of them show would hardly count.
+        """
         features = self.norm(features)
+        things = batch.nouns.masked_fill(batch.nouns == 0, IGNORED)
         pairs = (
             (self.nouns, batch.nouns),
+            (self.nouns, things),
             (self.colours, batch.colours),
             (self.sizes, batch.sizes),
             (self.centres, batch.centres),
