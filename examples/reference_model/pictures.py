@@ -32,12 +32,13 @@ COLOURS = {
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 DIGITS = tuple(str(digit) for digit in range(10))
-SIZES = {"small": (9.0, 10.5), "large": (14.0, 16.5)}
+SIZES = {"small": (10.0, 11.5), "large": (14.0, 16.5)}
 """Ranges of radii in pixels. A small thing is about as wide as a patch."""
 
-SPLITS = {"train": slice(0, 1400), "validation": slice(1400, 1500)}
-SPLITS["test"] = slice(1500, 1797)
-"""Scans of digits that each split may draw."""
+_SCANS = np.random.default_rng(0).permutation(1797)
+SPLITS = {"train": _SCANS[:1400], "validation": _SCANS[1400:1500]}
+SPLITS["test"] = _SCANS[1500:]
+"""Scans of digits that each split may draw. All splits have scans of every writer."""
 
 _WHAT = "drawing the reference model's pictures"
 _PHOTOGRAPHS = ("astronaut", "brick", "chelsea", "coffee", "grass", "gravel", "rocket")
@@ -200,7 +201,7 @@ def _glyph(
     """Ink of a scanned digit, read between its 8 x 8 values along both axes."""
     scans = _scans(split)[int(thing.noun)]
     scan = scans[rng.integers(len(scans))]
-    step = np.float32(1.7 * thing.radius / 8)
+    step = np.float32(2.0 * thing.radius / 8)
     across, down = _between(x[0] / step + 3.5), _between(y[:, 0] / step + 3.5)
     return np.asarray(np.clip((down @ scan @ across.T) * 1.6 - 0.2, 0.0, 1.0))
 

@@ -87,8 +87,8 @@ class Plan:
         seed: Of the weights and of all pictures and questions.
     """
 
-    see_steps: int = 1800
-    talk_steps: int = 3500
+    see_steps: int = 1500
+    talk_steps: int = 3000
     see_rows: int = 64
     talk_rows: int = 24
     rate: float = 4e-3
