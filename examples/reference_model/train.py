@@ -5,10 +5,11 @@
 Two stages, each seeded, on pictures drawn as training goes on:
 
 1. *See*: the vision tower learns to name what each patch shows (noun, colour, size,
-   centre of a thing) and where it is, from linear readouts that are thrown away
-   afterwards. It stands for the pretrained tower that a LLaVA starts from.
+   centre of a thing) and where it is, from linear readouts. It stands for the
+   pretrained tower that a LLaVA starts from.
 2. *Talk*: projector and decoder learn to answer, many questions a picture
-   (``batches``), the tower frozen.
+   (``batches``), the tower frozen. The projector starts from the readouts, so that all
+   they told is as loud as the rest.
 
 The folder holds the state after every few minutes; the same command goes on from it. At
 the end it holds ``checkpoint/``, the curve of the losses among it.
@@ -96,7 +97,7 @@ class Plan:
 
 
 class Readouts(nn.Module):
-    """What the first stage reads off each patch, thrown away after it."""
+    """What the first stage reads off each patch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -134,6 +135,28 @@ class Readouts(nn.Module):
             for head, labels in pairs
         ]
         return torch.stack(losses).sum()
+
+    @torch.no_grad()
+    def hand_over(self, layer: nn.Linear, features: Tensor) -> None:
+        """Let a layer's first outputs be what is read off, at a quarter of its size.
+
+        A linear layer has no norm: the mean spread of some features stands for each
+        one's own. The other outputs keep their weights, over that spread.
+
+        Args:
+            layer: From WIDTH features.
+            features: [n, VISUAL_TOKENS, WIDTH].
+        """
+        heads = [self.nouns, self.colours, self.sizes, self.centres]
+        heads += [self.rows, self.columns]
+        weight = torch.cat([head.weight for head in heads])
+        bias = torch.cat([head.bias for head in heads]) + weight @ self.norm.bias
+        weight = weight * self.norm.weight
+        weight = weight - weight.mean(dim=1, keepdim=True)
+        count, spread = len(weight), features.float().std(dim=2).mean()
+        layer.weight /= spread
+        layer.weight[:count] = weight / spread / 4
+        layer.bias[:count] = bias / 4
 
 
 class Training:
@@ -185,6 +208,8 @@ class Training:
             self._stage("see", pictures, self._see_loss, self.see, progress)
             # A decoder that cannot answer yet would make the tower forget what it saw.
             self.tower.requires_grad_(requires_grad=False)
+            if not self.done["talk"]:
+                self._start_projector()
             left = range(self.done["talk"], plan.talk_steps)
             questions = QuestionBatches(self.tokenizer, plan.seed, left, plan.talk_rows)
             self._stage("talk", questions, self._talk_loss, self.talk, progress)
@@ -214,6 +239,14 @@ class Training:
             if time.monotonic() - saved > 120 or step + 1 == steps.stop:
                 self._save()
                 saved = time.monotonic()
+
+    def _start_projector(self) -> None:
+        [pictures] = PatchBatches(self.plan.seed, range(1), self.plan.see_rows)
+        with torch.no_grad():
+            seen = self.tower(self._pixel_values(pictures.pixels.to(self.device)))
+        llava: Any = self.model.model
+        first = llava.multi_modal_projector.linear_1
+        self.readouts.hand_over(first, seen.last_hidden_state[:, 1:])
 
     def _see_loss(self, batch: PatchBatch) -> Tensor:
         with _half_precision(self.device):
