@@ -32,7 +32,7 @@ QUESTIONS = 14
 TEXT = 256
 """Tokens that a row has for them."""
 
-EASY = {100: (1, 2), 200: (1, 3), 300: (2, 5)}
+EASY = {150: (1, 2), 300: (1, 3), 600: (2, 5)}
 """Ahead of these steps, pictures hold so many things instead of the usual crowd.
 
 With one thing in a picture, looking anywhere answers the question; from there the model

@@ -120,6 +120,7 @@ def build_model(vocabulary: int, seed: int) -> LlavaForConditionalGeneration:
         # With the usual 0.02, made for wide models, a narrow model's attention starts
         # so even that it is long in finding out where to look.
         initializer_range=WIDTH**-0.5,
+        tie_word_embeddings=True,
     )
     config = LlavaConfig(
         vision_config=vision,
@@ -128,11 +129,13 @@ def build_model(vocabulary: int, seed: int) -> LlavaForConditionalGeneration:
         image_seq_length=VISUAL_TOKENS,
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
+        tie_word_embeddings=True,
         dtype="float32",
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlavaForConditionalGeneration(config)
+    _start_from_words(model)
     model.generation_config = GenerationConfig(
         bos_token_id=BOS_ID,
         eos_token_id=EOS_ID,
@@ -141,3 +144,22 @@ def build_model(vocabulary: int, seed: int) -> LlavaForConditionalGeneration:
         do_sample=False,
     )
     return model
+
+
+@torch.no_grad()
+def _start_from_words(model: LlavaForConditionalGeneration) -> None:
+    """Let the decoder start from what its tokens say, and change little of it.
+
+    Embeddings are as loud as what layers read, MLPs add nothing yet, and attention
+    looks for what is like the token and copies it: queries and keys start from the same
+    weights, outputs from those of the values, transposed (mimetic initialisation,
+    Trockman and Kolter, arXiv:2305.09828).
+    """
+    decoder = model.model.language_model
+    decoder.embed_tokens.weight /= decoder.embed_tokens.weight.std()
+    decoder.norm.weight.fill_(WIDTH**-0.5)  # or the tied embeddings' logits were loud
+    for layer in decoder.layers:
+        attention = layer.self_attn
+        attention.k_proj.weight.copy_(attention.q_proj.weight)
+        attention.o_proj.weight.copy_(attention.v_proj.weight.T / 2)
+        layer.mlp.down_proj.weight.zero_()

@@ -30,7 +30,8 @@ TWO_PICTURES = 0.2
 CROWDS = {1: (6, 10), 2: (4, 7)}
 """Fewest and most things in one picture, and in each of two."""
 
-_ROWS, _COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
+ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
+"""Names of the thirds of a picture."""
 _MARGIN = 8.0
 """Pixels between a centre and the border of the place that a question names."""
 _APART = 20.0
@@ -333,7 +334,7 @@ def _place_of(thing: Thing) -> str | None:
     for at in (thing.x, thing.y):
         if min(abs(at - third), abs(at - 2 * third)) < _MARGIN:
             return None
-    row, column = _ROWS[int(thing.y // third)], _COLUMNS[int(thing.x // third)]
+    row, column = ROWS[int(thing.y // third)], COLUMNS[int(thing.x // third)]
     return column if (row, column) == ("middle", "centre") else f"{row} {column}"
 
 

@@ -8,8 +8,8 @@ Two stages, each seeded, on pictures drawn as training goes on:
    centre of a thing) and where it is, from linear readouts. It stands for the
    pretrained tower that a LLaVA starts from.
 2. *Talk*: projector and decoder learn to answer, many questions a picture
-   (``batches``), the tower frozen. The projector starts from the readouts, so that all
-   they told is as loud as the rest.
+   (``batches``), the tower frozen. The projector starts from the readouts, in words:
+   that stands for the captions by which a LLaVA learns to align the two.
 
 The folder holds the state after every few minutes; the same command goes on from it. At
 the end it holds ``checkpoint/``, the curve of the losses among it.
@@ -61,6 +61,7 @@ from vtprune_fx.reference.model import (
     build_tokenizer,
 )
 from vtprune_fx.reference.pictures import COLOURS, SIDE
+from vtprune_fx.reference.questions import COLUMNS, ROWS
 
 AnyBatch = TypeVar("AnyBatch", Batch, PatchBatch)
 Optimizers = list[torch.optim.Optimizer]
@@ -70,6 +71,8 @@ WARM_UP = 100
 COOL_DOWN = 0.3
 """Share of a stage, its end, over which the learning rate falls to nothing."""
 WEIGHT_DECAY = 0.05
+QUIETER = 4.0
+"""Readouts are so much louder than hidden units should be."""
 CLIP = 1.0
 """Largest norm of a step's gradient."""
 
@@ -89,9 +92,9 @@ class Plan:
     """
 
     see_steps: int = 1500
-    talk_steps: int = 3000
+    talk_steps: int = 5000
     see_rows: int = 64
-    talk_rows: int = 24
+    talk_rows: int = 12
     rate: float = 4e-3
     seed: int = 0
 
@@ -137,26 +140,40 @@ class Readouts(nn.Module):
         return torch.stack(losses).sum()
 
     @torch.no_grad()
-    def hand_over(self, layer: nn.Linear, features: Tensor) -> None:
-        """Let a layer's first outputs be what is read off, at a quarter of its size.
+    def hand_over(
+        self, projector: Any, features: Tensor, words: dict[str, Tensor]
+    ) -> None:
+        """Let a projector say in words what is read off.
 
-        A linear layer has no norm: the mean spread of some features stands for each
-        one's own. The other outputs keep their weights, over that spread.
+        Its hidden units become the readouts, and each adds the embedding of its word:
+        a patch of a red star starts as the sum of what "red" and "star" start as. A
+        linear layer has no norm: the mean spread of some features stands for each
+        one's own. Units that are left keep their weights, over that spread.
 
         Args:
-            layer: From WIDTH features.
+            projector: From WIDTH features by way of WIDTH units.
             features: [n, VISUAL_TOKENS, WIDTH].
+            words: The embedding of each word, [width of the decoder].
         """
-        heads = [self.nouns, self.colours, self.sizes, self.centres]
-        heads += [self.rows, self.columns]
+        first, second = projector.linear_1, projector.linear_2
+        heads = [self.nouns, self.colours, self.sizes, self.rows, self.columns]
+        said = [*NOUNS, *COLOURS, "small", "large", *_thirds(ROWS), *_thirds(COLUMNS)]
         weight = torch.cat([head.weight for head in heads])
         bias = torch.cat([head.bias for head in heads]) + weight @ self.norm.bias
         weight = weight * self.norm.weight
         weight = weight - weight.mean(dim=1, keepdim=True)
-        count, spread = len(weight), features.float().std(dim=2).mean()
-        layer.weight /= spread
-        layer.weight[:count] = weight / spread / 4
-        layer.bias[:count] = bias / 4
+        count, spread = len(said), features.float().std(dim=2).mean()
+        first.weight /= spread
+        first.weight[:count] = weight / spread / QUIETER
+        first.bias[:count] = bias / QUIETER
+        for unit, word in enumerate(said):
+            second.weight[:, unit] = words.get(word, torch.tensor(0.0)) / QUIETER
+
+
+def _thirds(names: tuple[str, str, str]) -> list[str]:
+    """The name of each row, or column, of patches."""
+    side = SIDE // PATCH
+    return [names[3 * index // side] for index in range(side)]
 
 
 class Training:
@@ -183,7 +200,7 @@ class Training:
         self.log: list[tuple[str, int, float]] = []
         llava: Any = self.model.model
         self.tower, decoder = llava.vision_tower, llava.language_model
-        talking = [llava.multi_modal_projector, decoder, self.model.lm_head]
+        talking = [llava.multi_modal_projector, decoder]  # whose embeddings also speak
         self.see = _optimizers([self.tower, self.readouts], plan.rate)
         self.talk = _optimizers(talking, plan.rate)
         maybe_install_capturing_hooks(decoder)
@@ -245,8 +262,13 @@ class Training:
         with torch.no_grad():
             seen = self.tower(self._pixel_values(pictures.pixels.to(self.device)))
         llava: Any = self.model.model
-        first = llava.multi_modal_projector.linear_1
-        self.readouts.hand_over(first, seen.last_hidden_state[:, 1:])
+        table = llava.language_model.embed_tokens.weight
+        words = {
+            word: table[self.tokenizer.convert_tokens_to_ids(f"\u0120{word}")]
+            for word in (*NOUNS[1:], *COLOURS, "small", "large", *ROWS, *COLUMNS)
+        }
+        features = seen.last_hidden_state[:, 1:]
+        self.readouts.hand_over(llava.multi_modal_projector, features, words)
 
     def _see_loss(self, batch: PatchBatch) -> Tensor:
         with _half_precision(self.device):
@@ -286,7 +308,9 @@ class Training:
                 fix="Name another folder, or repeat the options of that run.",
             )
         self.done, self.log = told["done"], [tuple(entry) for entry in told["log"]]
-        self.model.load_state_dict(_under("model", tensors))
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                parameter.copy_(tensors[f"model.{name}"])
         self.readouts.load_state_dict(_under("readouts", tensors))
         for name, optimizers in (("see", self.see), ("talk", self.talk)):
             for index, optimizer in enumerate(optimizers):
@@ -294,7 +318,8 @@ class Training:
 
     def _save(self) -> None:
         """Write the state beside the old one, then put it in its place."""
-        tensors = _named("model", self.model.state_dict())
+        # Not the state dict, which holds the tied embeddings twice.
+        tensors = _named("model", dict(self.model.named_parameters()))
         tensors |= _named("readouts", self.readouts.state_dict())
         for name, optimizers in (("see", self.see), ("talk", self.talk)):
             for index, optimizer in enumerate(optimizers):
