@@ -27,7 +27,7 @@ from vtprune_fx.reference.pictures import (
 TWO_PICTURES = 0.2
 """Share of samples with two pictures."""
 
-CROWDS = {1: (6, 10), 2: (4, 7)}
+CROWDS = {1: (4, 7), 2: (3, 5)}
 """Fewest and most things in one picture, and in each of two."""
 
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
