@@ -136,16 +136,8 @@ def test_answers_are_right(samples: list[Sample]) -> None:
 
 
 def _compared(things: list[Thing], words: str) -> str:
-    one, other = words.replace(" of the ", " the ").split(" the ")
-    first, relation = one.rsplit(" ", 1)
-    a, b = _the(things, first), _the(things, other)
-    holds = {
-        "left": a.x < b.x,
-        "right": a.x > b.x,
-        "above": a.y < b.y,
-        "below": a.y > b.y,
-    }
-    return "yes" if holds[relation] else "no"
+    one, other = (_the(things, name) for name in words.split(" larger than the "))
+    return "yes" if one.radius > other.radius else "no"
 
 
 # --------------------------------------------------------------------------- training

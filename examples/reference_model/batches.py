@@ -186,9 +186,7 @@ class PatchBatches(IterableDataset[PatchBatch]):
     def __iter__(self) -> Iterator[PatchBatch]:
         for step in _own_share(self.steps):
             rng = np.random.default_rng((11, self.seed, step))
-            samples = [
-                draw_sample(rng, "train", 1, 1, MANY) for _ in range(self.rows)
-            ]
+            samples = [draw_sample(rng, "train", 1, 1, MANY) for _ in range(self.rows)]
             pictures = [sample.pictures[0] for sample in samples]
             labels = np.stack([_patch_labels(picture) for picture in pictures], axis=1)
             pixels = np.stack([picture.pixels for picture in pictures])

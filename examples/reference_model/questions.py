@@ -34,8 +34,8 @@ ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
 """Names of the thirds of a picture."""
 _MARGIN = 8.0
 """Pixels between a centre and the border of the place that a question names."""
-_APART = 20.0
-"""How much further left, or higher, a thing must be to be said so: one patch."""
+MOST = 3
+"""The largest number that is asked for."""
 _OPENERS = (
     "Look at the picture.",
     "Answer in a few words.",
@@ -182,6 +182,8 @@ def _count(
         for thing in things
         if (form == 0 or _noun(thing) == noun) and (form == 1 or thing.colour == colour)
     ]
+    if len(wanted) > MOST:
+        return None
     plural = (f"{colour} things", _plural(noun), f"{colour} {_plural(noun)}")[form]
     text = _pick(rng, ("How many {} are there{}?", "Count the {}{}."))
     return text.format(plural, tail), str(len(wanted))
@@ -219,15 +221,18 @@ def _exists(
 def _compare(
     rng: np.random.Generator, things: Sequence[Thing], tail: str
 ) -> Drawn | None:
-    if len(things) < 2:
+    large = [thing for thing in things if thing.size == "large"]
+    small = [thing for thing in things if thing.size == "small"]
+    if not large or not small:
         return None
-    one, other = (things[i] for i in rng.choice(len(things), 2, replace=False))
-    first, second = _name(rng, one, things), _name(rng, other, things)
-    relation, further = _pick(rng, list(_RELATIONS.items()))
-    by = further(one, other)
-    if first is None or second is None or abs(by) < _APART:
+    pair = [_pick(rng, large), _pick(rng, small)]
+    turned = bool(rng.random() < 0.5)
+    first, second = (
+        _name(rng, thing, things, size=False) for thing in pair[:: -1 if turned else 1]
+    )
+    if first is None or second is None:
         return None
-    return f"Is the {first} {relation} the {second}{tail}?", _YES_NO[by < 0]
+    return f"Is the {first} larger than the {second}{tail}?", _YES_NO[turned]
 
 
 def _what(rng: np.random.Generator, things: Sequence[Thing], tail: str) -> Drawn | None:
@@ -268,12 +273,6 @@ KINDS = (*_ABOUT_ONE, "picture")
 """Kinds of questions; the last needs two pictures."""
 
 _YES_NO = ("yes", "no")
-_RELATIONS: dict[str, Callable[[Thing, Thing], float]] = {
-    "left of": lambda one, other: other.x - one.x,
-    "right of": lambda one, other: one.x - other.x,
-    "above": lambda one, other: other.y - one.y,
-    "below": lambda one, other: one.y - other.y,
-}
 
 
 def _pick(rng: np.random.Generator, choices: Sequence[T]) -> T:
@@ -297,6 +296,7 @@ def _name(
     thing: Thing,
     things: Sequence[Thing],
     *,
+    size: bool = True,
     colour: bool = True,
     noun: bool = True,
 ) -> str | None:
@@ -306,6 +306,7 @@ def _name(
         rng: Chooses among the names that fit.
         thing: What is named.
         things: All that is there.
+        size: Whether the name may tell its size.
         colour: Whether the name may tell its colour.
         noun: Whether the name of a digit may tell which it is.
     """
@@ -314,7 +315,9 @@ def _name(
     names = [
         " ".join(filter(None, form))
         for form in forms
-        if (colour or not form[1]) and sum(_fits(form, other) for other in things) == 1
+        if (size or not form[0])
+        and (colour or not form[1])
+        and sum(_fits(form, other) for other in things) == 1
     ]
     return _pick(rng, names) if names else None
 
