@@ -26,6 +26,7 @@ from torch.fx import GraphModule
 
 from vtprune_fx.capture import lower
 from vtprune_fx.errors import InputError
+from vtprune_fx.literals import places_images
 from vtprune_fx.passes import prune_graph
 from vtprune_fx.recipe import Recipe, load_recipe
 
@@ -76,14 +77,9 @@ def vtprune_backend(
 
 def _prune(module: GraphModule, recipe: Recipe | None) -> GraphModule | None:
     """The pruned graph, or None where nothing is pruned."""
-    if not _places_images(module):
+    if not places_images(module):
         return None
     lowered = lower(module)
     report = prune_graph(lowered, recipe)
     logger.info("%s", report)
     return lowered if report.plan is not None else None
-
-
-def _places_images(module: GraphModule) -> bool:
-    """A cheap look at Dynamo's own graph: lowering each decode graph would cost."""
-    return any("masked_scatter" in str(node.target) for node in module.graph.nodes)

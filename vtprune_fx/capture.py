@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule, Interpreter
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -23,6 +24,7 @@ from transformers import PreTrainedModel
 from transformers.exporters import DynamoConfig, DynamoExporter
 
 from vtprune_fx.errors import CaptureError
+from vtprune_fx.literals import EXAMPLE, free_length, literal_length
 
 
 def export(model: PreTrainedModel, inputs: Mapping[str, Any]) -> ExportedProgram:
@@ -111,22 +113,34 @@ def _join_images(module: object, args: object, features: Tensor) -> Tensor:
 
 
 def lower(module: GraphModule) -> GraphModule:
-    """Trace Dynamo's graph to ATen operators, on fakes with its own symbols.
+    """Trace Dynamo's graph to ATen operators, with the prompt's length as a symbol.
 
     Args:
         module: The graph that a ``torch.compile`` backend is called with.
+
+    Raises:
+        AnatomyError: The length is a number that cannot be told from other sizes.
     """
+    length = literal_length(module)
+    if length is not None:
+        freed = free_length(module, length)
+        return _traced(freed, freed.inputs, freed.mode)
     examples = [
-        node.meta["example_value"]
-        for node in module.graph.nodes
-        if node.op == "placeholder"
+        node.meta[EXAMPLE] for node in module.graph.find_nodes(op="placeholder")
     ]
     context = torch._guards.TracingContext.try_get()
     mode = context.fake_mode if context else detect_fake_mode(examples)
     assert mode is not None, "Dynamo gives every graph a fake mode"
-    with mode, preserve_node_meta():
+    with mode:
         fakes = [_fake_like(value) for value in examples]
-        trace = make_fx(Interpreter(module).run, tracing_mode="real", pre_dispatch=True)
+    return _traced(Interpreter(module), fakes, mode)
+
+
+def _traced(
+    interpreter: Interpreter, fakes: list[Any], mode: FakeTensorMode
+) -> GraphModule:
+    with mode, preserve_node_meta():
+        trace = make_fx(interpreter.run, tracing_mode="real", pre_dispatch=True)
         lowered: GraphModule = trace(*fakes)
     return lowered
 
