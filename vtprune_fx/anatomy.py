@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import sympy
 import torch
+from torch import Tensor
 from torch.fx import Graph, Node
 
 from vtprune_fx.errors import AnatomyError
@@ -85,7 +86,7 @@ class Anatomy:
     Attributes:
         tokens: The symbol that is the prompt's length.
         batch: The number of samples.
-        visual: Name of the [B, S] mask of visual tokens.
+        visual: Name of the mask of visual tokens, [B, S] or [B, S, 1].
         visual_tokens: Visual tokens of a sample in the example the graph was traced
             with.
         layers: The decoder layers' attentions, in order.
@@ -120,7 +121,7 @@ def read(graph: Graph) -> Anatomy | None:
         )
     [(mask, features)] = placements
     visual = _token_mask(mask)
-    batch, tokens = (size_expr(size) for size in _shape(visual))
+    batch, tokens = (size_expr(size) for size in _shape(visual)[:2])
     _check_symbols(visual, batch, tokens)
     samples, rows = size_hint(_shape(visual)[0]), _rows(features)
     return Anatomy(
@@ -158,17 +159,24 @@ def _spelled_out(where: Node) -> tuple[Node, Node] | None:
 
 
 def _token_mask(mask: Node) -> Node:
-    """The [B, S] mask behind the one that covers the embeddings' width too."""
+    """The mask of tokens behind the one that covers the embeddings' width too.
+
+    Where Dynamo broke the graph ahead of the placement, an input [B, S, 1].
+    """
     for node in walk_back(mask, _VIEWS_OF_A_MASK):
         value = tensor_of(node)
-        if value is not None and value.dim() == 2 and value.dtype == torch.bool:
+        if value is not None and value.dtype == torch.bool and _is_per_token(value):
             return node
     raise AnatomyError(
         f"mask of the image placeholders, node {mask.name}",
-        expected="a boolean [batch, prompt] mask behind it",
+        expected="a boolean mask behind it, [batch, prompt] or [batch, prompt, 1]",
         found="none",
         fix="If the graph was broken into parts, compile with fullgraph=True.",
     )
+
+
+def _is_per_token(mask: Tensor) -> bool:
+    return mask.dim() == 2 or (mask.dim() == 3 and size_expr(mask.shape[2]) == 1)
 
 
 def _check_symbols(visual: Node, batch: sympy.Expr, tokens: sympy.Expr) -> None:

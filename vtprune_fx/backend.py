@@ -20,9 +20,11 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch._dynamo import lookup_backend
 from torch.fx import GraphModule
+from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from vtprune_fx.capture import lower
 from vtprune_fx.errors import InputError
@@ -31,6 +33,10 @@ from vtprune_fx.passes import prune_graph
 from vtprune_fx.recipe import Recipe, load_recipe
 
 logger = logging.getLogger(__name__)
+
+# A model's first call installs hooks, under a lock that Dynamo cannot trace. Installing
+# them while it traces is as good.
+torch.compiler.assume_constant_result(maybe_install_capturing_hooks)
 
 _OPTIONS = ("recipe", "inner")
 

@@ -153,11 +153,12 @@ def _attention_bias(mask: Tensor | None, query: Tensor) -> Tensor:
 
 
 def token_roles(visual: Tensor) -> Tensor:
-    """[B, S] int64 roles, from the whole prompt's [B, S] bool mask of visual tokens.
+    """[B, S] int64 roles, from the whole prompt's bool mask, [B, S] or [B, S, 1].
 
     Text is instruction behind the last image of the prompt as it came, also once that
     image has lost all its tokens; hence roles are taken once and gathered at cuts.
     """
+    visual = visual.flatten(1)
     seen = visual.long().cumsum(dim=1)
     last = seen == visual.long().sum(dim=1, keepdim=True)
     return last.long() * INSTRUCTION * (~visual).long() + visual.long() * VISUAL
@@ -175,9 +176,9 @@ def enough_visual_tokens(visual: Tensor, needed: int, exact: bool) -> Tensor:
     """Scalar bool: every sample holds the visual tokens that the cuts count on.
 
     Args:
-        visual: [B, S] bool.
+        visual: [B, S] or [B, S, 1] bool.
         needed: Visual tokens a sample must hold.
         exact: Whether it may hold more.
     """
-    counts = visual.sum(dim=1)
+    counts = visual.flatten(1).sum(dim=1)
     return ((counts == needed) if exact else (counts >= needed)).all()
