@@ -17,9 +17,6 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
 )
-from transformers.utils.output_capturing import (
-    install_all_output_capturing_hooks as install_hooks,
-)
 
 from vtprune_fx import oracle
 from vtprune_fx.anatomy import read
@@ -94,8 +91,6 @@ def tiny_llava(
     model = LlavaForConditionalGeneration(config)
     model.train(mode=False)
     model.set_attn_implementation(attention)
-    # Dynamo cannot trace the lock under which a first call would do this.
-    install_hooks(model)
     return model
 
 
@@ -228,12 +223,17 @@ class Inner:
     Attributes:
         graphs: All graphs so far, one for each compilation.
         ran: For each call so far, the graph that ran.
-        keep_sets: Of the last graph that ran.
+        recorded: For each call so far, its keep sets.
     """
 
     graphs: list[GraphModule] = dataclasses.field(default_factory=list)
     ran: list[GraphModule] = dataclasses.field(default_factory=list)
-    keep_sets: KeepSets = dataclasses.field(default_factory=dict)
+    recorded: list[KeepSets] = dataclasses.field(default_factory=list)
+
+    @property
+    def keep_sets(self) -> KeepSets:
+        """Of the last graph that ran."""
+        return self.recorded[-1]
 
     def __call__(
         self, module: GraphModule, example_inputs: Sequence[Tensor]
@@ -246,7 +246,7 @@ class Inner:
         recorder = KeepRecorder(module)
         outputs = recorder.run(*inputs)
         self.ran.append(module)
-        self.keep_sets = recorder.kept
+        self.recorded.append(recorder.kept)
         return outputs
 
 
