@@ -124,7 +124,7 @@ def default_pipeline(plan: PrunePlan) -> Pipeline:
     Scores stand ahead of gathers, since a gather reads the keep set of its cut.
     """
     return Pipeline(
-        plan, AsyncChecks(), CheckTokens(plan), InsertScores(plan), GatherTokens(plan)
+        plan, AsyncChecks(), InsertScores(plan), CheckTokens(plan), GatherTokens(plan)
     )
 
 

@@ -22,8 +22,10 @@ __all__ = [
     "Recipe",
     "VtpruneError",
     "__version__",
+    "compile",
     "load_recipe",
     "prune",
+    "undo",
     "vtprune_backend",
 ]
 
@@ -34,8 +36,10 @@ _HOMES = {
     "PrunedProgram": "api",
     "Recipe": "recipe",
     "VtpruneError": "errors",
+    "compile": "generation",
     "load_recipe": "recipe",
     "prune": "api",
+    "undo": "generation",
     "vtprune_backend": "backend",
 }
 

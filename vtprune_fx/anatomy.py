@@ -100,10 +100,10 @@ class Anatomy:
 
 
 def read(graph: Graph) -> Anatomy | None:
-    """Find the parts, or None where the graph places no image.
+    """Find the parts, or None where there is nothing to prune.
 
-    Such a graph is a text-only prompt or a decode step, in which there is nothing to
-    prune.
+    That is a graph that places no image (a text-only prompt, a decode step), and a
+    prompt on a filled cache: what the model has seen before is not touched.
 
     Raises:
         AnatomyError: An image is placed, but something that pruning needs is missing or
@@ -123,6 +123,8 @@ def read(graph: Graph) -> Anatomy | None:
     visual = _token_mask(mask)
     batch, tokens = (size_expr(size) for size in _shape(visual)[:2])
     _check_symbols(visual, batch, tokens)
+    if any(_looks_back(node, tokens) for node in _attentions(graph, tokens)):
+        return None
     samples, rows = size_hint(_shape(visual)[0]), _rows(features)
     return Anatomy(
         tokens=tokens,
@@ -214,13 +216,7 @@ def _shape(node: Node) -> torch.Size:
 
 def _decoder(graph: Graph, tokens: sympy.Symbol) -> Iterator[Attention]:
     layer = -1
-    for node in graph.nodes:
-        if node.target != aten.scaled_dot_product_attention.default:
-            continue
-        value = tensor_of(node.args[0])
-        if value is None or tokens not in map(size_expr, value.shape):
-            continue
-        layer += 1
+    for layer, node in enumerate(_attentions(graph, tokens)):
         yield _attention(node, layer)
     if layer < 0:
         raise AnatomyError(
@@ -229,6 +225,21 @@ def _decoder(graph: Graph, tokens: sympy.Symbol) -> Iterator[Attention]:
             found="none",
             fix="Load the model with attn_implementation='sdpa'.",
         )
+
+
+def _attentions(graph: Graph, tokens: sympy.Symbol) -> Iterator[Node]:
+    """The attention nodes whose queries carry the token axis."""
+    for node in graph.nodes:
+        if node.target == aten.scaled_dot_product_attention.default:
+            value = tensor_of(node.args[0])
+            if value is not None and tokens in map(size_expr, value.shape):
+                yield node
+
+
+def _looks_back(attention: Node, tokens: sympy.Symbol) -> bool:
+    """Whether keys of earlier tokens stand ahead of the prompt's own."""
+    key = tensor_of(attention.args[1])
+    return key is not None and tokens not in map(size_expr, key.shape)
 
 
 def _attention(node: Node, layer: int) -> Attention:

@@ -9,13 +9,15 @@ Call it by name or by itself, ``backend="vtprune"`` being the same::
 The graph with the images is pruned and handed to an inner backend; every other graph
 (text-only prompts, decode steps) goes there as it is.
 
-The prompt length has to be dynamic: mark it, ``torch._dynamo.mark_dynamic(ids, 1)``.
-The graph has to be whole: transformers checks the number of image placeholders with a
-tensor, at which Dynamo breaks the graph unless ``fullgraph=True``.
+With a dynamic prompt length, ``torch._dynamo.mark_dynamic(ids, 1)``, one graph serves
+all prompts; without, Dynamo makes one for the first length and one for all others.
+With ``fullgraph=True`` one graph has it all; without, Dynamo breaks it where
+transformers compares the number of image placeholders with that of image features.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._dynamo import lookup_backend
+from torch._dynamo.exc import InvalidBackend
 from torch.fx import GraphModule
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
@@ -38,7 +41,10 @@ logger = logging.getLogger(__name__)
 # them while it traces is as good.
 torch.compiler.assume_constant_result(maybe_install_capturing_hooks)
 
-_OPTIONS = ("recipe", "inner")
+_OPTIONS = ("recipe", "inner", "mode")
+
+Compiler = Callable[..., Callable[..., Any]]
+"""What compiles a graph: ``(module, example_inputs, **kwargs) -> callable``."""
 
 
 def vtprune_backend(
@@ -54,9 +60,9 @@ def vtprune_backend(
         module: Dynamo's graph.
         example_inputs: Dynamo's inputs.
         options: ``recipe``: a shipped name, a file, a ``Recipe``; left out, the default
-            (``recipe.default``) stretched to the model, which is said once. ``inner``:
-            name of the backend that compiles the pruned graph, "inductor" if left out.
-        kwargs: For the inner backend.
+            (``recipe.default``) stretched to the model, which is said once. ``inner``
+            and ``mode``: as ``inner_compiler`` takes them.
+        kwargs: For the inner backend; ``mode`` among them is that of ``torch.compile``.
 
     Raises:
         InputError: An option is unknown.
@@ -72,13 +78,53 @@ def vtprune_backend(
             found=", ".join(unknown),
             fix="Options of the inner backend are not passed on.",
         )
-    inner = lookup_backend(options.get("inner", "inductor"))
+    mode = options.get("mode") or kwargs.pop("mode", None)
+    inner = inner_compiler(options.get("inner", "inductor"), mode)
     recipe = (
         load_recipe(options["recipe"]) if options.get("recipe") is not None else None
     )
     pruned = _prune(module, recipe)
     compiled: Callable[..., Any] = inner(pruned or module, example_inputs, **kwargs)
     return compiled
+
+
+def inner_compiler(inner: str | Compiler, mode: str | None) -> Compiler:
+    """What compiles the pruned graph.
+
+    Args:
+        inner: A registered backend by its name, or a function.
+        mode: A mode of inductor, which is then the inner backend: ``reduce-overhead``,
+            ``max-autotune``, ...
+
+    Raises:
+        InputError: There is no such backend, or no such mode of it.
+    """
+    if callable(inner):
+        return inner
+    if mode is not None:
+        return _in_mode(inner, mode)
+    try:
+        compiler: Compiler = lookup_backend(inner)
+    except InvalidBackend as error:
+        raise InputError(
+            "inner backend",
+            expected=" or ".join(torch.compiler.list_backends()),
+            found=inner,
+            fix="Leave it out for inductor.",
+        ) from error
+    return compiler
+
+
+def _in_mode(inner: str, mode: str) -> Compiler:
+    modes = torch._inductor.list_mode_options()
+    if inner != "inductor" or mode not in modes:
+        raise InputError(
+            f"mode of the inner backend {inner}",
+            expected=f"one of inductor's, {', '.join(modes)}",
+            found=mode,
+            fix="Leave the mode out.",
+        )
+    return functools.partial(torch._inductor.compile, options=modes[mode])
 
 
 def _prune(module: GraphModule, recipe: Recipe | None) -> GraphModule | None:

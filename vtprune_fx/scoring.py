@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 Scorer = Callable[[Tensor, Tensor, Tensor | None, Tensor, float], Tensor]
 """``(query, key, mask, roles, scale) -> scores``: rates the visual tokens at a cut."""
 
-CONTEXT, VISUAL, INSTRUCTION = 0, 1, 2
-"""Roles of tokens: text ahead of or between images, images, text behind the last."""
+CONTEXT, VISUAL, INSTRUCTION, PADDING = 0, 1, 2, 3
+"""Roles of tokens: text ahead of or between images, images, text behind the last, and
+what nobody attends to."""
 
 _NEVER = torch.finfo(torch.float32).min
 """Logit of a pair that may not attend. Finite, so that a row which may attend nothing
@@ -35,8 +36,7 @@ def fitprune_score(
     """FitPrune's score of each visual token (arXiv:2409.10197, published code).
 
     With M the maximum over heads of the attention probabilities, V the visual rows and
-    T the instruction rows (what is padding attends and is attended nothing), token i
-    scores ``sum(M[T, i]) * sum(M[V, i]) / |V|``.
+    T the instruction rows, token i scores ``sum(M[T, i]) * sum(M[V, i]) / |V|``.
 
     exp is monotone, so the head-maximum of probabilities is the exp of the head-maximum
     of ``logit - logsumexp(logits)``: one exp a pair instead of one a pair and head.
@@ -58,9 +58,8 @@ def fitprune_score(
     logits = (query @ key.transpose(2, 3) * scale).float() + bias
     relative = logits - logits.logsumexp(dim=3, keepdim=True)
     strongest = relative.amax(dim=1).exp()
-    attended = bias.amax(dim=2)[:, 0] > _NEVER / 2
     visual = roles == VISUAL
-    rows = torch.stack([(roles == INSTRUCTION) & attended, visual], dim=1).float()
+    rows = torch.stack([roles == INSTRUCTION, visual], dim=1).float()
     cross, own = (rows @ strongest).unbind(dim=1)
     score = cross * own / visual.sum(dim=1, keepdim=True).clamp(min=1)
     return score.masked_fill(~visual, float("inf"))
@@ -152,33 +151,57 @@ def _attention_bias(mask: Tensor | None, query: Tensor) -> Tensor:
     return mask.float().clamp(min=_NEVER)
 
 
-def token_roles(visual: Tensor) -> Tensor:
-    """[B, S] int64 roles, from the whole prompt's bool mask, [B, S] or [B, S, 1].
+def token_roles(visual: Tensor, mask: Tensor | None) -> Tensor:
+    """What each token of a prompt is there for.
 
     Text is instruction behind the last image of the prompt as it came, also once that
     image has lost all its tokens; hence roles are taken once and gathered at cuts.
+
+    Args:
+        visual: [B, S] or [B, S, 1] bool.
+        mask: What the first layer's attention got, as in ``fitprune_score``.
+
+    Returns:
+        [B, S] int64.
     """
     visual = visual.flatten(1)
     seen = visual.long().cumsum(dim=1)
     last = seen == visual.long().sum(dim=1, keepdim=True)
-    return last.long() * INSTRUCTION * (~visual).long() + visual.long() * VISUAL
+    roles = last.long() * INSTRUCTION * (~visual).long() + visual.long() * VISUAL
+    return roles if mask is None else roles.masked_fill(~_attended(mask), PADDING)
 
 
-def lowest_first(scores: Tensor) -> Tensor:
+def _attended(mask: Tensor) -> Tensor:
+    """[B or 1, S]: whether any query may attend to a key."""
+    if mask.dtype != torch.bool:
+        mask = mask > torch.finfo(mask.dtype).min / 2
+    return mask.any(dim=2)[:, 0]
+
+
+def lowest_first(scores: Tensor, roles: Tensor) -> Tensor:
     """[B, S] positions in the order in which they would leave.
 
-    Of equal scores the earlier token leaves first.
+    Of equal scores the earlier token leaves first. Padding leaves behind the last
+    visual token, text never: a prompt of text alone beside one with an image becomes
+    shorter by losing what nobody attends to.
     """
+    most = torch.finfo(torch.float32).max
+    scores = scores.masked_fill(roles == PADDING, most)
     return torch.sort(scores, dim=1, stable=True).indices
 
 
-def enough_visual_tokens(visual: Tensor, needed: int, exact: bool) -> Tensor:
+def enough_to_drop(roles: Tensor, dropped: int, exactly: int | None) -> Tensor:
     """Scalar bool: every sample holds the visual tokens that the cuts count on.
 
+    A sample of text alone holds as much padding as leaves.
+
     Args:
-        visual: [B, S] or [B, S, 1] bool.
-        needed: Visual tokens a sample must hold.
-        exact: Whether it may hold more.
+        roles: [B, S].
+        dropped: How many tokens leave in all.
+        exactly: How many visual tokens a sample must hold, if not any number from
+            ``dropped`` on.
     """
-    counts = visual.flatten(1).sum(dim=1)
-    return ((counts == needed) if exact else (counts >= needed)).all()
+    visual = (roles == VISUAL).sum(dim=1)
+    padding = (roles == PADDING).sum(dim=1)
+    enough = visual >= dropped if exactly is None else visual == exactly
+    return (enough | ((visual == 0) & (padding >= dropped))).all()
