@@ -10,9 +10,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vtprune_fx.api import PrunedProgram, prune
+    from vtprune_fx.api import PrunedProgram, explain, prune
     from vtprune_fx.backend import vtprune_backend
     from vtprune_fx.errors import VtpruneError
+    from vtprune_fx.generation import compile, undo
     from vtprune_fx.recipe import Recipe, load_recipe
     from vtprune_fx.report import PruneReport
 
@@ -23,6 +24,7 @@ __all__ = [
     "VtpruneError",
     "__version__",
     "compile",
+    "explain",
     "load_recipe",
     "prune",
     "undo",
@@ -37,6 +39,7 @@ _HOMES = {
     "Recipe": "recipe",
     "VtpruneError": "errors",
     "compile": "generation",
+    "explain": "api",
     "load_recipe": "recipe",
     "prune": "api",
     "undo": "generation",

@@ -1,4 +1,7 @@
-"""``prune``: from a model, or a program exported from one, to a pruned program."""
+"""``prune``: from a model, or a program exported from one, to a pruned program.
+
+``explain`` says beforehand what would be cut.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,13 @@ from torch.fx import Interpreter, Node
 from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 
+from vtprune_fx.anatomy import read
 from vtprune_fx.capture import export
-from vtprune_fx.errors import CaptureError
+from vtprune_fx.errors import CaptureError, VtpruneError
 from vtprune_fx.passes import KEEP_PREFIX, prune_program
-from vtprune_fx.recipe import Recipe, load_recipe
-from vtprune_fx.report import PruneReport
+from vtprune_fx.plan import place
+from vtprune_fx.recipe import Recipe, default, load_recipe
+from vtprune_fx.report import Explanation, PruneReport
 
 
 @dataclass(frozen=True)
@@ -120,3 +125,34 @@ def prune(
         program = export(model_or_program, inputs)
     pruned, report = prune_program(program, loaded)
     return PrunedProgram(pruned, report)
+
+
+def explain(
+    model: PreTrainedModel,
+    inputs: Mapping[str, Any],
+    recipe: str | Recipe | None = None,
+) -> Explanation:
+    """Say which layers a model has, and which cuts a recipe would place where.
+
+    The model is traced on fake tensors: nothing is computed, and nothing changed.
+
+    Args:
+        model: An unmodified transformers model.
+        inputs: An example, as the model's processor returns it.
+        recipe: What to cut, as ``prune`` takes it.
+
+    Raises:
+        CaptureError: The model does not export.
+        RecipeError: The recipe cannot be loaded.
+    """
+    loaded = load_recipe(recipe) if recipe is not None else None
+    graph = export(model, inputs).graph_module.graph
+    name, anatomy = type(model).__name__, None
+    try:
+        anatomy = read(graph)
+        if anatomy is None:
+            return Explanation(name, None, None, None)
+        wanted = loaded or default(len(anatomy.layers), anatomy.visual_tokens)
+        return Explanation(name, anatomy, place(wanted, anatomy, graph), None)
+    except VtpruneError as error:
+        return Explanation(name, anatomy, None, error)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from vtprune_fx.anatomy import Anatomy
+from vtprune_fx.errors import VtpruneError
 from vtprune_fx.plan import PrunePlan
 
 
@@ -56,3 +58,51 @@ class PruneReport:
             f"{cuts} cuts, {self.nodes_before} nodes -> {self.nodes_after}, "
             f"{self.seconds:.2f} s"
         )
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What was found in a model's graph, and what a recipe makes of it.
+
+    Attributes:
+        model: The model's class.
+        anatomy: The parts that pruning needs, or None where there is nothing to prune.
+        plan: The recipe's cuts placed on them, or None where nothing will be cut.
+        refused: Why not, where there is something to prune.
+    """
+
+    model: str
+    anatomy: Anatomy | None
+    plan: PrunePlan | None
+    refused: VtpruneError | None
+
+    def __str__(self) -> str:
+        return "\n".join((*self._heading(), *self._layers()))
+
+    def _heading(self) -> list[str]:
+        if self.refused is not None:
+            return [f"{self.model}: refused. {self.refused}"]
+        if self.anatomy is None:
+            return [f"{self.model}: not pruned, the graph places no image"]
+        assert self.plan is not None
+        name, visual = self.plan.recipe.name, self.anatomy.visual
+        count = self.anatomy.visual_tokens
+        return [f"{self.model}: {name}, {count} visual tokens, marked by {visual}"]
+
+    def _layers(self) -> list[str]:
+        if self.anatomy is None:
+            return []
+        return [
+            f"layer {layer.layer:3}  {layer.path}: {self._fate_of(layer.layer)}"
+            for layer in self.anatomy.layers
+        ]
+
+    def _fate_of(self, layer: int) -> str:
+        cuts = {cut.attention.layer: cut for cut in self.plan.cuts} if self.plan else {}
+        if layer not in cuts:
+            return "no cut"
+        assert self.anatomy is not None
+        cut = cuts[layer]
+        left = self.anatomy.visual_tokens - cut.dropped
+        gathered = ", ".join(value.node for value in cut.live)
+        return f"{cut.drop} leave, {left} stay; gathers {gathered}"
