@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -116,7 +117,7 @@ def test_cache_is_as_large_as_predicted(
     spent = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
     samples, length = inputs["input_ids"].shape
     visual = max((inputs["input_ids"] == 99).sum(1).tolist())
-    geometry = Geometry.from_config(model.config)
+    geometry = dataclasses.replace(Geometry.from_config(model.config), kv_bytes=4)
     one = cost(RECIPE, geometry, visual, length - visual).total
     assert spent == samples * one.pruned_cache_bytes
 
@@ -302,12 +303,12 @@ def _after(model: Any, state: oracle.Prefill, sample: oracle.Sample) -> Tensor:
 
 
 def _step_with(model: Any, state: oracle.Prefill, vector: Tensor) -> Tensor:
-    decoder = model.model.language_model
-    table, decoder.embed_tokens = decoder.embed_tokens, lambda _: vector
-    try:
+    """A decode step on an embedding instead of a token's."""
+    handle = model.model.language_model.embed_tokens.register_forward_hook(
+        lambda *_: vector
+    )
+    with handle:
         return oracle.step(model, state, 0)
-    finally:
-        decoder.embed_tokens = table
 
 
 # ------------------------------------------------------------------ undo and refusals

@@ -88,7 +88,7 @@ class Anatomy:
         batch: The number of samples.
         visual: Name of the mask of visual tokens, [B, S] or [B, S, 1].
         visual_tokens: Visual tokens of a sample in the example the graph was traced
-            with.
+            with; those of all samples where they cannot be alike.
         layers: The decoder layers' attentions, in order.
     """
 
@@ -125,12 +125,13 @@ def read(graph: Graph) -> Anatomy | None:
     _check_symbols(visual, batch, tokens)
     if any(_looks_back(node, tokens) for node in _attentions(graph, tokens)):
         return None
-    samples, rows = size_hint(_shape(visual)[0]), _rows(features)
+    samples = size_hint(_shape(visual)[0])
+    each, rest = divmod(_rows(features), samples)
     return Anatomy(
         tokens=tokens,
         batch=batch,
         visual=visual.name,
-        visual_tokens=rows // samples,
+        visual_tokens=_rows(features) if rest else each,
         layers=tuple(_decoder(graph, tokens)),
     )
 

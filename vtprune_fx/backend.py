@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 # them while it traces is as good.
 torch.compiler.assume_constant_result(maybe_install_capturing_hooks)
 
-_OPTIONS = ("recipe", "inner", "mode")
+_OPTIONS = ("recipe", "inner", "mode", "visual_tokens")
 
 Compiler = Callable[..., Callable[..., Any]]
 """What compiles a graph: ``(module, example_inputs, **kwargs) -> callable``."""
@@ -61,7 +61,8 @@ def vtprune_backend(
         example_inputs: Dynamo's inputs.
         options: ``recipe``: a shipped name, a file, a ``Recipe``; left out, the default
             (``recipe.default``) stretched to the model, which is said once. ``inner``
-            and ``mode``: as ``inner_compiler`` takes them.
+            and ``mode``: as ``inner_compiler`` takes them. ``visual_tokens``: of a
+            sample that has any; read from the graph's sizes if left out.
         kwargs: For the inner backend; ``mode`` among them is that of ``torch.compile``.
 
     Raises:
@@ -83,7 +84,7 @@ def vtprune_backend(
     recipe = (
         load_recipe(options["recipe"]) if options.get("recipe") is not None else None
     )
-    pruned = _prune(module, recipe)
+    pruned = _prune(module, recipe, options.get("visual_tokens"))
     compiled: Callable[..., Any] = inner(pruned or module, example_inputs, **kwargs)
     return compiled
 
@@ -127,11 +128,13 @@ def _in_mode(inner: str, mode: str) -> Compiler:
     return functools.partial(torch._inductor.compile, options=modes[mode])
 
 
-def _prune(module: GraphModule, recipe: Recipe | None) -> GraphModule | None:
+def _prune(
+    module: GraphModule, recipe: Recipe | None, visual_tokens: int | None
+) -> GraphModule | None:
     """The pruned graph, or None where nothing is pruned."""
     if not places_images(module):
         return None
     lowered = lower(module)
-    report = prune_graph(lowered, recipe)
+    report = prune_graph(lowered, recipe, visual_tokens)
     logger.info("%s", report)
     return lowered if report.plan is not None else None

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import inspect
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -106,13 +106,13 @@ class _PrunedForward:
     ) -> None:
         self._whole = model.forward
         self._was_own = _forward_of(model) is not None
-        self._attention = model.config.get_text_config()._attn_implementation
+        self._text = model.config.get_text_config()
+        self._attention = self._text._attn_implementation
         self._image_token: int | None = getattr(model.config, "image_token_id", None)
         self._model = weakref.ref(model)
-        self._prefill = torch.compile(
-            self._whole, backend=vtprune_backend, options=options, fullgraph=True
-        )
-        self._step = self._prefill if decode else self._whole
+        self._options = options
+        self._compiled: dict[int | None, Callable[..., Any]] = {}
+        self._decode = decode
         functools.update_wrapper(self, self._whole)
         self._signature = inspect.signature(self._whole)
         use_ragged_attention(model)
@@ -145,20 +145,21 @@ class _PrunedForward:
             raise
 
     def _run_prompt(self, named: dict[str, Any]) -> Any:
-        ids, mask = named.get("input_ids"), named.get("attention_mask")
-        _mark_prompt(named)
-        given = named.get("past_key_values")
-        room = given.get_max_length() if isinstance(given, StaticCache) else None
+        cache = named.get("past_key_values")
+        room = cache.get_max_length() if isinstance(cache, StaticCache) else None
         if room is not None:
             # Its layers are allocated once it is known how long they become.
-            named["past_key_values"] = DynamicCache()
-        outputs = self._prefill(**named)
+            named["past_key_values"] = DynamicCache(config=self._text)
+            named["attention_mask"] = _without_room(named)
+        _mark_prompt(named)
+        visual = self._visual(named.get("input_ids"))
+        outputs = self._compiled_for(int(visual.max()))(**named)
         filled = getattr(outputs, "past_key_values", None)
         if filled is not None:
-            ragged.make_ragged(filled, mask, self._visual(ids), room)
+            ragged.make_ragged(filled, named.get("attention_mask"), visual, room)
         if room is not None:
-            given.layers = filled.layers
-            outputs.past_key_values = given
+            cache.layers = filled.layers
+            outputs.past_key_values = cache
         return outputs
 
     def _visual(self, ids: Tensor | None) -> Tensor:
@@ -168,9 +169,26 @@ class _PrunedForward:
                 "input_ids",
                 expected="the prompt's ids, which tell the visual tokens",
                 found="none",
-                fix="Pass input_ids, not inputs_embeds, or use_cache=False.",
+                fix="Pass input_ids, not inputs_embeds.",
             )
         return (ids == self._image_token).sum(dim=1)
+
+    def _compiled_for(self, visual: int) -> Callable[..., Any]:
+        """The compiled model for prompts with at most so many visual tokens.
+
+        Shares become counts when a graph is made; counts fit any number.
+        """
+        recipe: Recipe | None = self._options["recipe"]
+        counted = recipe is not None and recipe.of is None
+        key = None if counted or visual == 0 else visual
+        if key not in self._compiled:
+            options: Any = self._options
+            if visual:
+                options = options | {"visual_tokens": visual}
+            self._compiled[key] = torch.compile(
+                self._whole, backend=vtprune_backend, options=options, fullgraph=True
+            )
+        return self._compiled[key]
 
     def _run_step(self, named: dict[str, Any]) -> Any:
         cache: Cache = named["past_key_values"]
@@ -184,7 +202,8 @@ class _PrunedForward:
         for layer in layers:
             if isinstance(layer, ragged.RaggedLayer):
                 mark_dynamic(2, layer.keys, layer.values)
-        return self._step(**named | {"attention_mask": mask})
+        step = self._compiled_for(0) if self._decode else self._whole
+        return step(**named | {"attention_mask": mask})
 
 
 def _mark_prompt(named: dict[str, Any]) -> None:
@@ -193,3 +212,14 @@ def _mark_prompt(named: dict[str, Any]) -> None:
         value = named.get(name)
         if value is not None and value.shape[1] > 1:
             mark_dynamic(1, value)
+
+
+def _without_room(named: dict[str, Any]) -> Tensor | None:
+    """[B, S]: a prompt's mask, of which ``generate`` made one for a whole static cache.
+
+    That is causal, so its last row has all the padding: [B, 1, S, M] with M > S.
+    """
+    mask: Tensor | None = named.get("attention_mask")
+    if mask is None or mask.dim() == 2:
+        return mask
+    return mask[:, 0, -1, : mask.shape[2]].long()
