@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from transformers import (
+    AutoConfig,
     CLIPVisionConfig,
-    LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
 )
@@ -53,6 +53,7 @@ def tiny_llava(
     head_dim: int = 8,
     image: int = 56,
     attention: str = "sdpa",
+    decoder: str = "llama",
 ) -> LlavaForConditionalGeneration:
     """A LLaVA 32 wide, with weights that make attention far from uniform.
 
@@ -63,9 +64,11 @@ def tiny_llava(
         head_dim: Width of a head.
         image: Width of an image in pixels: one visual token a patch of 14 x 14.
         attention: Attention implementation of transformers.
+        decoder: Model type of the decoder.
     """
     torch.manual_seed(0)
-    text = LlamaConfig(
+    text = AutoConfig.for_model(
+        decoder,
         vocab_size=VOCABULARY,
         hidden_size=32,
         intermediate_size=48,
@@ -76,6 +79,7 @@ def tiny_llava(
         # At 0.3 float32 itself is up to 9.7e-5 from float64 (the oracle run in both),
         # so a bound of 1e-4 would test rounding; at 0.2 it is at most 9e-6.
         initializer_range=0.2,
+        sliding_window=None,
     )
     vision = CLIPVisionConfig(
         hidden_size=16,

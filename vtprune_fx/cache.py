@@ -91,12 +91,13 @@ def make_ragged(
             layers that grow.
 
     Raises:
-        InputError: A sample is padded elsewhere.
+        InputError: A sample is padded elsewhere, or a layer attends to a window only.
     """
     came = length_of(cache)
     padding = _padding_in_front(attention_mask, visual)
     layers: list[Any] = cache.layers
     for index, layer in enumerate(layers):
+        _check_grows(layer, index)
         dropped = came - layer.keys.shape[2]
         # Where a sample had too few visual tokens, padding left in their place.
         own = padding - (dropped - visual).clamp(min=0)
@@ -105,6 +106,17 @@ def make_ragged(
         else:
             more = room - came
             layers[index] = RaggedStaticLayer(layer.keys, layer.values, own, more)
+
+
+def _check_grows(layer: Any, index: int) -> None:
+    if layer.is_sliding:
+        raise InputError(
+            f"cache of decoder layer {index}",
+            expected="attention to all that came before",
+            found="a sliding window",
+            fix="Where no prompt is longer than the window, load the model with "
+            "text_config.sliding_window = None.",
+        )
 
 
 def _padding_in_front(attention_mask: Tensor | None, visual: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 Written for reading. It takes one sample at a time, so it has no batches, no padding
 and no attention mask but the causal triangle. It shares no code with the passes and
-runs on an unmodified ``LlavaForConditionalGeneration`` with a Llama decoder, whose own
+runs on an unmodified ``LlavaForConditionalGeneration`` whose decoder is a Llama or one
+built like it (``DECODERS``), whose own
 linear layers, norms and rotary tables it calls. Rotary application, attention, scoring
 and the cut are written out.
 
@@ -26,11 +27,11 @@ size, ``L`` layers.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import LlamaModel
+from transformers import GemmaModel, LlamaModel, MistralModel, Qwen2Model
 
 from vtprune_fx.errors import InputError, PlanError
 
@@ -41,6 +42,9 @@ if TYPE_CHECKING:
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
     from vtprune_fx.recipe import Recipe
+
+DECODERS = (LlamaModel, MistralModel, Qwen2Model, GemmaModel)
+"""Decoders with the same steps; norms, biases and scales are in their own modules."""
 
 _FROM_ZERO = torch.empty(0, dtype=torch.long)
 """Stands for ``arange(n)`` where a sample is made without positions."""
@@ -367,9 +371,7 @@ def _embed(model: LlavaForConditionalGeneration, sample: Sample) -> Tensor:
     return hidden
 
 
-def _rotary(
-    decoder: LlamaModel, hidden: Tensor, positions: Tensor
-) -> tuple[Tensor, Tensor]:
+def _rotary(decoder: Any, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     """The model's cosines and sines at these positions, two of [n, d]."""
     cos, sin = decoder.rotary_emb(hidden[None], positions[None])
     return cos[0], sin[0]
@@ -443,13 +445,13 @@ def _finish(layer: LlamaDecoderLayer, attended: Tensor, residual: Tensor) -> Ten
 
 def _decoder(
     model: LlavaForConditionalGeneration,
-) -> tuple[LlamaModel, list[LlamaDecoderLayer]]:
-    """The Llama in the model, and its layers."""
+) -> tuple[Any, list[LlamaDecoderLayer]]:
+    """The decoder in the model, and its layers."""
     decoder = model.model.language_model
-    if not isinstance(decoder, LlamaModel):
+    if not isinstance(decoder, DECODERS):
         raise PlanError(
             "oracle",
-            expected="a Llama decoder",
+            expected="a decoder like " + ", ".join(d.__name__ for d in DECODERS),
             found=type(decoder).__name__,
             fix="Check a graph of this model against its own unpruned forward.",
         )
