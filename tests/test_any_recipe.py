@@ -40,7 +40,9 @@ def prompts(draw: st.DrawFn, dropped: int) -> list[tuple[int, ...]]:
     texts = st.integers(0, 9)
     behind = st.integers(1, 9)
     with_images = st.one_of(st.tuples(texts, behind), st.tuples(texts, texts, behind))
-    samples = draw(st.lists(with_images, min_size=1, max_size=3))
+    samples: list[tuple[int, ...]] = [
+        *draw(st.lists(with_images, min_size=1, max_size=3))
+    ]
     longest = max(sum(s) + IMAGE * (len(s) - 1) for s in samples)
     if longest - dropped > 1 and draw(st.booleans()):
         alone = draw(st.integers(1, longest - dropped))

@@ -216,9 +216,11 @@ def test_text_alone_and_decode_steps_go_to_the_inner_backend_as_they_are(
     given: list[GraphModule] = []
     whole = backend._prune
 
-    def spy(module: GraphModule, recipe: Recipe | None) -> GraphModule | None:
+    def spy(
+        module: GraphModule, recipe: Recipe | None, visual: int | None
+    ) -> GraphModule | None:
         given.append(module)
-        return whole(module, recipe)
+        return whole(module, recipe, visual)
 
     monkeypatch.setattr(backend, "_prune", spy)
     model = tiny_llava(layers=2)

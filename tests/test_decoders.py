@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -43,7 +45,7 @@ def test_exported_is_the_oracle(decoder: str) -> None:
 
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_generates_like_the_oracle(decoder: str) -> None:
-    model = tiny_llava.__wrapped__(layers=2, kv_heads=2, decoder=decoder)
+    model: Any = tiny_llava.__wrapped__(layers=2, kv_heads=2, decoder=decoder)
     inputs = batch(model, (3, 6), (2, 0, 9), (5,))
     samples = oracle.split_batch(
         model, **inputs, position_ids=counted_positions(inputs)
@@ -55,7 +57,7 @@ def test_generates_like_the_oracle(decoder: str) -> None:
 
 
 def test_a_sliding_window_is_refused() -> None:
-    model = tiny_llava.__wrapped__(layers=2, decoder="mistral")
+    model: Any = tiny_llava.__wrapped__(layers=2, decoder="mistral")
     model.config.text_config.sliding_window = 64
     vtprune_fx.compile(model, RECIPE, inner="eager")
     inputs = batch(model, (3, 6))

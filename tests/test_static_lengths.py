@@ -72,9 +72,8 @@ def test_a_fresh_model_needs_no_call_ahead_and_no_option() -> None:
     model = LlavaForConditionalGeneration(tiny_llava(layers=2).config).eval()
     model.load_state_dict(tiny_llava(layers=2).state_dict())
     inner, inputs = Inner(), batch(model, (3, 6), (2, 0, 9))
-    whole = torch.compile(
-        model, backend=vtprune_backend, options={"recipe": SHORT, "inner": inner}
-    )
+    told: dict[str, Any] = {"recipe": SHORT, "inner": inner}
+    whole = torch.compile(model, backend=vtprune_backend, options=told)
     with torch.no_grad():
         outputs = whole(**inputs)
     keep_sets = next(sets for sets in inner.recorded if sets)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
+from vtprune_fx.attention import Logits, attentions
 from vtprune_fx.errors import AnatomyError
 from vtprune_fx.graph import size_expr, size_hint, tensor_of, walk_back
 
@@ -123,7 +124,8 @@ def read(graph: Graph) -> Anatomy | None:
     visual = _token_mask(mask)
     batch, tokens = (size_expr(size) for size in _shape(visual)[:2])
     _check_symbols(visual, batch, tokens)
-    if any(_looks_back(node, tokens) for node in _attentions(graph, tokens)):
+    if any(not _has_axis(found.key, tokens) for found in _attentions(graph, tokens)):
+        # Keys of earlier tokens stand ahead of the prompt's own.
         return None
     samples = size_hint(_shape(visual)[0])
     each, rest = divmod(_rows(features), samples)
@@ -217,33 +219,28 @@ def _shape(node: Node) -> torch.Size:
 
 def _decoder(graph: Graph, tokens: sympy.Symbol) -> Iterator[Attention]:
     layer = -1
-    for layer, node in enumerate(_attentions(graph, tokens)):
-        yield _attention(node, layer)
+    for layer, found in enumerate(_attentions(graph, tokens)):
+        yield _attention(found, layer)
     if layer < 0:
         raise AnatomyError(
             "decoder",
-            expected="scaled_dot_product_attention over the prompt's tokens",
+            expected="attention over the prompt's tokens, fused or written out",
             found="none",
-            fix="Load the model with attn_implementation='sdpa'.",
+            fix="Load the model with attn_implementation='sdpa' or 'eager'.",
         )
 
 
-def _attentions(graph: Graph, tokens: sympy.Symbol) -> Iterator[Node]:
-    """The attention nodes whose queries carry the token axis."""
-    for node in graph.nodes:
-        if node.target == aten.scaled_dot_product_attention.default:
-            value = tensor_of(node.args[0])
-            if value is not None and tokens in map(size_expr, value.shape):
-                yield node
+def _attentions(graph: Graph, tokens: sympy.Symbol) -> Iterator[Logits]:
+    """The attentions whose queries carry the token axis."""
+    return (found for found in attentions(graph) if _has_axis(found.query, tokens))
 
 
-def _looks_back(attention: Node, tokens: sympy.Symbol) -> bool:
-    """Whether keys of earlier tokens stand ahead of the prompt's own."""
-    key = tensor_of(attention.args[1])
-    return key is not None and tokens not in map(size_expr, key.shape)
+def _has_axis(node: Node, tokens: sympy.Symbol) -> bool:
+    return tokens in map(size_expr, _shape(node))
 
 
-def _attention(node: Node, layer: int) -> Attention:
+def _attention(found: Logits, layer: int) -> Attention:
+    node = found.output
     path = _module_path(node)
     numbers = [int(part) for part in path.split(".") if part.isdigit()]
     if not numbers or numbers[-1] != layer:
@@ -253,15 +250,9 @@ def _attention(node: Node, layer: int) -> Attention:
             found=f"layer {numbers[-1]}" if numbers else "no layer number in the path",
             fix="The decoder's layers must run in order, one attention each.",
         )
-    query, key = node.args[:2]
-    assert isinstance(query, Node)
-    assert isinstance(key, Node)
-    mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
-    assert mask is None or isinstance(mask, Node)
-    scale = node.kwargs.get("scale") or size_hint(_shape(query)[-1]) ** -0.5
-    assert isinstance(scale, float)
-    name = mask.name if mask is not None else None
-    return Attention(layer, path, node.name, query.name, key.name, name, scale)
+    mask = found.mask.name if found.mask is not None else None
+    query, key = found.query.name, found.key.name
+    return Attention(layer, path, node.name, query, key, mask, found.scale)
 
 
 def _module_path(node: Node) -> str:

@@ -34,12 +34,15 @@ from vtprune_fx.errors import InputError
 from vtprune_fx.literals import places_images
 from vtprune_fx.passes import prune_graph
 from vtprune_fx.recipe import Recipe, load_recipe
+from vtprune_fx.subclasses import has_any, parts
 
 logger = logging.getLogger(__name__)
 
 # A model's first call installs hooks, under a lock that Dynamo cannot trace. Installing
 # them while it traces is as good.
-torch.compiler.assume_constant_result(maybe_install_capturing_hooks)
+torch.compiler.assume_constant_result(  # type: ignore[no-untyped-call]
+    maybe_install_capturing_hooks
+)
 
 _OPTIONS = ("recipe", "inner", "mode", "visual_tokens")
 
@@ -85,8 +88,12 @@ def vtprune_backend(
         load_recipe(options["recipe"]) if options.get("recipe") is not None else None
     )
     pruned = _prune(module, recipe, options.get("visual_tokens"))
-    compiled: Callable[..., Any] = inner(pruned or module, example_inputs, **kwargs)
-    return compiled
+    if pruned is None:
+        return inner(module, example_inputs, **kwargs)
+    compiled = inner(pruned, parts(example_inputs), **kwargs)
+    if not has_any(example_inputs):
+        return compiled
+    return lambda *inputs: compiled(*parts(inputs))
 
 
 def inner_compiler(inner: str | Compiler, mode: str | None) -> Compiler:

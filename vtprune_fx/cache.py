@@ -27,13 +27,13 @@ class RaggedLayer(DynamicLayer):
     """
 
     def __init__(self, keys: Tensor, values: Tensor, padding: Tensor) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call] # not seen as transformers'
         self.lazy_initialization(keys, values)
         self.keys, self.values, self.padding = keys, values, padding
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take over each beam's best sample."""
-        super().reorder_cache(beam_idx)
+        super().reorder_cache(beam_idx.long())  # type: ignore[arg-type]
         self.padding = self.padding.index_select(0, beam_idx.to(self.padding.device))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -66,7 +66,7 @@ class RaggedStaticLayer(StaticLayer):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take over each beam's best sample."""
-        super().reorder_cache(beam_idx)
+        super().reorder_cache(beam_idx.long())  # type: ignore[arg-type]
         self.padding = self.padding.index_select(0, beam_idx.to(self.padding.device))
 
 

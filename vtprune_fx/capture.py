@@ -25,6 +25,7 @@ from transformers.exporters import DynamoConfig, DynamoExporter
 
 from vtprune_fx.errors import CaptureError
 from vtprune_fx.literals import EXAMPLE, free_length, literal_length
+from vtprune_fx.subclasses import parts, rebuilt, replaced
 
 
 def export(model: PreTrainedModel, inputs: Mapping[str, Any]) -> ExportedProgram:
@@ -48,7 +49,8 @@ def export(model: PreTrainedModel, inputs: Mapping[str, Any]) -> ExportedProgram
                 f"torch.export of {type(model).__name__}",
                 expected="a graph",
                 found=str(error).splitlines()[0],
-                fix="Check that the model runs on the same inputs.",
+                fix="Check that the model runs on the same inputs, and that it was "
+                "loaded with attn_implementation='sdpa' or 'eager'.",
             ) from error
 
 
@@ -118,6 +120,9 @@ def lower(module: GraphModule) -> GraphModule:
     Args:
         module: The graph that a ``torch.compile`` backend is called with.
 
+    Returns:
+        A graph whose inputs are the parts (``subclasses.parts``) of the graph's.
+
     Raises:
         AnatomyError: The length is a number that cannot be told from other sizes.
     """
@@ -132,16 +137,19 @@ def lower(module: GraphModule) -> GraphModule:
     mode = context.fake_mode if context else detect_fake_mode(examples)
     assert mode is not None, "Dynamo gives every graph a fake mode"
     with mode:
-        fakes = [_fake_like(value) for value in examples]
+        fakes = [replaced(value, _fake_like) for value in examples]
     return _traced(Interpreter(module), fakes, mode)
 
 
 def _traced(
     interpreter: Interpreter, fakes: list[Any], mode: FakeTensorMode
 ) -> GraphModule:
+    def run(*given: Any) -> Any:
+        return interpreter.run(*rebuilt(fakes, given))
+
     with mode, preserve_node_meta():
-        trace = make_fx(interpreter.run, tracing_mode="real", pre_dispatch=True)
-        lowered: GraphModule = trace(*fakes)
+        trace = make_fx(run, tracing_mode="real", pre_dispatch=True)
+        lowered: GraphModule = trace(*parts(fakes))
     return lowered
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import logging
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -19,6 +20,8 @@ from vtprune_fx.backend import inner_compiler, vtprune_backend
 from vtprune_fx.decoding import mark_dynamic, use_ragged_attention
 from vtprune_fx.errors import InputError, VtpruneError
 from vtprune_fx.recipe import Recipe, load_recipe
+
+logger = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -98,6 +101,10 @@ def _forward_of(model: PreTrainedModel) -> object:
     return vars(model).get("forward")
 
 
+_NO_TOKEN = -1
+"""The id of no token."""
+
+
 class _PrunedForward:
     """Stands for a model's ``forward``: prompts pruned, steps on ragged caches."""
 
@@ -108,7 +115,7 @@ class _PrunedForward:
         self._was_own = _forward_of(model) is not None
         self._text = model.config.get_text_config()
         self._attention = self._text._attn_implementation
-        self._image_token: int | None = getattr(model.config, "image_token_id", None)
+        self._image_token: int = _image_token_of(model)
         self._model = weakref.ref(model)
         self._options = options
         self._compiled: dict[int | None, Callable[..., Any]] = {}
@@ -145,21 +152,22 @@ class _PrunedForward:
             raise
 
     def _run_prompt(self, named: dict[str, Any]) -> Any:
-        cache = named.get("past_key_values")
-        room = cache.get_max_length() if isinstance(cache, StaticCache) else None
-        if room is not None:
+        given: Cache | None = named.get("past_key_values")
+        static = given if isinstance(given, StaticCache) else None
+        if static is not None:
             # Its layers are allocated once it is known how long they become.
             named["past_key_values"] = DynamicCache(config=self._text)
             named["attention_mask"] = _without_room(named)
+        room = None if static is None else static.get_max_length()
         _mark_prompt(named)
         visual = self._visual(named.get("input_ids"))
         outputs = self._compiled_for(int(visual.max()))(**named)
         filled = getattr(outputs, "past_key_values", None)
         if filled is not None:
             ragged.make_ragged(filled, named.get("attention_mask"), visual, room)
-        if room is not None:
-            cache.layers = filled.layers
-            outputs.past_key_values = cache
+        if static is not None:
+            static.layers = outputs.past_key_values.layers
+            outputs.past_key_values = static
         return outputs
 
     def _visual(self, ids: Tensor | None) -> Tensor:
@@ -171,7 +179,7 @@ class _PrunedForward:
                 found="none",
                 fix="Pass input_ids, not inputs_embeds.",
             )
-        return (ids == self._image_token).sum(dim=1)
+        return torch.eq(ids, self._image_token).sum(dim=1)
 
     def _compiled_for(self, visual: int) -> Callable[..., Any]:
         """The compiled model for prompts with at most so many visual tokens.
@@ -192,7 +200,7 @@ class _PrunedForward:
 
     def _run_step(self, named: dict[str, Any]) -> Any:
         cache: Cache = named["past_key_values"]
-        new = named.get("input_ids", named.get("inputs_embeds")).shape[1]
+        new = _first_given(named, "input_ids", "inputs_embeds").shape[1]
         mask = ragged.attention_mask(cache, new)
         mark_dynamic(3, mask)
         if new > 1:
@@ -204,6 +212,19 @@ class _PrunedForward:
                 mark_dynamic(2, layer.keys, layer.values)
         step = self._compiled_for(0) if self._decode else self._whole
         return step(**named | {"attention_mask": mask})
+
+
+def _image_token_of(model: PreTrainedModel) -> int:
+    found: int | None = getattr(model.config, "image_token_id", None)
+    if found is None:
+        logger.warning(
+            "%s has no visual tokens: it is compiled, not pruned.", type(model).__name__
+        )
+    return _NO_TOKEN if found is None else found
+
+
+def _first_given(named: Mapping[str, Any], *names: str) -> Any:
+    return next(named[name] for name in names if named.get(name) is not None)
 
 
 def _mark_prompt(named: dict[str, Any]) -> None:

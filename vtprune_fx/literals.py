@@ -10,6 +10,7 @@ the visual tokens' mask is the prompt's length. Everything else stays a number.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -26,6 +27,7 @@ from torch.fx.node import map_aggregate
 
 from vtprune_fx.errors import AnatomyError
 from vtprune_fx.graph import axes_of, size_expr, size_hint
+from vtprune_fx.subclasses import replaced
 
 EXAMPLE = "example_value"
 """Key of ``node.meta`` under which Dynamo keeps a fake."""
@@ -85,7 +87,7 @@ class FreedLength(Interpreter):
     """
 
     def __init__(self, suspects: _Suspects) -> None:
-        super().__init__(suspects.module, garbage_collect_values=False)
+        super().__init__(suspects.graph_module, garbage_collect_values=False)
         fakes = _Fakes()
         tokens = fakes.symbol(suspects.length)
 
@@ -93,14 +95,13 @@ class FreedLength(Interpreter):
             return tokens if axis in suspects.axes_of(node) else fakes.size(size)
 
         self.mode = fakes.mode
-        self.inputs = fakes.inputs(self.module, freed)
+        self.inputs = fakes.inputs(suspects.graph_module, freed)
         self._length = suspects.length
         self._is_token = {
             node: [suspects.is_tokens(symbol) for symbol in found]
             for node, found in suspects.literals.items()
         }
-        [self._measured, *_] = filter(suspects.axes_of, _placeholders(self.module))
-        [self._axis, *_] = suspects.axes_of(self._measured)
+        self._measured, self._axis = suspects.measured()
 
     def fetch_args_kwargs_from_env(self, n: Node) -> Any:
         """A node's arguments, the length read anew where a number stood for it."""
@@ -119,6 +120,7 @@ class _Suspects(Interpreter):
 
     def __init__(self, module: GraphModule, length: int) -> None:
         super().__init__(module, garbage_collect_values=False)
+        self.graph_module = module
         self.length = length
         self.literals: dict[Node, list[Any]] = {}
         self.tokens: sympy.Expr = sympy.Integer(length)
@@ -126,10 +128,10 @@ class _Suspects(Interpreter):
 
     def learn(self) -> None:
         """Run the graph: operators equate what has to be equal."""
-        inputs = self._fakes.inputs(self.module, self._input_size)
+        inputs = self._fakes.inputs(self.graph_module, self._input_size)
         with self._fakes.mode, enable_python_dispatcher(), torch.no_grad():
             self.run(*inputs, enable_io_processing=False)
-        [placement, *_] = filter(_is_placement, self.module.graph.nodes)
+        placement = next(filter(_is_placement, self.graph_module.graph.nodes))
         self.tokens = size_expr(self.env[_mask_of(placement)].shape[1])
 
     def fetch_args_kwargs_from_env(self, n: Node) -> Any:
@@ -146,7 +148,12 @@ class _Suspects(Interpreter):
 
     def is_tokens(self, size: int | torch.SymInt) -> bool:
         """Whether a size turned out to be the prompt's length."""
-        return size_expr(size) == self.tokens
+        return bool(size_expr(size) == self.tokens)
+
+    def measured(self) -> tuple[Node, int]:
+        """An input, and which of its axes is the prompt's length."""
+        inputs = _placeholders(self.graph_module)
+        return next((node, axis) for node in inputs for axis in self.axes_of(node))
 
     def axes_of(self, placeholder: Node) -> tuple[int, ...]:
         """The token axes of an input."""
@@ -198,13 +205,18 @@ class _Fakes:
         return [self._input(node, size) for node in _placeholders(module)]
 
     def _input(self, node: Node, size: Callable[..., Any]) -> Any:
-        value = node.meta[EXAMPLE]
-        if isinstance(value, torch.SymInt):
-            return self.size(value)
-        if not isinstance(value, Tensor):
-            return value
-        sizes = [size(node, axis, old) for axis, old in enumerate(value.shape)]
-        order = sorted(range(value.dim()), key=lambda d: -size_hint(value.stride(d)))
+        def fake(value: Any) -> Any:
+            if isinstance(value, torch.SymInt):
+                return self.size(value)
+            if not isinstance(value, Tensor):
+                return value
+            return self._tensor(value, functools.partial(size, node))
+
+        return replaced(node.meta[EXAMPLE], fake)
+
+    def _tensor(self, value: Tensor, size: Callable[..., Any]) -> Tensor:
+        sizes = [size(axis, old) for axis, old in enumerate(value.shape)]
+        order = sorted(range(value.dim()), key=lambda d: -size_hint(value.stride()[d]))
         with self.mode:
             dense = torch.empty(
                 [sizes[d] for d in order], dtype=value.dtype, device=value.device

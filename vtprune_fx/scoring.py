@@ -59,10 +59,17 @@ def fitprune_score(
     relative = logits - logits.logsumexp(dim=3, keepdim=True)
     strongest = relative.amax(dim=1).exp()
     visual = roles == VISUAL
-    rows = torch.stack([roles == INSTRUCTION, visual], dim=1).float()
-    cross, own = (rows @ strongest).unbind(dim=1)
+    cross, own = (_sum_rows(strongest, rows) for rows in (roles == INSTRUCTION, visual))
     score = cross * own / visual.sum(dim=1, keepdim=True).clamp(min=1)
     return score.masked_fill(~visual, float("inf"))
+
+
+def _sum_rows(pairs: Tensor, rows: Tensor) -> Tensor:
+    """[B, S]: the sum over some rows of [B, S, S].
+
+    No matrix product, which autocast would round to half precision.
+    """
+    return pairs.masked_fill(~rows[:, :, None], 0).sum(dim=1)
 
 
 def inverted_score(
