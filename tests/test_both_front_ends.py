@@ -36,6 +36,7 @@ from vtprune_fx.graph import STAMP
 from vtprune_fx.passes import default_pipeline, manager
 from vtprune_fx.plan import PrunePlan, place
 from vtprune_fx.recipe import Recipe, default
+from vtprune_fx.report import PruneReport
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -218,7 +219,7 @@ def test_text_alone_and_decode_steps_go_to_the_inner_backend_as_they_are(
 
     def spy(
         module: GraphModule, recipe: Recipe | None, visual: int | None
-    ) -> GraphModule | None:
+    ) -> tuple[GraphModule, PruneReport] | None:
         given.append(module)
         return whole(module, recipe, visual)
 

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import os
+import subprocess
+import sys
+import textwrap
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, LlavaForConditionalGeneration, StaticCache
+from transformers import (
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaForConditionalGeneration,
+    StaticCache,
+)
 
 import vtprune_fx
 from tests.tiny import Inputs, batch, cache_lengths, recipe_for, tiny_llava
@@ -310,6 +320,36 @@ def _step_with(model: Any, state: oracle.Prefill, vector: Tensor) -> Tensor:
         return oracle.step(model, state, 0)
 
 
+# ------------------------------------------------------------------------ the report
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_report_tells_the_oracles_keep_sets(
+    model: LlavaForConditionalGeneration, inner: str
+) -> None:
+    compiled(model, inner=inner)
+    assert vtprune_fx.report_of(model) is None
+    for prompts in (((3, 6), (9, 1)), ((2, 11),)):
+        inputs = batch(model, *prompts)
+        generate(model, inputs, 2)
+        report = vtprune_fx.report_of(model)
+        assert report is not None
+        assert report.visual_tokens == [13, 7, 7]
+        assert [record.name for record in report.passes if record.seconds > 0]
+        assert sorted(report.keep_sets) == [0, 1]
+        for row, sample in enumerate(split(model, inputs)):
+            padding = inputs["input_ids"].shape[1] - len(sample.input_ids)
+            expected = oracle.prefill(model, RECIPE, sample).kept
+            for layer, kept in report.keep_sets.items():
+                own = kept[row][kept[row] >= padding] - padding
+                assert own.tolist() == expected[layer].tolist()
+
+
+def test_no_report_without_compile(model: LlavaForConditionalGeneration) -> None:
+    with pytest.raises(InputError, match="compile"):
+        vtprune_fx.report_of(model)
+
+
 # ------------------------------------------------------------------ undo and refusals
 
 
@@ -357,6 +397,31 @@ def test_a_recipe_for_more_layers_is_refused_and_the_model_left_alone(
     assert "forward" not in vars(model)
 
 
+def test_a_model_without_images_is_compiled_and_says_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=2
+    )
+    model: Any = LlamaForCausalLM(config).eval()
+    ids = torch.randint(1, 99, (2, 7))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    dense = generate(model, inputs)
+    compiled(model)
+    assert torch.equal(generate(model, inputs), dense)
+    assert torch.equal(generate(model, inputs), dense)
+    assert caplog.text.count("LlamaForCausalLM has no visual tokens") == 1
+
+
+def test_an_offloaded_cache_is_refused(
+    model: LlavaForConditionalGeneration,
+) -> None:
+    inputs = batch(model, (3, 6))
+    with pytest.raises(InputError, match=r"offloading.*'static'"):
+        generate(compiled(model), inputs, cache_implementation="offloaded")
+
+
 def test_padding_behind_a_prompt_is_refused(
     model: LlavaForConditionalGeneration,
 ) -> None:
@@ -374,3 +439,23 @@ def test_a_cache_from_elsewhere_is_refused(
         filled = model(**inputs).past_key_values
         with pytest.raises(InputError, match="empty cache"):
             compiled(model)(input_ids=torch.tensor([[5]]), past_key_values=filled)
+
+
+def test_torch_logs_tell_what_the_passes_did() -> None:
+    script = textwrap.dedent(
+        """
+        import vtprune_fx
+        from tests.tiny import batch, recipe_for, tiny_llava
+        model, recipe = tiny_llava(layers=2), recipe_for(2, {0: 3})
+        vtprune_fx.compile(model, recipe, inner="eager")(**batch(model, (3, 6)))
+        """
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | {"TORCH_LOGS": "+vtprune_fx", "PYTHONPATH": "."},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stderr
+    assert "16 visual tokens, 13 after the last of 2 layers, 1 cuts" in told
+    assert "GatherTokens" in told

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from vtprune_fx.api import PrunedProgram, explain, prune
     from vtprune_fx.backend import vtprune_backend
     from vtprune_fx.errors import VtpruneError
-    from vtprune_fx.generation import compile, undo
+    from vtprune_fx.generation import compile, report_of, undo
     from vtprune_fx.recipe import Recipe, load_recipe
     from vtprune_fx.report import PruneReport
 
@@ -27,6 +27,7 @@ __all__ = [
     "explain",
     "load_recipe",
     "prune",
+    "report_of",
     "undo",
     "vtprune_backend",
 ]
@@ -42,6 +43,7 @@ _HOMES = {
     "explain": "api",
     "load_recipe": "recipe",
     "prune": "api",
+    "report_of": "generation",
     "undo": "generation",
     "vtprune_backend": "backend",
 }

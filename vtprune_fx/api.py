@@ -23,7 +23,7 @@ from vtprune_fx.errors import CaptureError, VtpruneError
 from vtprune_fx.passes import KEEP_PREFIX, prune_program
 from vtprune_fx.plan import place
 from vtprune_fx.recipe import Recipe, default, load_recipe
-from vtprune_fx.report import Explanation, PruneReport
+from vtprune_fx.report import Explanation, PruneReport, in_prompt
 
 
 @dataclass(frozen=True)
@@ -61,23 +61,22 @@ class PrunedProgram:
 
 
 class KeepRecorder(Interpreter):
-    """Runs a pruned graph and follows its keep sets back to the prompt.
-
-    Attributes:
-        kept: For each layer with a cut, [B, K]: positions in the prompt as it came.
-    """
+    """Runs a pruned graph and notes its keep sets."""
 
     def __init__(self, module: torch.nn.Module) -> None:
         super().__init__(module)
-        self.kept: dict[int, Tensor] = {}
+        self._found: dict[int, Tensor] = {}
+
+    @property
+    def kept(self) -> dict[int, Tensor]:
+        """The keep sets, as ``in_prompt`` says them."""
+        return in_prompt(self._found)
 
     def run_node(self, n: Node) -> Any:
         """Run one node; note what it says of a cut."""
         result = super().run_node(n)
         if n.name.startswith(KEEP_PREFIX):
-            before = self.kept[max(self.kept)] if self.kept else None
-            layer = int(n.name.removeprefix(KEEP_PREFIX))
-            self.kept[layer] = result if before is None else before.gather(1, result)
+            self._found[int(n.name.removeprefix(KEEP_PREFIX))] = result
         return result
 
 

@@ -32,9 +32,11 @@ from transformers.utils.output_capturing import maybe_install_capturing_hooks
 from vtprune_fx.capture import lower
 from vtprune_fx.errors import InputError
 from vtprune_fx.literals import places_images
-from vtprune_fx.passes import prune_graph
+from vtprune_fx.passes import KEEP_PREFIX, prune_graph
+from vtprune_fx.plan import PrunePlan
 from vtprune_fx.recipe import Recipe, load_recipe
-from vtprune_fx.subclasses import has_any, parts
+from vtprune_fx.report import PruneReport
+from vtprune_fx.subclasses import parts
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +46,7 @@ torch.compiler.assume_constant_result(  # type: ignore[no-untyped-call]
     maybe_install_capturing_hooks
 )
 
-_OPTIONS = ("recipe", "inner", "mode", "visual_tokens")
+_OPTIONS = ("recipe", "inner", "mode", "visual_tokens", "tell")
 
 Compiler = Callable[..., Callable[..., Any]]
 """What compiles a graph: ``(module, example_inputs, **kwargs) -> callable``."""
@@ -65,7 +67,8 @@ def vtprune_backend(
         options: ``recipe``: a shipped name, a file, a ``Recipe``; left out, the default
             (``recipe.default``) stretched to the model, which is said once. ``inner``
             and ``mode``: as ``inner_compiler`` takes them. ``visual_tokens``: of a
-            sample that has any; read from the graph's sizes if left out.
+            sample that has any; read from the graph's sizes if left out. ``tell``:
+            called with a pruned graph's report after each run of it.
         kwargs: For the inner backend; ``mode`` among them is that of ``torch.compile``.
 
     Raises:
@@ -87,13 +90,32 @@ def vtprune_backend(
     recipe = (
         load_recipe(options["recipe"]) if options.get("recipe") is not None else None
     )
-    pruned = _prune(module, recipe, options.get("visual_tokens"))
-    if pruned is None:
+    found = _prune(module, recipe, options.get("visual_tokens"))
+    if found is None:
         return inner(module, example_inputs, **kwargs)
+    pruned, report = found
     compiled = inner(pruned, parts(example_inputs), **kwargs)
-    if not has_any(example_inputs):
-        return compiled
-    return lambda *inputs: compiled(*parts(inputs))
+    return _recording(compiled, report, options.get("tell"))
+
+
+def _recording(
+    compiled: Callable[..., Any],
+    report: PruneReport,
+    tell: Callable[[PruneReport], None] | None,
+) -> Callable[..., Any]:
+    """Run a graph that returns its keep sets too, and note them in its report."""
+    assert report.plan is not None
+    cuts = len(report.plan.cuts)
+
+    def run(*inputs: Any) -> list[Any]:
+        values = list(compiled(*parts(inputs)))
+        outputs, keep_sets = values[: len(values) - cuts], values[len(values) - cuts :]
+        report.record(keep_sets)
+        if tell is not None:
+            tell(report)
+        return outputs
+
+    return run
 
 
 def inner_compiler(inner: str | Compiler, mode: str | None) -> Compiler:
@@ -137,11 +159,23 @@ def _in_mode(inner: str, mode: str) -> Compiler:
 
 def _prune(
     module: GraphModule, recipe: Recipe | None, visual_tokens: int | None
-) -> GraphModule | None:
-    """The pruned graph, or None where nothing is pruned."""
+) -> tuple[GraphModule, PruneReport] | None:
+    """The pruned graph, which returns its keep sets too; None if nothing is pruned."""
     if not places_images(module):
         return None
     lowered = lower(module)
     report = prune_graph(lowered, recipe, visual_tokens)
     logger.info("%s", report)
-    return lowered if report.plan is not None else None
+    if report.plan is None:
+        return None
+    _return_keep_sets(lowered, report.plan)
+    return lowered, report
+
+
+def _return_keep_sets(module: GraphModule, plan: PrunePlan) -> None:
+    """Let a graph return its keep sets, behind its outputs."""
+    named = {node.name: node for node in module.graph.nodes}
+    keep_sets = [named[f"{KEEP_PREFIX}{cut.attention.layer}"] for cut in plan.cuts]
+    [output] = module.graph.find_nodes(op="output")
+    output.args = ((*output.args[0], *keep_sets),)
+    module.recompile()

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache
-from transformers.cache_utils import DynamicLayer, StaticLayer
+from transformers.cache_utils import DynamicLayer, QuantizedLayer, StaticLayer
 
 from vtprune_fx.errors import InputError
 
@@ -76,6 +76,24 @@ Layer = RaggedLayer | RaggedStaticLayer
 def length_of(cache: Cache | None) -> int:
     """Tokens that the first layer holds: all that came, since it is never cut."""
     return 0 if cache is None else int(cache.get_seq_length())
+
+
+def check_can_be_ragged(cache: Cache | None) -> None:
+    """Refuse an empty cache whose layers keep their keys elsewhere, or otherwise.
+
+    Raises:
+        InputError: It is offloaded or quantised.
+    """
+    if cache is None:
+        return
+    quantised = any(isinstance(layer, QuantizedLayer) for layer in cache.layers)
+    if cache.offloading or quantised:
+        raise InputError(
+            "past_key_values",
+            expected="a dynamic or a static cache",
+            found="one with quantised keys" if quantised else "one with offloading",
+            fix="Leave cache_implementation out, or set it to 'static'.",
+        )
 
 
 def make_ragged(

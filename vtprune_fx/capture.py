@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -125,20 +125,36 @@ def lower(module: GraphModule) -> GraphModule:
 
     Raises:
         AnatomyError: The length is a number that cannot be told from other sizes.
+        CaptureError: Weights are shards of a tensor-parallel model.
     """
+    examples = [
+        node.meta[EXAMPLE] for node in module.graph.find_nodes(op="placeholder")
+    ]
+    _refuse_shards(examples)
     length = literal_length(module)
     if length is not None:
         freed = free_length(module, length)
         return _traced(freed, freed.inputs, freed.mode)
-    examples = [
-        node.meta[EXAMPLE] for node in module.graph.find_nodes(op="placeholder")
-    ]
     context = torch._guards.TracingContext.try_get()
     mode = context.fake_mode if context else detect_fake_mode(examples)
     assert mode is not None, "Dynamo gives every graph a fake mode"
     with mode:
         fakes = [replaced(value, _fake_like) for value in examples]
     return _traced(Interpreter(module), fakes, mode)
+
+
+def _refuse_shards(examples: Sequence[object]) -> None:
+    """An operator on DTensors is only what it is on each rank once it is dispatched.
+
+    Passes read operators as they are ahead of that, where attention is still one.
+    """
+    if any(type(value).__name__ == "DTensor" for value in examples):
+        raise CaptureError(
+            "the model's weights",
+            expected="whole tensors",
+            found="DTensors: shards of a tensor-parallel model",
+            fix="Load it without tp_plan, whole on each rank, and share out the data.",
+        )
 
 
 def _traced(

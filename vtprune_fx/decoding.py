@@ -80,7 +80,13 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 def use_ragged_attention(model: PreTrainedModel) -> None:
     """Let a model's decoder run on ragged caches; its vision tower stays as it is."""
-    model.set_attn_implementation({"text_config": ATTENTION})
+    set_attention(model, ATTENTION)
+
+
+def set_attention(model: PreTrainedModel, name: str) -> None:
+    """Choose the attention implementation of a model's decoder alone."""
+    alone = model.config.get_text_config() is model.config
+    model.set_attn_implementation(name if alone else {"text_config": name})
 
 
 @contextlib.contextmanager
@@ -91,7 +97,7 @@ def ragged_attention(model: PreTrainedModel) -> Iterator[None]:
     try:
         yield
     finally:
-        model.set_attn_implementation({"text_config": before})
+        set_attention(model, before)
 
 
 def mark_dynamic(axis: int, *values: Tensor | None) -> None:

@@ -17,9 +17,10 @@ from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
 from vtprune_fx import cache as ragged
 from vtprune_fx.backend import inner_compiler, vtprune_backend
-from vtprune_fx.decoding import mark_dynamic, use_ragged_attention
+from vtprune_fx.decoding import mark_dynamic, set_attention, use_ragged_attention
 from vtprune_fx.errors import InputError, VtpruneError
 from vtprune_fx.recipe import Recipe, load_recipe
+from vtprune_fx.report import PruneReport
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +98,26 @@ def pruned(
         undo(model)
 
 
+def report_of(model: PreTrainedModel) -> PruneReport | None:
+    """What was cut where in a compiled model's last prompt with images.
+
+    Returns:
+        The report, with the keep sets of that prompt, or None if there was none yet.
+
+    Raises:
+        InputError: The model was not compiled.
+    """
+    forward = _forward_of(model)
+    if not isinstance(forward, _PrunedForward):
+        raise InputError(
+            type(model).__name__,
+            expected="a model that vtprune_fx.compile returned",
+            found="one that does not prune",
+            fix="Compile it, and run a prompt with an image.",
+        )
+    return forward.report
+
+
 def _forward_of(model: PreTrainedModel) -> object:
     return vars(model).get("forward")
 
@@ -117,12 +138,16 @@ class _PrunedForward:
         self._attention = self._text._attn_implementation
         self._image_token: int = _image_token_of(model)
         self._model = weakref.ref(model)
-        self._options = options
+        self._options = options | {"tell": self._note}
+        self.report: PruneReport | None = None
         self._compiled: dict[int | None, Callable[..., Any]] = {}
         self._decode = decode
         functools.update_wrapper(self, self._whole)
         self._signature = inspect.signature(self._whole)
         use_ragged_attention(model)
+
+    def _note(self, report: PruneReport) -> None:
+        self.report = report
 
     def _give_up(self) -> None:
         """A model that cannot be pruned is left as it was."""
@@ -131,7 +156,7 @@ class _PrunedForward:
 
     def give_back(self, model: PreTrainedModel) -> None:
         """Make the model what it was."""
-        model.set_attn_implementation({"text_config": self._attention})
+        set_attention(model, self._attention)
         if self._was_own:
             model.forward = self._whole
         else:
@@ -153,6 +178,7 @@ class _PrunedForward:
 
     def _run_prompt(self, named: dict[str, Any]) -> Any:
         given: Cache | None = named.get("past_key_values")
+        ragged.check_can_be_ragged(given)
         static = given if isinstance(given, StaticCache) else None
         if static is not None:
             # Its layers are allocated once it is known how long they become.

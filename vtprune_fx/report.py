@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
 
 from vtprune_fx.anatomy import Anatomy
 from vtprune_fx.errors import VtpruneError
@@ -28,12 +31,26 @@ class PruneReport:
         passes: The passes that ran, in order.
         nodes_before: Nodes of the graph as it came.
         nodes_after: Nodes of the pruned graph.
+        last: What ``record`` was told.
     """
 
     plan: PrunePlan | None
     passes: tuple[PassRecord, ...]
     nodes_before: int
     nodes_after: int
+    last: list[Tensor] = field(default_factory=list, compare=False, repr=False)
+
+    def record(self, keep_sets: Iterable[Tensor]) -> None:
+        """Note what a run kept at each cut, [B, K]: positions among what was left."""
+        self.last[:] = keep_sets
+
+    @property
+    def keep_sets(self) -> dict[int, Tensor]:
+        """What the last run kept, as ``in_prompt`` says it; empty ahead of one."""
+        if self.plan is None:
+            return {}
+        layers = (cut.attention.layer for cut in self.plan.cuts)
+        return in_prompt(dict(zip(layers, self.last, strict=False)))
 
     @property
     def visual_tokens(self) -> list[int]:
@@ -58,6 +75,24 @@ class PruneReport:
             f"{cuts} cuts, {self.nodes_before} nodes -> {self.nodes_after}, "
             f"{self.seconds:.2f} s"
         )
+
+
+def in_prompt(keep_sets: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    """Keep sets followed back to the prompt.
+
+    Args:
+        keep_sets: For each layer with a cut, [B, K]: positions among the tokens that
+            the cuts ahead of it left.
+
+    Returns:
+        For each layer with a cut, [B, K]: positions in the prompt as it came.
+    """
+    found: dict[int, Tensor] = {}
+    before: Tensor | None = None
+    for layer, keep in sorted(keep_sets.items()):
+        before = keep if before is None else before.gather(1, keep)
+        found[layer] = before
+    return found
 
 
 @dataclass(frozen=True)
