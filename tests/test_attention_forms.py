@@ -57,7 +57,8 @@ def test_flex_attention_is_refused_with_the_setting_to_change() -> None:
 def test_half_precision_keeps_what_the_oracle_keeps(
     dtype: torch.dtype, attention: str
 ) -> None:
-    model = tiny_llava.__wrapped__(layers=2, attention=attention).to(dtype)
+    model: Any = tiny_llava.__wrapped__(layers=2, attention=attention)
+    model.to(dtype)
     inputs = batch(model, *PROMPTS)
     inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
     compiled = Compiled(model, RECIPE)

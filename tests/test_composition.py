@@ -44,11 +44,13 @@ def quantised(bits: int) -> Callable[[Any], Any]:
         torchao = pytest.importorskip(
             "torchao.quantization", reason="pip install vtprune-fx[quantized]"
         )
-        config = {
-            8: torchao.Int8WeightOnlyConfig,
-            4: lambda: torchao.IntxWeightOnlyConfig(torch.int4),
-        }
-        torchao.quantize_(model.model.language_model, config[bits]())
+        types: Any = torch  # which does not tell type checkers of int4
+        config = (
+            torchao.IntxWeightOnlyConfig(types.int4)
+            if bits == 4
+            else torchao.Int8WeightOnlyConfig()
+        )
+        torchao.quantize_(model.model.language_model, config)
         return model
 
     return quantise
@@ -115,7 +117,8 @@ def test_gradients_are_the_oracles(inner: str) -> None:
 
 def gradients(model: Any, loss: Callable[[], Tensor]) -> dict[str, Tensor]:
     model.zero_grad()
-    loss().backward()
+    differentiate: Any = loss().backward
+    differentiate()
     return {
         name: parameter.grad
         for name, parameter in model.named_parameters()
@@ -128,7 +131,7 @@ def pruned_loss(
 ) -> Tensor:
     torch.compiler.reset()
     told: dict[str, Any] = {"recipe": recipe, "inner": inner}
-    compiled = torch.compile(
+    compiled: Any = torch.compile(
         model.forward, backend=vtprune_backend, options=told, fullgraph=True
     )
     return last_tokens_loss(compiled(**inputs).logits)

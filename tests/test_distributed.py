@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import distributed, multiprocessing
+from torch import distributed
+from torch.multiprocessing.spawn import spawn
 from transformers import LlavaForConditionalGeneration
 
 import vtprune_fx
@@ -26,9 +27,8 @@ pytestmark = pytest.mark.slow
 
 
 def in_two_processes(function: Callable[..., None], folder: Path) -> None:
-    multiprocessing.spawn(
-        functools.partial(_with_peers, function), (folder,), nprocs=RANKS
-    )
+    started: Any = spawn
+    started(functools.partial(_with_peers, function), (folder,), nprocs=RANKS)
 
 
 def _with_peers(function: Callable[..., None], rank: int, folder: Path) -> None:

@@ -73,7 +73,7 @@ def test_a_fresh_model_needs_no_call_ahead_and_no_option() -> None:
     model.load_state_dict(tiny_llava(layers=2).state_dict())
     inner, inputs = Inner(), batch(model, (3, 6), (2, 0, 9))
     told: dict[str, Any] = {"recipe": SHORT, "inner": inner}
-    whole = torch.compile(model, backend=vtprune_backend, options=told)
+    whole: Any = torch.compile(model, backend=vtprune_backend, options=told)
     with torch.no_grad():
         outputs = whole(**inputs)
     keep_sets = next(sets for sets in inner.recorded if sets)

@@ -71,8 +71,9 @@ def _written_out(node: Node) -> Logits | None:
     logits, mask, scale = _node(softmax.args[0]), None, 1.0
     if logits.target == aten.add.Tensor:
         logits, mask = map(_node, logits.args)
-    if logits.target == aten.mul.Tensor and isinstance(logits.args[1], float):
-        logits, scale = _node(logits.args[0]), logits.args[1]
+    factor = logits.args[-1]
+    if logits.target == aten.mul.Tensor and isinstance(factor, float):
+        logits, scale = _node(logits.args[0]), factor
     if logits.target != aten.matmul.default:
         return None
     query, turned = map(_node, logits.args)
