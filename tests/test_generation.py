@@ -217,6 +217,18 @@ def test_prompt_lookup_is_greedy(model: LlavaForConditionalGeneration) -> None:
     assert found.tolist() == expected
 
 
+def test_a_draft_model_changes_nothing(model: LlavaForConditionalGeneration) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=1
+    )
+    draft = LlamaForCausalLM(config).eval()
+    inputs = batch(model, (3, 6))
+    expected = by_oracle(model, RECIPE, inputs)
+    found = generate(compiled(model), inputs, assistant_model=draft)
+    assert found.tolist() == expected
+
+
 def test_streaming_tells_the_same_tokens(model: LlavaForConditionalGeneration) -> None:
     class Streamer:
         def __init__(self) -> None:
@@ -414,12 +426,21 @@ def test_a_model_without_images_is_compiled_and_says_so(
     assert caplog.text.count("LlamaForCausalLM has no visual tokens") == 1
 
 
-def test_an_offloaded_cache_is_refused(
-    model: LlavaForConditionalGeneration,
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cache_implementation": "offloaded"}, r"offloading.*'static'"),
+        ({"use_cache": False}, "use_cache: expected True"),
+        ({"output_attentions": True}, "output_attentions: expected False"),
+    ],
+    ids=str,
+)
+def test_ways_that_do_not_work_on_a_ragged_cache_are_refused(
+    model: LlavaForConditionalGeneration, options: dict[str, Any], message: str
 ) -> None:
     inputs = batch(model, (3, 6))
-    with pytest.raises(InputError, match=r"offloading.*'static'"):
-        generate(compiled(model), inputs, cache_implementation="offloaded")
+    with pytest.raises(InputError, match=message):
+        generate(compiled(model), inputs, **options)
 
 
 def test_padding_behind_a_prompt_is_refused(

@@ -166,6 +166,7 @@ class _PrunedForward:
         """Run a prompt, or what follows on a filled cache."""
         given = self._signature.bind_partial(*args, **kwargs)
         named = given.arguments | given.arguments.pop("kwargs", {})
+        _refuse(named)
         try:
             if ragged.length_of(named.get("past_key_values")):
                 return self._run_step(named)
@@ -247,6 +248,22 @@ def _image_token_of(model: PreTrainedModel) -> int:
             "%s has no visual tokens: it is compiled, not pruned.", type(model).__name__
         )
     return _NO_TOKEN if found is None else found
+
+
+def _refuse(named: Mapping[str, Any]) -> None:
+    """Refuse what a pruned model cannot give."""
+    refused = (
+        ("output_attentions", True, "Fused attention keeps no probabilities."),
+        ("use_cache", False, "A prompt grown by an answer is another prompt."),
+    )
+    for option, value, why in refused:
+        if named.get(option) is value:
+            raise InputError(
+                option,
+                expected=str(not value),
+                found=f"{value}, which a pruned model cannot generate with",
+                fix=f"{why} Leave the option out, or call vtprune_fx.undo(model).",
+            )
 
 
 def _first_given(named: Mapping[str, Any], *names: str) -> Any:
