@@ -36,7 +36,7 @@ from vtprune_fx.passes import KEEP_PREFIX, prune_graph
 from vtprune_fx.plan import PrunePlan
 from vtprune_fx.recipe import Recipe, load_recipe
 from vtprune_fx.report import PruneReport
-from vtprune_fx.subclasses import parts
+from vtprune_fx.subclasses import has_any, parts
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +95,10 @@ def vtprune_backend(
         return inner(module, example_inputs, **kwargs)
     pruned, report = found
     compiled = inner(pruned, parts(example_inputs), **kwargs)
-    return _recording(compiled, report, options.get("tell"))
+    recorded = _recording(compiled, report, options.get("tell"))
+    if not has_any(example_inputs):
+        return recorded
+    return lambda *inputs: recorded(*parts(inputs))
 
 
 def _recording(
@@ -108,7 +111,7 @@ def _recording(
     cuts = len(report.plan.cuts)
 
     def run(*inputs: Any) -> list[Any]:
-        values = list(compiled(*parts(inputs)))
+        values = list(compiled(*inputs))
         outputs, keep_sets = values[: len(values) - cuts], values[len(values) - cuts :]
         report.record(keep_sets)
         if tell is not None:

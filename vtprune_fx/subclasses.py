@@ -13,6 +13,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
+def has_any(values: Iterable[object]) -> bool:
+    """Whether any of some values is a tensor around tensors."""
+    return any(map(is_traceable_wrapper_subclass, values))
+
+
 def parts(values: Iterable[Any]) -> list[Any]:
     """What values are made of; what is no tensor around tensors stays itself."""
     return [part for value in values for part in _parts(value)]
