@@ -22,7 +22,7 @@ RECIPE = recipe_for(2, {0: 3, 1: 5})
 PROMPTS = ((3, 6), (2, 9))
 
 
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("kv_heads", [2, 4])
 def test_eager_attention_compiled_is_the_oracle(kv_heads: int) -> None:
     model = tiny_llava(layers=2, kv_heads=kv_heads, attention="eager")
     inputs, compiled = batch(model, *PROMPTS), Compiled(model, RECIPE)

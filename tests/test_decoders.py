@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 
 import vtprune_fx
 from tests.tiny import (
@@ -17,13 +16,14 @@ from tests.tiny import (
     tiny_llava,
 )
 from vtprune_fx import oracle, prune
+from vtprune_fx.errors import InputError
 
 DECODERS = ("llama", "mistral", "qwen2", "gemma")
 RECIPE = recipe_for(2, {0: 3, 1: 5})
 PROMPTS = ((3, 6), (2, 0, 9))
 
 
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("kv_heads", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_compiled_is_the_oracle(decoder: str, kv_heads: int) -> None:
     model = tiny_llava(layers=2, kv_heads=kv_heads, decoder=decoder)
@@ -59,10 +59,6 @@ def test_generates_like_the_oracle(decoder: str) -> None:
 def test_a_sliding_window_is_refused() -> None:
     model: Any = tiny_llava.__wrapped__(layers=2, decoder="mistral")
     model.config.text_config.sliding_window = 64
-    vtprune_fx.compile(model, RECIPE, inner="eager")
-    inputs = batch(model, (3, 6))
-    with (
-        pytest.raises(vtprune_fx.VtpruneError, match="sliding_window = None"),
-        torch.no_grad(),
-    ):
-        model(**inputs)
+    with pytest.raises(InputError, match="sliding_window = None"):
+        vtprune_fx.compile(model, RECIPE, inner="eager")
+    assert "forward" not in vars(model)

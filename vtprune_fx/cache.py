@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache
+from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, QuantizedLayer, StaticLayer
 
 from vtprune_fx.errors import InputError
@@ -96,6 +96,23 @@ def check_can_be_ragged(cache: Cache | None) -> None:
         )
 
 
+def check_sees_all(text: PreTrainedConfig) -> None:
+    """Refuse a decoder whose layers attend to a window: it counts tokens, a cut too.
+
+    Raises:
+        InputError: A layer does.
+    """
+    for index, layer in enumerate(DynamicCache(config=text).layers):
+        if layer.is_sliding:
+            raise InputError(
+                f"decoder layer {index}",
+                expected="attention to all that came before",
+                found="a sliding window",
+                fix="Where no prompt is longer than the window, load the model with "
+                "text_config.sliding_window = None.",
+            )
+
+
 def make_ragged(
     cache: Cache, attention_mask: Tensor | None, visual: Tensor, room: int | None = None
 ) -> None:
@@ -109,13 +126,12 @@ def make_ragged(
             layers that grow.
 
     Raises:
-        InputError: A sample is padded elsewhere, or a layer attends to a window only.
+        InputError: A sample is padded elsewhere.
     """
     came = length_of(cache)
     padding = _padding_in_front(attention_mask, visual)
     layers: list[Any] = cache.layers
     for index, layer in enumerate(layers):
-        _check_grows(layer, index)
         dropped = came - layer.keys.shape[2]
         # Where a sample had too few visual tokens, padding left in their place.
         own = padding - (dropped - visual).clamp(min=0)
@@ -124,17 +140,6 @@ def make_ragged(
         else:
             more = room - came
             layers[index] = RaggedStaticLayer(layer.keys, layer.values, own, more)
-
-
-def _check_grows(layer: Any, index: int) -> None:
-    if layer.is_sliding:
-        raise InputError(
-            f"cache of decoder layer {index}",
-            expected="attention to all that came before",
-            found="a sliding window",
-            fix="Where no prompt is longer than the window, load the model with "
-            "text_config.sliding_window = None.",
-        )
 
 
 def _padding_in_front(attention_mask: Tensor | None, visual: Tensor) -> Tensor:

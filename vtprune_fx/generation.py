@@ -58,7 +58,8 @@ def compile(
         The model.
 
     Raises:
-        InputError: The model is compiled already, or there is no such backend or mode.
+        InputError: The model is compiled already, its layers attend to a window, or
+            there is no such backend or mode.
         RecipeError: The recipe cannot be loaded.
     """
     if isinstance(_forward_of(model), _PrunedForward):
@@ -68,6 +69,7 @@ def compile(
             found="one that prunes already",
             fix="Call vtprune_fx.undo(model) first.",
         )
+    ragged.check_sees_all(model.config.get_text_config())
     loaded = load_recipe(recipe) if recipe is not None else None
     options = {"recipe": loaded, "inner": inner_compiler(inner, mode)}
     model.forward = _PrunedForward(model, options, decode)
