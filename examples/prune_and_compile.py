@@ -1,38 +1,34 @@
-"""Prune a LLaVA in torch.compile and let it answer a question about a photograph.
+"""Prune a LLaVA in torch.compile and let it answer a question about a picture.
 
     python examples/prune_and_compile.py
 
-Builds a small LLaVA with random weights in a temporary folder: the answer means
-nothing, the tokens that leave at each layer are real. Needs `vtprune-fx[demo]`.
+The model is the reference model that ships with the package: small, and trained on
+pictures of shapes and digits. Needs `vtprune-fx[demo]`, which draws such a picture.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
-import tempfile
-from pathlib import Path
 
 from vtprune_fx.answer import continued
-from vtprune_fx.checkpoint import CheckpointSpec, build_checkpoint
+from vtprune_fx.demo import reference_task
 from vtprune_fx.generation import pruned
 from vtprune_fx.inputs import open_checkpoint, prompt_inputs
-from vtprune_fx.picture import sample_photo
-from vtprune_fx.recipe import default
+from vtprune_fx.recipe import load_recipe
+from vtprune_fx.reference import CHECKPOINT
 
 
 def main(inner: str = "inductor") -> str:
-    """Answer once; returns the answer."""
+    """Answer once; returns question and answer."""
     logging.basicConfig(level=logging.INFO)  # the backend logs what it cut
-    spec = CheckpointSpec(image_size=112, layers=4, hidden=64, heads=4)
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoint = build_checkpoint(Path(folder) / "llava", spec)
-        model, processor = open_checkpoint(checkpoint)
-    inputs = prompt_inputs(processor, "What is on the table?", sample_photo())
-    recipe = default(layers=spec.layers, visual_tokens=spec.visual_tokens)
-    with pruned(model, recipe, inner) as compiled:
-        ids = continued(compiled, inputs, max_new_tokens=8)
-    return str(processor.decode(ids, skip_special_tokens=True))
+    model, processor = open_checkpoint(CHECKPOINT)
+    task = reference_task(seed=0)
+    inputs = prompt_inputs(processor, task.prompt, task.image)
+    with pruned(model, load_recipe("fitprune-reference-55"), inner) as compiled:
+        ids = continued(compiled, inputs, max_new_tokens=12)
+    answer = str(processor.decode(ids, skip_special_tokens=True)).strip()
+    return f"{task.prompt} {answer}"
 
 
 if __name__ == "__main__":

@@ -27,7 +27,8 @@ from transformers.exporters import (
     OnnxExporter,
 )
 
-from vtprune_fx.capture import dynamic_shapes, example, images_as_one_sequence
+from vtprune_fx import capture
+from vtprune_fx.capture import dynamic_shapes, images_as_one_sequence
 from vtprune_fx.decoding import ragged_attention
 from vtprune_fx.export.folder import check_free, written_at_once
 from vtprune_fx.export.manifest import Manifest, hashes, versions
@@ -96,7 +97,7 @@ def export_onnx(
         AnatomyError: The model has no visual tokens, or no decoder that can be pruned.
         PlanError: The recipe does not fit the model.
     """
-    inputs = example(inputs)
+    inputs = capture.example(inputs)
     positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
     inputs["position_ids"] = positions
     # Behind cuts nearly every symbolic size is new: remembering fakes doubles the time.
@@ -138,14 +139,17 @@ def write_onnx(
     processor: ProcessorMixin,
     recipe: Recipe | None,
     folder: Path,
+    example: Mapping[str, Any] | None = None,
 ) -> PruneReport:
     """Export a model with its processor into a folder that ``load`` can run.
 
     Args:
         model: An unmodified transformers model.
-        processor: Its processor; traced with a prompt about a blank image.
+        processor: Its processor.
         recipe: What to cut, or None for the default that fits the model.
         folder: New, empty, or an earlier export, which is replaced at the end.
+        example: Two prompts to trace with, as the processor returns them; about a blank
+            image each if left out. Prompts with fewer images may then be refused.
 
     Raises:
         InputError: The folder holds something else.
@@ -155,7 +159,8 @@ def write_onnx(
     """
     require_onnxruntime()
     check_free(folder)
-    exported, report = export_onnx(model, example_prompts(processor), recipe)
+    inputs = example_prompts(processor) if example is None else example
+    exported, report = export_onnx(model, inputs, recipe)
     assert report.plan is not None, "an exporter that does not prune raises"
     with written_at_once(folder) as scratch:
         exported.save_pretrained(scratch)

@@ -3,13 +3,15 @@
 How many tokens leave is fixed when the graph is made, so that shapes stay static. A
 sample that holds fewer would lose text instead; it must fail rather than answer wrong::
 
-    visual: "b8[B, S]"
+    vtprune_roles: "i64[B, S]"
 
 gains::
 
-    count: "i64[B]" = aten.sum.dim_IntList(visual, [1])
-    ge: "b8[B]" = aten.ge.Scalar(count, 449);  all_1: "b8[]" = aten.all(ge)
-    aten._assert_async.msg(all_1, "recipe ... drops 449 visual tokens ...")
+    eq: "b8[B, S]" = aten.eq.Scalar(vtprune_roles, 1)        # visual
+    count: "i64[B]" = aten.sum.dim_IntList(eq, [1])
+    ge: "b8[B]" = aten.ge.Scalar(count, 449)
+    ...                                                      # or padding instead
+    aten._assert_async.msg(all_1, "recipe ... must hold at least 449 visual tokens ...")
 """
 
 from __future__ import annotations
@@ -19,16 +21,18 @@ from torch.fx import GraphModule
 
 from vtprune_fx.graph import Inserter, Stamp
 from vtprune_fx.passes.base import Pass
+from vtprune_fx.passes.insert_scores import ROLES
 from vtprune_fx.plan import PrunePlan
-from vtprune_fx.scoring import enough_visual_tokens
+from vtprune_fx.scoring import enough_to_drop
 
 
 class CheckTokens(Pass):
-    """Assert once, behind the mask of visual tokens, that every sample has enough.
+    """Assert once, behind the tokens' roles, that every sample has enough.
 
     1. Count recipes: a sample holds at least what all cuts drop.
     2. Share recipes (``of``): a sample holds exactly what the shares were taken of.
-    3. No cuts: nothing to assert.
+    3. A sample of text alone, beside others with images: padding leaves instead.
+    4. No cuts: nothing to assert.
     """
 
     def __init__(self, plan: PrunePlan) -> None:
@@ -39,22 +43,23 @@ class CheckTokens(Pass):
         plan, graph = self._plan, module.graph
         if not plan.cuts:
             return False
-        [visual] = [n for n in graph.nodes if n.name == plan.visual]
-        exact = plan.recipe.of is not None
-        needed = plan.visual_tokens if exact else plan.dropped
+        [roles] = [node for node in graph.nodes if node.name == ROLES]
+        exactly = plan.visual_tokens if plan.recipe.of is not None else None
         stamp = Stamp("check", -1)
         inserter = Inserter(graph)
-        anchor = visual.next
+        anchor = roles.next
         enough = inserter.trace(
-            anchor, stamp, enough_visual_tokens, visual, needed, exact
+            anchor, stamp, enough_to_drop, roles, plan.dropped, exactly
         )
-        message = self._message(needed, exact)
+        message = self._message(exactly)
         inserter.call(anchor, stamp, torch.ops.aten._assert_async.msg, enough, message)
         return True
 
-    def _message(self, needed: int, exact: bool) -> str:
-        few = "exactly" if exact else "at least"
+    def _message(self, exactly: int | None) -> str:
+        dropped = self._plan.dropped
+        held = f"at least {dropped}" if exactly is None else f"exactly {exactly}"
         return (
-            f"recipe {self._plan.recipe.name}: every sample of a batch must hold {few} "
-            f"{needed} visual tokens; run samples that do not by themselves"
+            f"recipe {self._plan.recipe.name}: every sample of a batch must hold "
+            f"{held} visual tokens, or none and {dropped} tokens of padding; run "
+            "samples that do not by themselves"
         )

@@ -7,10 +7,10 @@ A side branch ahead of the layer's attention, which stays fused::
 
 becomes::
 
-    vtprune_roles: "i64[B, S]"                    # once: visual, instruction, context
+    vtprune_roles: "i64[B, S]"                    # once: visual, instruction, ...
     ...                                           # the scorer, traced
     score: "f32[B, S]"                            # +inf where a token is not visual
-    lowest_first: "i64[B, S]" = aten.sort(score)
+    lowest_first: "i64[B, S]" = aten.sort(score)  # visual tokens, padding, text
     vtprune_keep_3: "i64[B, S - 36]" = aten.sort(lowest_first[:, 36:])
     attention: "f32[B, H, S, D]" = aten.scaled_dot_product_attention(q, k, v, mask)
 
@@ -20,7 +20,7 @@ Nothing reads ``vtprune_keep_3`` yet: the graph computes what it did before.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from operator import getitem
 
@@ -30,7 +30,7 @@ from torch.fx import GraphModule, Node
 from vtprune_fx.graph import Inserter, Stamp
 from vtprune_fx.passes.base import Pass
 from vtprune_fx.plan import PlannedCut, PrunePlan
-from vtprune_fx.scoring import SCORERS, lowest_first, token_roles
+from vtprune_fx.scoring import lowest_first, scorer_of, token_roles
 
 aten = torch.ops.aten
 
@@ -62,10 +62,8 @@ class InsertScores(Pass):
         if not plan.cuts:
             return False
         inserter = Inserter(graph)
-        visual = named[plan.visual]
-        roles = inserter.trace(visual.next, Stamp("score", -1), token_roles, visual)
-        roles._rename(ROLES)
-        score = SCORERS[plan.recipe.score]
+        roles = self._insert_roles(inserter, named)
+        score = scorer_of(plan.recipe)
         for cut in plan.cuts:
             at = cut.attention
             anchor = named[at.node]
@@ -81,10 +79,22 @@ class InsertScores(Pass):
                 at.scale,
             )
             insert = partial(inserter.call, anchor, Stamp("keep", at.layer))
-            _insert_keep(
-                insert, inserter.trace(anchor, stamp, lowest_first, rated), cut
-            )
+            order = inserter.trace(anchor, stamp, lowest_first, rated, roles)
+            _insert_keep(insert, order, cut)
         return True
+
+    def _insert_roles(self, inserter: Inserter, named: Mapping[str, Node]) -> Node:
+        """Insert the roles ahead of the first cut's attention, whose mask they read."""
+        at = self._plan.cuts[0].attention
+        roles = inserter.trace(
+            named[at.node],
+            Stamp("score", -1),
+            token_roles,
+            named[self._plan.visual],
+            named[at.mask] if at.mask else None,
+        )
+        roles._rename(ROLES)
+        return roles
 
 
 def _insert_keep(

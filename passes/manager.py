@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import logging
 import time
@@ -42,12 +43,16 @@ def _say_default(recipe: Recipe) -> None:
     )
 
 
-def prune_graph(module: GraphModule, recipe: Recipe | None) -> PruneReport:
+def prune_graph(
+    module: GraphModule, recipe: Recipe | None, visual_tokens: int | None = None
+) -> PruneReport:
     """Prune a graph, in place.
 
     Args:
         module: ATen before dispatch, with a dynamic prompt length.
         recipe: What to cut, or None for the default that fits the model.
+        visual_tokens: Of a sample that has any, where that is known better than from
+            the sizes in the graph.
 
     Returns:
         What was done; nothing, where the graph places no image.
@@ -60,6 +65,8 @@ def prune_graph(module: GraphModule, recipe: Recipe | None) -> PruneReport:
     anatomy = read(module.graph)
     if anatomy is None:
         return PruneReport(None, (), before, before)
+    if visual_tokens is not None:
+        anatomy = dataclasses.replace(anatomy, visual_tokens=visual_tokens)
     if recipe is None:
         recipe = default(len(anatomy.layers), anatomy.visual_tokens)
         _say_default(recipe)
@@ -124,7 +131,7 @@ def default_pipeline(plan: PrunePlan) -> Pipeline:
     Scores stand ahead of gathers, since a gather reads the keep set of its cut.
     """
     return Pipeline(
-        plan, AsyncChecks(), CheckTokens(plan), InsertScores(plan), GatherTokens(plan)
+        plan, AsyncChecks(), InsertScores(plan), CheckTokens(plan), GatherTokens(plan)
     )
 
 

@@ -4,18 +4,21 @@
 tensors without data (device ``meta``) of concrete sizes, from the placeholders on, and
 compares what comes out with every node's recorded value. Sizes are chosen so that
 different axes never agree by accident. Concrete sizes cost a tenth of symbolic ones,
-and leave no guards behind.
+and leave no guards behind. Where autocast is on, which does not know that device, fakes
+on the graph's own device take their place.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
 import sympy
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
@@ -25,7 +28,6 @@ from vtprune_fx.graph import STAMP, dropped_tokens, size_expr, value_at_full_len
 
 aten = torch.ops.aten
 
-_NO_DATA = torch.device("meta")
 
 _DYNAMIC: frozenset[object] = frozenset(
     {
@@ -69,6 +71,7 @@ class Verifier:
         self._own = frozenset(module.graph.nodes)
         self._sizes = Sizes(module, tokens, dropped)
         self._seen: dict[Node, _Seen] = {}
+        self._fakes = FakeTensorMode(allow_non_fake_inputs=True)
 
     def check(self, module: GraphModule, pass_name: str) -> None:
         """Check what a pass wrote.
@@ -81,7 +84,7 @@ class Verifier:
         module.graph.lint()
         _check_interface(module, self._before, pass_name)
         _check_inserted(module, self._own, pass_name)
-        with torch.no_grad():
+        with torch.no_grad(), self._fakes if _autocasts(module) else nullcontext():
             for node in module.graph.nodes:
                 if node.op != "output":
                     self._check_value(module, node, pass_name)
@@ -169,7 +172,8 @@ def _run(
     if node.op == "placeholder":
         return sizes.concrete(node)
     if node.op == "get_attr":
-        return _attribute(module, str(node.target)).to(_NO_DATA)
+        constant = _attribute(module, str(node.target))
+        return constant.to(_stand_in(constant.device))
     if node.target in _DYNAMIC or not _is_computable(node, values):
         return None
     args, kwargs = map_aggregate(
@@ -204,7 +208,15 @@ def _without_data(arg: Any, values: Mapping[Node, Any]) -> Any:
     """An argument as the dry run passes it."""
     if isinstance(arg, Node):
         return values[arg]
-    return _NO_DATA if isinstance(arg, torch.device) else arg
+    return _stand_in(arg) if isinstance(arg, torch.device) else arg
+
+
+def _stand_in(device: torch.device) -> torch.device:
+    """The device of the dry run: one without data, unless autocast casts on its own."""
+    known = torch.amp.is_autocast_available(device.type)
+    if known and torch.is_autocast_enabled(device.type):
+        return device
+    return torch.device("meta")
 
 
 def _is_computable(node: Node, values: Mapping[Node, Any]) -> bool:
@@ -245,7 +257,8 @@ class Sizes:
             return value
         shape = [self._size(s, dropped) for s in value.shape]
         stride = [self._size(s, dropped) for s in value.stride()]
-        return torch.empty_strided(shape, stride, dtype=value.dtype, device=_NO_DATA)
+        device = _stand_in(value.device)
+        return torch.empty_strided(shape, stride, dtype=value.dtype, device=device)
 
     def _size(self, size: int | torch.SymInt, dropped: int) -> int:
         if isinstance(size, int):
@@ -256,6 +269,13 @@ class Sizes:
             numbers = self._numbers | {self._tokens: tokens}
             self._known[expr, dropped] = int(expr.subs(numbers))
         return self._known[expr, dropped]
+
+
+def _autocasts(module: GraphModule) -> bool:
+    inputs = module.graph.find_nodes(op="placeholder")
+    values = (node.meta.get("val") for node in inputs)
+    devices = {value.device for value in values if isinstance(value, Tensor)}
+    return any(_stand_in(device) == device for device in devices)
 
 
 def _input_symbols(module: GraphModule) -> set[sympy.Symbol]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 import torch
@@ -36,6 +36,7 @@ from vtprune_fx.graph import STAMP
 from vtprune_fx.passes import default_pipeline, manager
 from vtprune_fx.plan import PrunePlan, place
 from vtprune_fx.recipe import Recipe, default
+from vtprune_fx.report import PruneReport
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -107,6 +108,17 @@ def test_exported_with_grouped_heads_is_the_oracle() -> None:
     pruned = prune(model, inputs, SHORT)
     outputs, kept = pruned(**inputs), pruned.keep_sets(**inputs)
     assert_matches_oracle(outputs, kept, model, SHORT, inputs)
+
+
+@pytest.mark.parametrize("score", ["inverted", "random", "uniform"])
+def test_exported_baselines_are_the_oracle(
+    score: Literal["inverted", "random", "uniform"],
+) -> None:
+    model, recipe = tiny_llava(layers=2), SHORT.baseline(score)
+    inputs = batch(model, (3, 6), (2, 0, 9))
+    pruned = prune(model, inputs, recipe)
+    outputs, kept = pruned(**inputs), pruned.keep_sets(**inputs)
+    assert_matches_oracle(outputs, kept, model, recipe, inputs)
 
 
 def test_exported_sizes_stay_dynamic_and_the_prompt_is_longer_than_the_cuts(
@@ -205,9 +217,11 @@ def test_text_alone_and_decode_steps_go_to_the_inner_backend_as_they_are(
     given: list[GraphModule] = []
     whole = backend._prune
 
-    def spy(module: GraphModule, recipe: Recipe | None) -> GraphModule | None:
+    def spy(
+        module: GraphModule, recipe: Recipe | None, visual: int | None
+    ) -> tuple[GraphModule, PruneReport] | None:
         given.append(module)
-        return whole(module, recipe)
+        return whole(module, recipe, visual)
 
     monkeypatch.setattr(backend, "_prune", spy)
     model = tiny_llava(layers=2)

@@ -11,10 +11,12 @@ from tests.test_cli_recipes import Run, io, run
 from tests.tiny import recipe_for
 from vtprune_fx import answer
 from vtprune_fx.checkpoint import CheckpointSpec, build_checkpoint
-from vtprune_fx.demo import run_demo
+from vtprune_fx.demo import reference_task, run_demo
 from vtprune_fx.export import write_onnx
 from vtprune_fx.inputs import open_checkpoint
 from vtprune_fx.picture import sample_photo
+from vtprune_fx.recipe import load_recipe
+from vtprune_fx.reference import CHECKPOINT
 
 __all__ = ["io"]  # a fixture
 
@@ -114,15 +116,20 @@ def test_export_says_at_once_that_a_folder_is_taken(
 def test_the_demo_compares_draws_and_reports(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    outcomes = run_demo(tmp_path, RECIPE, "What is it?", SPEC, inner="eager")
+    task, recipe = reference_task(0), load_recipe("fitprune-reference-55")
+    outcomes = run_demo(tmp_path, CHECKPOINT, recipe, task, inner="eager")
     out = capsys.readouterr().out
     assert [outcome.runtime for outcome in outcomes] == [
         "torch.compile",
         "ONNX Runtime",
     ]
     assert outcomes[0].tokens == outcomes[1].tokens
-    assert "11 8" in out  # 16 visual tokens, 5 and then 3 dropped
-    assert {"checkpoint", "onnx", "kept.png", "report.json"} <= {
+    left = recipe.tokens_per_layer(144, recipe.layers)
+    assert " ".join(map(str, left)) in " ".join(out.split())
+    assert f"Question: {task.prompt}" in " ".join(out.split())
+    for when in ("right answer:   ", "before pruning: ", "after pruning:  "):
+        assert f"{when}{task.answer!r}" in out
+    assert {"onnx", "picture.png", "kept.png", "report.json"} <= {
         path.name for path in tmp_path.iterdir()
     }
     with Image.open(tmp_path / "kept.png") as picture:

@@ -6,7 +6,7 @@ import hashlib
 import importlib.util
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import onnx_ir
 import onnxruntime
@@ -133,6 +133,20 @@ def test_prefill_equals_the_oracle(
     run = Prefill(graphs["prefill"], inputs)
     positioned = inputs | {"position_ids": counted_positions(inputs)}
     assert_matches_oracle(run.outputs, run.keep_sets, model, RECIPE, positioned)
+
+
+@pytest.mark.parametrize("score", ["inverted", "random", "uniform"])
+def test_baseline_prefill_equals_the_oracle(
+    score: Literal["inverted", "random", "uniform"],
+) -> None:
+    model, recipe, inputs = (
+        tiny_llava(layers=LAYERS),
+        RECIPE.baseline(score),
+        batch_of_two(),
+    )
+    exported, _ = export_onnx(model, inputs, recipe)
+    prefill = Prefill(exported.components["prefill"].program, inputs)
+    assert_matches_oracle(prefill.outputs, prefill.keep_sets, model, recipe, inputs)
 
 
 def test_no_graph_depends_on_data_for_a_shape(graphs: Graphs) -> None:

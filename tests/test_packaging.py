@@ -11,7 +11,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PATTERNS = ("vtprune_fx/*.py", "vtprune_fx/recipes/*.json", "passes", "export")
+REFERENCE = "examples/reference_model"
+PATTERNS = (
+    *("vtprune_fx/*.py", "vtprune_fx/recipes/*.json", "passes", "export"),
+    REFERENCE,
+)
 BUILD_FILES = ("pyproject.toml", "README.md", "LICENSE", "vtprune_fx/py.typed")
 
 pytestmark = pytest.mark.skipif(
@@ -32,6 +36,7 @@ def listed() -> list[str]:
 
 def installed_name(name: str) -> str:
     """Where a file of the repository belongs in the wheel."""
+    name = name.replace(REFERENCE, "reference")
     return name if name.startswith("vtprune_fx/") else f"vtprune_fx/{name}"
 
 

@@ -49,8 +49,8 @@ aten = torch.ops.aten
 DROPS = {0: 3, 1: 5}
 PASSES: dict[str, Callable[[PrunePlan], Pass]] = {
     "AsyncChecks": lambda plan: AsyncChecks(),
-    "CheckTokens": CheckTokens,
     "InsertScores": InsertScores,
+    "CheckTokens": CheckTokens,
     "GatherTokens": GatherTokens,
     "RefreshValues": lambda plan: RefreshValues(),
 }
@@ -138,11 +138,12 @@ def test_pass_without_cuts_or_run_again_changes_nothing(name: str) -> None:
     assert list(module.graph.nodes) == nodes
 
 
-def test_only_gathers_change_recorded_lengths() -> None:
+def test_assertions_change_no_recorded_length() -> None:
     for name in ("AsyncChecks", "CheckTokens"):
         module, pass_, _ = ready_for(name)
+        before = {n for n in module.graph.nodes if SHORTER in n.meta}
         pass_(module)
-        assert not any(SHORTER in node.meta for node in module.graph.nodes)
+        assert {n for n in module.graph.nodes if SHORTER in n.meta} == before
 
 
 # ------------------------------------------------------------------------ AsyncChecks
@@ -214,22 +215,27 @@ def test_check_that_a_truth_value_is_false_keeps_its_meaning() -> None:
 
 
 @pytest.mark.parametrize(
-    ("of", "few", "count", "comparison"),
-    [(None, "at least", 8, aten.ge.Scalar), (16, "exactly", 16, aten.eq.Scalar)],
+    ("of", "held", "comparison"),
+    [
+        (None, "at least 8", (aten.ge.Scalar, 8)),
+        (16, "exactly 16", (aten.eq.Scalar, 16)),
+    ],
 )
 def test_check_asserts_what_the_recipe_counts_on(
-    of: int | None, few: str, count: int, comparison: object
+    of: int | None, held: str, comparison: tuple[object, int]
 ) -> None:
     module, plan = planned(DROPS, of=of)
+    InsertScores(plan)(module)
     assert CheckTokens(plan)(module).modified
     [assertion] = calls(module, aten._assert_async.msg)
-    assert f"hold {few} {count} visual tokens" in str(assertion.args[1])
-    [enough] = assertion.all_input_nodes
-    [compared] = enough.all_input_nodes
-    assert compared.target == comparison
-    assert compared.args[1] == count
-    [counts] = compared.all_input_nodes
-    assert names(counts.all_input_nodes) == [plan.visual]
+    message = str(assertion.args[1])
+    assert f"hold {held} visual tokens, or none and 8 tokens of padding" in message
+    checks = _of_role(module, "check")
+    compared = [(n.target, n.args[1]) for n in checks if len(n.args) == 2]
+    assert comparison in compared
+    assert (aten.ge.Scalar, 8) in compared  # padding
+    read = {i for n in checks for i in n.all_input_nodes} - set(checks)
+    assert names(read) == [ROLES]
 
 
 # ----------------------------------------------------------------------- InsertScores

@@ -59,7 +59,35 @@ def changed(**fields: object) -> Fields:
 
 
 def test_all_published_recipes_ship() -> None:
-    assert set(recipe.names()) == set(DELETED) | OTHERS
+    own = {name for name in recipe.names() if "-reference-" in name}
+    assert set(recipe.names()) == set(DELETED) | OTHERS | own
+
+
+def test_a_seed_is_written_where_it_matters(tmp_path: Path) -> None:
+    drawn = recipe.load_recipe(changed(score="random", method="baseline", seed=3))
+    path = tmp_path / "drawn.json"
+    path.write_text(drawn.to_json(), encoding="utf-8")
+    assert recipe.load_recipe(path) == drawn
+    assert "seed" not in json.loads(recipe.load_recipe(VALID).to_json())
+
+
+def test_baselines_keep_the_cuts() -> None:
+    mine = recipe.load_recipe(VALID)
+    assert [b.score for b in mine.baselines()] == ["random", "uniform", "inverted"]
+    for baseline in mine.baselines():
+        assert baseline.cuts == mine.cuts
+        assert recipe.load_recipe(json.loads(baseline.to_json())) == baseline
+
+
+def test_bound_shares_are_counts() -> None:
+    shares = recipe.load_recipe(changed(of=10))
+    bound = shares.bound(25)  # 3 and 4 of 10 are 7.5 and 10 of 25
+    assert (bound.of, bound.visual_tokens) == (None, 25)
+    assert bound.drops(25) == bound.drops(30) == {1: 7, 2: 10}
+
+
+def test_keep_all_drops_nothing() -> None:
+    assert recipe.load_recipe(VALID).keep_all().drops(10) == {}
 
 
 @pytest.mark.parametrize("name", sorted(DELETED))

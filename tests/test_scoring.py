@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,10 +11,16 @@ from torch import Tensor
 from vtprune_fx.scoring import (
     CONTEXT,
     INSTRUCTION,
+    PADDING,
     VISUAL,
+    Scorer,
+    enough_to_drop,
     fitprune_score,
+    inverted_score,
     lowest_first,
+    random_score,
     token_roles,
+    uniform_score,
 )
 
 HEADS, TOKENS, WIDTH = 4, 12, 8
@@ -47,8 +55,7 @@ def test_padding_changes_nothing(left: int, right: int, boolean: bool) -> None:
     queries, keys = torch.randn(2, 1, HEADS, whole, WIDTH)
     queries[0, :, left : left + TOKENS] = query
     keys[0, :, left : left + TOKENS] = key
-    padded_roles = torch.full((1, whole), CONTEXT)
-    padded_roles[:, left + TOKENS :] = INSTRUCTION  # what token_roles says of padding
+    padded_roles = torch.full((1, whole), PADDING)
     padded_roles[:, left : left + TOKENS] = roles
     real = torch.zeros(whole, dtype=torch.bool)
     real[left : left + TOKENS] = True
@@ -77,9 +84,98 @@ def test_grouped_keys_serve_several_heads() -> None:
 def test_instruction_is_the_text_behind_the_last_image() -> None:
     visual = torch.tensor([[0, 1, 0, 1, 0, 0], [1, 1, 0, 0, 0, 0]]).bool()
     c, v, i = CONTEXT, VISUAL, INSTRUCTION
-    assert token_roles(visual).tolist() == [[c, v, c, v, i, i], [v, v, i, i, i, i]]
+    expected = [[c, v, c, v, i, i], [v, v, i, i, i, i]]
+    assert token_roles(visual, None).tolist() == expected
+    assert token_roles(visual[..., None], None).tolist() == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.float16])
+@pytest.mark.parametrize("never", ["lowest", "infinite"])
+def test_padding_is_what_nobody_attends_to(dtype: torch.dtype, never: str) -> None:
+    real = torch.tensor([[False, False, True, True, True], [True] * 5])
+    mask = torch.ones(5, 5, dtype=torch.bool).tril() & real[:, None, None]
+    if dtype != torch.bool:
+        least = torch.finfo(dtype).min if never == "lowest" else -torch.inf
+        mask = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, least)
+    visual = torch.tensor([[0, 0, 0, 0, 0], [0, 0, 1, 1, 0]]).bool()
+    p, c, v, i = PADDING, CONTEXT, VISUAL, INSTRUCTION
+    expected = [[p, p, i, i, i], [c, c, v, v, i]]
+    assert token_roles(visual, mask).tolist() == expected
 
 
 def test_of_equal_scores_the_earlier_token_leaves_first() -> None:
     scores = torch.tensor([[2.0, 1.0, 1.0, torch.inf, 1.0]])
-    assert lowest_first(scores).tolist() == [[1, 2, 4, 0, 3]]
+    roles = torch.tensor([[VISUAL] * 3 + [CONTEXT, VISUAL]])
+    assert lowest_first(scores, roles).tolist() == [[1, 2, 4, 0, 3]]
+
+
+def test_padding_leaves_behind_visual_tokens_and_ahead_of_text() -> None:
+    inf = torch.inf
+    scores = torch.tensor([[inf, inf, 5.0, 1.0, inf], [inf, inf, inf, inf, inf]])
+    p, v, i = PADDING, VISUAL, INSTRUCTION
+    roles = torch.tensor([[p, p, v, v, i], [p, p, p, i, i]])
+    order = lowest_first(scores, roles)
+    assert order.tolist() == [[3, 2, 0, 1, 4], [0, 1, 2, 3, 4]]
+
+
+def test_a_sample_holds_enough_visual_tokens_or_none_and_enough_padding() -> None:
+    p, v, i = PADDING, VISUAL, INSTRUCTION
+    image, text, small = [v, v, v, i], [p, p, i, i], [p, v, i, i]
+
+    def enough(*rows: list[int], exactly: int | None = None) -> bool:
+        return bool(enough_to_drop(torch.tensor(rows), 2, exactly))
+
+    assert enough(image, text)
+    assert enough(image, text, exactly=3)
+    assert not enough(image, exactly=2)
+    assert not enough(image, small)
+    assert not enough(image, [p, i, i, i])
+
+
+def by_rank(score: Scorer, count: int) -> Tensor:
+    """A baseline's scores of ``count`` visual tokens, with text around them."""
+    roles = torch.tensor([[CONTEXT] * 3 + [VISUAL] * count + [INSTRUCTION] * 5])
+    unused = torch.empty(0)
+    scores = score(unused, unused, None, roles, 1.0)
+    assert torch.isinf(scores[roles != VISUAL]).all()
+    return scores[roles == VISUAL]
+
+
+@pytest.mark.parametrize("score", [uniform_score, random_score])
+def test_baselines_have_no_ties(score: Scorer) -> None:
+    assert len(set(by_rank(score, 2880).tolist())) == 2880
+
+
+@pytest.mark.parametrize("count", [144, 576])
+@pytest.mark.parametrize("drop", [13, 70, 100])
+def test_uniform_is_evenly_spaced(count: int, drop: int) -> None:
+    leaving = by_rank(uniform_score, count).argsort()[:drop].sort().values
+    gaps = leaving.diff()
+    assert len(set(gaps.tolist())) <= 3
+    assert gaps.max() < 2.7 * count / drop  # golden ratio squared, and rounding
+
+
+def test_random_is_spread_and_depends_on_the_seed_and_the_count() -> None:
+    def leaving(seed: int, count: int = 144) -> set[int]:
+        scores = by_rank(functools.partial(random_score, seed=seed), count)
+        return set(scores.argsort()[:72].tolist())
+
+    assert leaving(0) == leaving(0)
+    thirds = torch.zeros(3)
+    for seed in range(200):
+        for token in leaving(seed):
+            thirds[token // 48] += 1
+        # Two draws of half share half: 36, with a standard deviation of 3.
+        assert 20 < len(leaving(seed) & leaving(seed + 1)) < 52
+    torch.testing.assert_close(
+        thirds / thirds.sum(), torch.full((3,), 1 / 3), atol=0.01, rtol=0
+    )
+    assert leaving(0) != leaving(0, count=145)
+
+
+def test_inverted_ranks_backwards() -> None:
+    query, key, roles = drawn()
+    arguments = query[None], key[None], None, roles[None], SCALE
+    best_last = lowest_first(fitprune_score(*arguments), roles[None])[0, :6]
+    worst_last = lowest_first(inverted_score(*arguments), roles[None])[0, :6]
+    assert worst_last.tolist() == best_last.flip(0).tolist()

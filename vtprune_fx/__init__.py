@@ -10,9 +10,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vtprune_fx.api import PrunedProgram, prune
+    from vtprune_fx.api import PrunedProgram, explain, prune
     from vtprune_fx.backend import vtprune_backend
     from vtprune_fx.errors import VtpruneError
+    from vtprune_fx.generation import compile, report_of, undo
     from vtprune_fx.recipe import Recipe, load_recipe
     from vtprune_fx.report import PruneReport
 
@@ -22,8 +23,12 @@ __all__ = [
     "Recipe",
     "VtpruneError",
     "__version__",
+    "compile",
+    "explain",
     "load_recipe",
     "prune",
+    "report_of",
+    "undo",
     "vtprune_backend",
 ]
 
@@ -34,8 +39,12 @@ _HOMES = {
     "PrunedProgram": "api",
     "Recipe": "recipe",
     "VtpruneError": "errors",
+    "compile": "generation",
+    "explain": "api",
     "load_recipe": "recipe",
     "prune": "api",
+    "report_of": "generation",
+    "undo": "generation",
     "vtprune_backend": "backend",
 }
 

@@ -18,8 +18,10 @@ from dataclasses import dataclass
 
 import sympy
 import torch
+from torch import Tensor
 from torch.fx import Graph, Node
 
+from vtprune_fx.attention import Logits, attentions
 from vtprune_fx.errors import AnatomyError
 from vtprune_fx.graph import size_expr, size_hint, tensor_of, walk_back
 
@@ -85,9 +87,9 @@ class Anatomy:
     Attributes:
         tokens: The symbol that is the prompt's length.
         batch: The number of samples.
-        visual: Name of the [B, S] mask of visual tokens.
+        visual: Name of the mask of visual tokens, [B, S] or [B, S, 1].
         visual_tokens: Visual tokens of a sample in the example the graph was traced
-            with.
+            with; those of all samples where they cannot be alike.
         layers: The decoder layers' attentions, in order.
     """
 
@@ -99,10 +101,10 @@ class Anatomy:
 
 
 def read(graph: Graph) -> Anatomy | None:
-    """Find the parts, or None where the graph places no image.
+    """Find the parts, or None where there is nothing to prune.
 
-    Such a graph is a text-only prompt or a decode step, in which there is nothing to
-    prune.
+    That is a graph that places no image (a text-only prompt, a decode step), and a
+    prompt on a filled cache: what the model has seen before is not touched.
 
     Raises:
         AnatomyError: An image is placed, but something that pruning needs is missing or
@@ -120,14 +122,18 @@ def read(graph: Graph) -> Anatomy | None:
         )
     [(mask, features)] = placements
     visual = _token_mask(mask)
-    batch, tokens = (size_expr(size) for size in _shape(visual))
+    batch, tokens = (size_expr(size) for size in _shape(visual)[:2])
     _check_symbols(visual, batch, tokens)
-    samples, rows = size_hint(_shape(visual)[0]), _rows(features)
+    if any(not _has_axis(found.key, tokens) for found in _attentions(graph, tokens)):
+        # Keys of earlier tokens stand ahead of the prompt's own.
+        return None
+    samples = size_hint(_shape(visual)[0])
+    each, rest = divmod(_rows(features), samples)
     return Anatomy(
         tokens=tokens,
         batch=batch,
         visual=visual.name,
-        visual_tokens=rows // samples,
+        visual_tokens=_rows(features) if rest else each,
         layers=tuple(_decoder(graph, tokens)),
     )
 
@@ -158,17 +164,24 @@ def _spelled_out(where: Node) -> tuple[Node, Node] | None:
 
 
 def _token_mask(mask: Node) -> Node:
-    """The [B, S] mask behind the one that covers the embeddings' width too."""
+    """The mask of tokens behind the one that covers the embeddings' width too.
+
+    Where Dynamo broke the graph ahead of the placement, an input [B, S, 1].
+    """
     for node in walk_back(mask, _VIEWS_OF_A_MASK):
         value = tensor_of(node)
-        if value is not None and value.dim() == 2 and value.dtype == torch.bool:
+        if value is not None and value.dtype == torch.bool and _is_per_token(value):
             return node
     raise AnatomyError(
         f"mask of the image placeholders, node {mask.name}",
-        expected="a boolean [batch, prompt] mask behind it",
+        expected="a boolean mask behind it, [batch, prompt] or [batch, prompt, 1]",
         found="none",
         fix="If the graph was broken into parts, compile with fullgraph=True.",
     )
+
+
+def _is_per_token(mask: Tensor) -> bool:
+    return mask.dim() == 2 or (mask.dim() == 3 and size_expr(mask.shape[2]) == 1)
 
 
 def _check_symbols(visual: Node, batch: sympy.Expr, tokens: sympy.Expr) -> None:
@@ -206,24 +219,28 @@ def _shape(node: Node) -> torch.Size:
 
 def _decoder(graph: Graph, tokens: sympy.Symbol) -> Iterator[Attention]:
     layer = -1
-    for node in graph.nodes:
-        if node.target != aten.scaled_dot_product_attention.default:
-            continue
-        value = tensor_of(node.args[0])
-        if value is None or tokens not in map(size_expr, value.shape):
-            continue
-        layer += 1
-        yield _attention(node, layer)
+    for layer, found in enumerate(_attentions(graph, tokens)):
+        yield _attention(found, layer)
     if layer < 0:
         raise AnatomyError(
             "decoder",
-            expected="scaled_dot_product_attention over the prompt's tokens",
+            expected="attention over the prompt's tokens, fused or written out",
             found="none",
-            fix="Load the model with attn_implementation='sdpa'.",
+            fix="Load the model with attn_implementation='sdpa' or 'eager'.",
         )
 
 
-def _attention(node: Node, layer: int) -> Attention:
+def _attentions(graph: Graph, tokens: sympy.Symbol) -> Iterator[Logits]:
+    """The attentions whose queries carry the token axis."""
+    return (found for found in attentions(graph) if _has_axis(found.query, tokens))
+
+
+def _has_axis(node: Node, tokens: sympy.Symbol) -> bool:
+    return tokens in map(size_expr, _shape(node))
+
+
+def _attention(found: Logits, layer: int) -> Attention:
+    node = found.output
     path = _module_path(node)
     numbers = [int(part) for part in path.split(".") if part.isdigit()]
     if not numbers or numbers[-1] != layer:
@@ -233,15 +250,9 @@ def _attention(node: Node, layer: int) -> Attention:
             found=f"layer {numbers[-1]}" if numbers else "no layer number in the path",
             fix="The decoder's layers must run in order, one attention each.",
         )
-    query, key = node.args[:2]
-    assert isinstance(query, Node)
-    assert isinstance(key, Node)
-    mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
-    assert mask is None or isinstance(mask, Node)
-    scale = node.kwargs.get("scale") or size_hint(_shape(query)[-1]) ** -0.5
-    assert isinstance(scale, float)
-    name = mask.name if mask is not None else None
-    return Attention(layer, path, node.name, query.name, key.name, name, scale)
+    mask = found.mask.name if found.mask is not None else None
+    query, key = found.query.name, found.key.name
+    return Attention(layer, path, node.name, query, key, mask, found.scale)
 
 
 def _module_path(node: Node) -> str:

@@ -1,4 +1,7 @@
-"""``prune``: from a model, or a program exported from one, to a pruned program."""
+"""``prune``: from a model, or a program exported from one, to a pruned program.
+
+``explain`` says beforehand what would be cut.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,13 @@ from torch.fx import Interpreter, Node
 from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 
+from vtprune_fx.anatomy import read
 from vtprune_fx.capture import export
-from vtprune_fx.errors import CaptureError
+from vtprune_fx.errors import CaptureError, VtpruneError
 from vtprune_fx.passes import KEEP_PREFIX, prune_program
-from vtprune_fx.recipe import Recipe, load_recipe
-from vtprune_fx.report import PruneReport
+from vtprune_fx.plan import place
+from vtprune_fx.recipe import Recipe, default, load_recipe
+from vtprune_fx.report import Explanation, PruneReport, in_prompt
 
 
 @dataclass(frozen=True)
@@ -56,23 +61,22 @@ class PrunedProgram:
 
 
 class KeepRecorder(Interpreter):
-    """Runs a pruned graph and follows its keep sets back to the prompt.
-
-    Attributes:
-        kept: For each layer with a cut, [B, K]: positions in the prompt as it came.
-    """
+    """Runs a pruned graph and notes its keep sets."""
 
     def __init__(self, module: torch.nn.Module) -> None:
         super().__init__(module)
-        self.kept: dict[int, Tensor] = {}
+        self._found: dict[int, Tensor] = {}
+
+    @property
+    def kept(self) -> dict[int, Tensor]:
+        """The keep sets, as ``in_prompt`` says them."""
+        return in_prompt(self._found)
 
     def run_node(self, n: Node) -> Any:
         """Run one node; note what it says of a cut."""
         result = super().run_node(n)
         if n.name.startswith(KEEP_PREFIX):
-            before = self.kept[max(self.kept)] if self.kept else None
-            layer = int(n.name.removeprefix(KEEP_PREFIX))
-            self.kept[layer] = result if before is None else before.gather(1, result)
+            self._found[int(n.name.removeprefix(KEEP_PREFIX))] = result
         return result
 
 
@@ -120,3 +124,34 @@ def prune(
         program = export(model_or_program, inputs)
     pruned, report = prune_program(program, loaded)
     return PrunedProgram(pruned, report)
+
+
+def explain(
+    model: PreTrainedModel,
+    inputs: Mapping[str, Any],
+    recipe: str | Recipe | None = None,
+) -> Explanation:
+    """Say which layers a model has, and which cuts a recipe would place where.
+
+    The model is traced on fake tensors: nothing is computed, and nothing changed.
+
+    Args:
+        model: An unmodified transformers model.
+        inputs: An example, as the model's processor returns it.
+        recipe: What to cut, as ``prune`` takes it.
+
+    Raises:
+        CaptureError: The model does not export.
+        RecipeError: The recipe cannot be loaded.
+    """
+    loaded = load_recipe(recipe) if recipe is not None else None
+    graph = export(model, inputs).graph_module.graph
+    name, anatomy = type(model).__name__, None
+    try:
+        anatomy = read(graph)
+        if anatomy is None:
+            return Explanation(name, None, None, None)
+        wanted = loaded or default(len(anatomy.layers), anatomy.visual_tokens)
+        return Explanation(name, anatomy, place(wanted, anatomy, graph), None)
+    except VtpruneError as error:
+        return Explanation(name, anatomy, None, error)

@@ -9,29 +9,47 @@ Call it by name or by itself, ``backend="vtprune"`` being the same::
 The graph with the images is pruned and handed to an inner backend; every other graph
 (text-only prompts, decode steps) goes there as it is.
 
-The prompt length has to be dynamic: mark it, ``torch._dynamo.mark_dynamic(ids, 1)``.
-The graph has to be whole: transformers checks the number of image placeholders with a
-tensor, at which Dynamo breaks the graph unless ``fullgraph=True``.
+With a dynamic prompt length, ``torch._dynamo.mark_dynamic(ids, 1)``, one graph serves
+all prompts; without, Dynamo makes one for the first length and one for all others.
+With ``fullgraph=True`` one graph has it all; without, Dynamo breaks it where
+transformers compares the number of image placeholders with that of image features.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch._dynamo import lookup_backend
+from torch._dynamo.exc import InvalidBackend
 from torch.fx import GraphModule
+from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from vtprune_fx.capture import lower
 from vtprune_fx.errors import InputError
-from vtprune_fx.passes import prune_graph
+from vtprune_fx.literals import places_images
+from vtprune_fx.passes import KEEP_PREFIX, prune_graph
+from vtprune_fx.plan import PrunePlan
 from vtprune_fx.recipe import Recipe, load_recipe
+from vtprune_fx.report import PruneReport
+from vtprune_fx.subclasses import has_any, parts
 
 logger = logging.getLogger(__name__)
 
-_OPTIONS = ("recipe", "inner")
+# A model's first call installs hooks, under a lock that Dynamo cannot trace. Installing
+# them while it traces is as good.
+torch.compiler.assume_constant_result(  # type: ignore[no-untyped-call]
+    maybe_install_capturing_hooks
+)
+
+_OPTIONS = ("recipe", "inner", "mode", "visual_tokens", "tell")
+
+Compiler = Callable[..., Callable[..., Any]]
+"""What compiles a graph: ``(module, example_inputs, **kwargs) -> callable``."""
 
 
 def vtprune_backend(
@@ -47,9 +65,11 @@ def vtprune_backend(
         module: Dynamo's graph.
         example_inputs: Dynamo's inputs.
         options: ``recipe``: a shipped name, a file, a ``Recipe``; left out, the default
-            (``recipe.default``) stretched to the model, which is said once. ``inner``:
-            name of the backend that compiles the pruned graph, "inductor" if left out.
-        kwargs: For the inner backend.
+            (``recipe.default``) stretched to the model, which is said once. ``inner``
+            and ``mode``: as ``inner_compiler`` takes them. ``visual_tokens``: of a
+            sample that has any; read from the graph's sizes if left out. ``tell``:
+            called with a pruned graph's report after each run of it.
+        kwargs: For the inner backend; ``mode`` among them is that of ``torch.compile``.
 
     Raises:
         InputError: An option is unknown.
@@ -65,25 +85,100 @@ def vtprune_backend(
             found=", ".join(unknown),
             fix="Options of the inner backend are not passed on.",
         )
-    inner = lookup_backend(options.get("inner", "inductor"))
+    mode = options.get("mode") or kwargs.pop("mode", None)
+    inner = inner_compiler(options.get("inner", "inductor"), mode)
     recipe = (
         load_recipe(options["recipe"]) if options.get("recipe") is not None else None
     )
-    pruned = _prune(module, recipe)
-    compiled: Callable[..., Any] = inner(pruned or module, example_inputs, **kwargs)
-    return compiled
+    found = _prune(module, recipe, options.get("visual_tokens"))
+    if found is None:
+        return inner(module, example_inputs, **kwargs)
+    pruned, report = found
+    compiled = inner(pruned, parts(example_inputs), **kwargs)
+    recorded = _recording(compiled, report, options.get("tell"))
+    if not has_any(example_inputs):
+        return recorded
+    return lambda *inputs: recorded(*parts(inputs))
 
 
-def _prune(module: GraphModule, recipe: Recipe | None) -> GraphModule | None:
-    """The pruned graph, or None where nothing is pruned."""
-    if not _places_images(module):
+def _recording(
+    compiled: Callable[..., Any],
+    report: PruneReport,
+    tell: Callable[[PruneReport], None] | None,
+) -> Callable[..., Any]:
+    """Run a graph that returns its keep sets too, and note them in its report."""
+    assert report.plan is not None
+    cuts = len(report.plan.cuts)
+
+    def run(*inputs: Any) -> list[Any]:
+        values = list(compiled(*inputs))
+        outputs, keep_sets = values[: len(values) - cuts], values[len(values) - cuts :]
+        report.record(keep_sets)
+        if tell is not None:
+            tell(report)
+        return outputs
+
+    return run
+
+
+def inner_compiler(inner: str | Compiler, mode: str | None) -> Compiler:
+    """What compiles the pruned graph.
+
+    Args:
+        inner: A registered backend by its name, or a function.
+        mode: A mode of inductor, which is then the inner backend: ``reduce-overhead``,
+            ``max-autotune``, ...
+
+    Raises:
+        InputError: There is no such backend, or no such mode of it.
+    """
+    if callable(inner):
+        return inner
+    if mode is not None:
+        return _in_mode(inner, mode)
+    try:
+        compiler: Compiler = lookup_backend(inner)
+    except InvalidBackend as error:
+        raise InputError(
+            "inner backend",
+            expected=" or ".join(torch.compiler.list_backends()),
+            found=inner,
+            fix="Leave it out for inductor.",
+        ) from error
+    return compiler
+
+
+def _in_mode(inner: str, mode: str) -> Compiler:
+    modes = torch._inductor.list_mode_options()
+    if inner != "inductor" or mode not in modes:
+        raise InputError(
+            f"mode of the inner backend {inner}",
+            expected=f"one of inductor's, {', '.join(modes)}",
+            found=mode,
+            fix="Leave the mode out.",
+        )
+    return functools.partial(torch._inductor.compile, options=modes[mode])
+
+
+def _prune(
+    module: GraphModule, recipe: Recipe | None, visual_tokens: int | None
+) -> tuple[GraphModule, PruneReport] | None:
+    """The pruned graph, which returns its keep sets too; None if nothing is pruned."""
+    if not places_images(module):
         return None
     lowered = lower(module)
-    report = prune_graph(lowered, recipe)
+    report = prune_graph(lowered, recipe, visual_tokens)
     logger.info("%s", report)
-    return lowered if report.plan is not None else None
+    if report.plan is None:
+        return None
+    _return_keep_sets(lowered, report.plan)
+    return lowered, report
 
 
-def _places_images(module: GraphModule) -> bool:
-    """A cheap look at Dynamo's own graph: lowering each decode graph would cost."""
-    return any("masked_scatter" in str(node.target) for node in module.graph.nodes)
+def _return_keep_sets(module: GraphModule, plan: PrunePlan) -> None:
+    """Let a graph return its keep sets, behind its outputs."""
+    named = {node.name: node for node in module.graph.nodes}
+    keep_sets = [named[f"{KEEP_PREFIX}{cut.attention.layer}"] for cut in plan.cuts]
+    [output] = module.graph.find_nodes(op="output")
+    output.args = ((*output.args[0], *keep_sets),)
+    module.recompile()

@@ -9,12 +9,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule, Interpreter
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -23,6 +24,8 @@ from transformers import PreTrainedModel
 from transformers.exporters import DynamoConfig, DynamoExporter
 
 from vtprune_fx.errors import CaptureError
+from vtprune_fx.literals import EXAMPLE, free_length, literal_length
+from vtprune_fx.subclasses import parts, rebuilt, replaced
 
 
 def export(model: PreTrainedModel, inputs: Mapping[str, Any]) -> ExportedProgram:
@@ -46,7 +49,8 @@ def export(model: PreTrainedModel, inputs: Mapping[str, Any]) -> ExportedProgram
                 f"torch.export of {type(model).__name__}",
                 expected="a graph",
                 found=str(error).splitlines()[0],
-                fix="Check that the model runs on the same inputs.",
+                fix="Check that the model runs on the same inputs, and that it was "
+                "loaded with attn_implementation='sdpa' or 'eager'.",
             ) from error
 
 
@@ -111,23 +115,57 @@ def _join_images(module: object, args: object, features: Tensor) -> Tensor:
 
 
 def lower(module: GraphModule) -> GraphModule:
-    """Trace Dynamo's graph to ATen operators, on fakes with its own symbols.
+    """Trace Dynamo's graph to ATen operators, with the prompt's length as a symbol.
 
     Args:
         module: The graph that a ``torch.compile`` backend is called with.
+
+    Returns:
+        A graph whose inputs are the parts (``subclasses.parts``) of the graph's.
+
+    Raises:
+        AnatomyError: The length is a number that cannot be told from other sizes.
+        CaptureError: Weights are shards of a tensor-parallel model.
     """
     examples = [
-        node.meta["example_value"]
-        for node in module.graph.nodes
-        if node.op == "placeholder"
+        node.meta[EXAMPLE] for node in module.graph.find_nodes(op="placeholder")
     ]
+    _refuse_shards(examples)
+    length = literal_length(module)
+    if length is not None:
+        freed = free_length(module, length)
+        return _traced(freed, freed.inputs, freed.mode)
     context = torch._guards.TracingContext.try_get()
     mode = context.fake_mode if context else detect_fake_mode(examples)
     assert mode is not None, "Dynamo gives every graph a fake mode"
+    with mode:
+        fakes = [replaced(value, _fake_like) for value in examples]
+    return _traced(Interpreter(module), fakes, mode)
+
+
+def _refuse_shards(examples: Sequence[object]) -> None:
+    """An operator on DTensors is only what it is on each rank once it is dispatched.
+
+    Passes read operators as they are ahead of that, where attention is still one.
+    """
+    if any(type(value).__name__ == "DTensor" for value in examples):
+        raise CaptureError(
+            "the model's weights",
+            expected="whole tensors",
+            found="DTensors: shards of a tensor-parallel model",
+            fix="Load it without tp_plan, whole on each rank, and share out the data.",
+        )
+
+
+def _traced(
+    interpreter: Interpreter, fakes: list[Any], mode: FakeTensorMode
+) -> GraphModule:
+    def run(*given: Any) -> Any:
+        return interpreter.run(*rebuilt(fakes, given))
+
     with mode, preserve_node_meta():
-        fakes = [_fake_like(value) for value in examples]
-        trace = make_fx(Interpreter(module).run, tracing_mode="real", pre_dispatch=True)
-        lowered: GraphModule = trace(*fakes)
+        trace = make_fx(run, tracing_mode="real", pre_dispatch=True)
+        lowered: GraphModule = trace(*parts(fakes))
     return lowered
 
 

@@ -7,6 +7,7 @@ Commands import what is slow to import (torch, transformers) when they run, so t
 from __future__ import annotations
 
 import dataclasses
+import enum
 import json
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from rich.table import Table
 from vtprune_fx import recipe as recipes_module
 from vtprune_fx.cost import LLAVA_1_5_7B, Geometry, cost
 from vtprune_fx.errors import InputError, VtpruneError
+from vtprune_fx.reference import CHECKPOINT
 
 if TYPE_CHECKING:
     from vtprune_fx.cost import Cost, Work
@@ -29,6 +31,9 @@ BAR_WIDTH = 40
 """Characters of a bar that stands for all visual tokens."""
 
 TERA, MIB = 1e12, 2**20
+
+REFERENCE = "fitprune-reference-55"
+"""The recipe for the reference model."""
 
 app = typer.Typer(
     name="vtprune",
@@ -67,7 +72,7 @@ def list_recipes(context: typer.Context) -> None:
     table = Table(
         box=SIMPLE_HEAD,
         pad_edge=False,
-        caption="MACs saved: over the visual tokens alone, in a 7B decoder.",
+        caption="MACs saved: over the visual tokens alone, in layers of a 7B decoder.",
     )
     for title in ("name", "model"):
         table.add_column(title, no_wrap=True)
@@ -79,7 +84,8 @@ def list_recipes(context: typer.Context) -> None:
 
 
 def _summary(recipe: Recipe) -> list[str]:
-    saved = cost(recipe, LLAVA_1_5_7B, recipe.visual_tokens, text_tokens=0).visual.saved
+    decoder = dataclasses.replace(LLAVA_1_5_7B, layers=recipe.layers)
+    saved = cost(recipe, decoder, recipe.visual_tokens, text_tokens=0).visual.saved
     dropped = sum(recipe.drops(recipe.visual_tokens).values())
     counts = (recipe.layers, recipe.visual_tokens, dropped)
     return [recipe.name, recipe.provenance.model, *map(str, counts), f"{saved:.1%}"]
@@ -262,20 +268,92 @@ def generate(
     typer.echo(answer(model, prompt, image, recipe, max_new_tokens, inner))
 
 
+class Backend(enum.StrEnum):
+    """Where ``vtprune eval`` runs a model."""
+
+    torch = "torch"
+    compile = "compile"
+    onnx = "onnx"
+
+
+class Split(enum.StrEnum):
+    """Which questions ``vtprune eval`` asks."""
+
+    train = "train"
+    validation = "validation"
+    test = "test"
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[
+        Path, typer.Argument(help="A checkpoint folder. Default: the reference model.")
+    ] = CHECKPOINT,
+    recipe: Annotated[
+        list[str] | None,
+        typer.Option(help="Shipped name or file; as often as you like."),
+    ] = None,
+    baselines: Annotated[
+        bool, typer.Option(help="Drop as many random, evenly spaced, and best tokens.")
+    ] = False,
+    split: Annotated[Split, typer.Option(help="Which questions.")] = Split.test,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the questions.")] = 0,
+    limit: Annotated[int, typer.Option(min=1, help="How many questions.")] = 500,
+    backend: Annotated[
+        Backend, typer.Option(help="Eager oracle, torch.compile, or ONNX Runtime.")
+    ] = Backend.torch,
+    output: Annotated[
+        Path | None, typer.Option(help="JSON file for all results and answers.")
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="PNG file for accuracy against MACs; a CSV file beside it."),
+    ] = None,
+) -> None:
+    """Ask questions about drawn pictures; print accuracy against cost.
+
+    Example: [bold]vtprune eval --recipe fitprune-reference-55 --baselines[/bold]
+    """
+    from vtprune_fx import evaluate as evaluation
+    from vtprune_fx.curve import draw_curve, require_plots
+    from vtprune_fx.inputs import open_checkpoint, replace_file
+    from vtprune_fx.reference.questions import draw_samples
+
+    if plot is not None:
+        require_plots()
+    recipes = []
+    for name in recipe or [REFERENCE]:
+        loaded = recipes_module.load_recipe(name)
+        recipes += [loaded, *loaded.baselines()] if baselines else [loaded]
+    samples = list(draw_samples(split.value, seed, limit))
+    result = evaluation.evaluate(
+        *open_checkpoint(model), recipes, samples, backend.value
+    )
+    Console().print(*result.tables())
+    if output is not None:
+        asked = {"model": str(model), "split": split.value, "seed": seed}
+        asked |= {"backend": backend.value}
+        text = json.dumps(asked | result.fields(), indent=1) + "\n"
+        replace_file(output, text.encode())
+    if plot is not None:
+        draw_curve(result, plot)
+
+
 @app.command("demo")
 def demo(
     output: Annotated[Path, typer.Option(help="Where files go.")] = Path(
         "vtprune-demo"
     ),
-    recipe: RecipeOption = "fitprune-llava-1.5-7b-60",
-    prompt: Annotated[str, typer.Option(help="What to ask.")] = "What is on the table?",
+    recipe: RecipeOption = REFERENCE,
+    seed: Annotated[int, typer.Option(min=0, help="Which picture and question.")] = 0,
 ) -> None:
-    """Build a small LLaVA, prune it, run it on every runtime, and compare.
+    """Ask the reference model a question, before and after pruning, on every runtime.
 
-    About ten minutes on two CPU cores, nearly all of it in the compilers.
+    A few minutes on two CPU cores, nearly all of it in the compilers.
 
-    Example: [bold]vtprune demo --output vtprune-demo[/bold]
+    Example: [bold]vtprune demo --seed 7 --output vtprune-demo[/bold]
     """
-    from vtprune_fx.demo import run_demo
+    from vtprune_fx.demo import reference_task, run_demo
 
-    run_demo(output, recipes_module.load_recipe(recipe), prompt)
+    loaded = recipes_module.load_recipe(recipe)
+    run_demo(output, CHECKPOINT, loaded, reference_task(seed))

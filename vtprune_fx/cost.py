@@ -102,6 +102,9 @@ class Geometry:
         return 2 * tokens * self.kv_heads * self.head_dim * self.kv_bytes
 
 
+_FROM_ATTENTION = ("fitprune", "inverted")
+"""Scores that are read from attention probabilities."""
+
 LLAVA_1_5_7B = Geometry(
     layers=32, hidden=4096, intermediate=11008, heads=32, kv_heads=32, head_dim=128
 )
@@ -198,15 +201,17 @@ def cost(
         text_tokens=text_tokens,
         entering=entering,
         after=after,
-        visual=_work(geometry, entering, after, text_tokens=0),
-        total=_work(geometry, entering, after, text_tokens=text_tokens),
+        visual=_work(recipe, geometry, entering, after, text_tokens=0),
+        total=_work(recipe, geometry, entering, after, text_tokens=text_tokens),
     )
 
 
 def _work(
+    recipe: Recipe,
     geometry: Geometry,
     entering: tuple[int, ...],
     after: tuple[int, ...],
+    *,
     text_tokens: int,
 ) -> Work:
     dense = [entering[0] + text_tokens] * geometry.layers
@@ -218,7 +223,7 @@ def _work(
         scorer_macs=sum(
             geometry.scorer_macs(n)
             for n, left in zip(before, behind, strict=True)
-            if left < n
+            if left < n and recipe.score in _FROM_ATTENTION
         ),
         dense_cache_bytes=sum(map(geometry.cache_bytes, dense)),
         pruned_cache_bytes=sum(map(geometry.cache_bytes, before)),

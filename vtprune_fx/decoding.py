@@ -3,8 +3,7 @@
 After a pruned prefill each layer's cache has its own length, while transformers builds
 one mask for all layers, as long as the first layer's cache. ``ATTENTION`` is an
 attention implementation like any other (``model.set_attn_implementation``) that fits
-the mask to its layer. Cropping is exact: padding stands in front, where no token ever
-leaves, and a single new token sees all that is not padding.
+the mask to its layer.
 """
 
 from __future__ import annotations
@@ -33,36 +32,46 @@ def ragged_sdpa(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Scaled dot product attention whose mask may be longer than this layer's keys.
+    """Scaled dot product attention whose mask is made for caches of several lengths.
 
     Args:
         module: The attention module.
         query: [B, H, Q, D].
         key: [B, G, N, D].
         value: [B, G, N, D].
-        attention_mask: [B, 1, Q, M] with M >= N, or None.
+        attention_mask: [B, L, Q, M] with M >= N, a mask for each layer
+            (``cache.attention_mask``), or [B, 1, Q, M] for all, or None. One for all
+            may be longer than the keys for a single new token: that sees all that is no
+            padding, which stands in front and, where all samples have images, stays.
         kwargs: What transformers passes on (scaling, dropout, ...).
 
     Returns:
         [B, Q, H, D], and None for the weights.
 
     Raises:
-        InputError: Several new tokens meet a mask longer than the keys: a second prompt
-            on a pruned cache, whose own causal part cropping would shift.
+        InputError: Several new tokens meet one mask longer than the keys: a second
+            prompt on a pruned cache, whose own causal part cropping would shift.
     """
     if attention_mask is not None:
-        if query.shape[2] > 1 and attention_mask.shape[3] > key.shape[2]:
-            raise InputError(
-                "prompt on a pruned cache",
-                expected="one new token at a time",
-                found=f"{query.shape[2]} tokens",
-                fix="Start from an empty cache, with the whole conversation.",
-            )
-        attention_mask = attention_mask[:, :, :, : key.shape[2]]
+        attention_mask = _of_layer(module, attention_mask, query, key)
     output: tuple[Tensor, Tensor | None] = sdpa_attention_forward(
         module, query, key, value, attention_mask, **kwargs
     )
     return output
+
+
+def _of_layer(module: Any, mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """The layer's own part of a mask, [B, 1, Q, N]."""
+    if mask.shape[1] > 1:
+        mask = mask[:, module.layer_idx, None]
+    elif query.shape[2] > 1 and mask.shape[3] > key.shape[2]:
+        raise InputError(
+            "prompt on a pruned cache",
+            expected="one new token at a time",
+            found=f"{query.shape[2]} tokens",
+            fix="Generate with vtprune_fx.compile, or start from an empty cache.",
+        )
+    return mask[:, :, :, : key.shape[2]]
 
 
 AttentionInterface.register(ATTENTION, ragged_sdpa)
@@ -71,7 +80,13 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 def use_ragged_attention(model: PreTrainedModel) -> None:
     """Let a model's decoder run on ragged caches; its vision tower stays as it is."""
-    model.set_attn_implementation({"text_config": ATTENTION})
+    set_attention(model, ATTENTION)
+
+
+def set_attention(model: PreTrainedModel, name: str) -> None:
+    """Choose the attention implementation of a model's decoder alone."""
+    alone = model.config.get_text_config() is model.config
+    model.set_attn_implementation(name if alone else {"text_config": name})
 
 
 @contextlib.contextmanager
@@ -82,7 +97,7 @@ def ragged_attention(model: PreTrainedModel) -> Iterator[None]:
     try:
         yield
     finally:
-        model.set_attn_implementation({"text_config": before})
+        set_attention(model, before)
 
 
 def mark_dynamic(axis: int, *values: Tensor | None) -> None:

@@ -1,4 +1,4 @@
-"""``vtprune demo``: the main job, end to end, on a model that it builds itself."""
+"""``vtprune demo``: the main job, end to end, on the reference model."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration, ProcessorMixin
 
 from vtprune_fx import oracle
-from vtprune_fx.checkpoint import CheckpointSpec, build_checkpoint
 from vtprune_fx.cost import Geometry, cost
 from vtprune_fx.errors import InputError, VerifyError
 from vtprune_fx.export import load, require_onnxruntime, write_onnx
 from vtprune_fx.generation import pruned
 from vtprune_fx.inputs import open_checkpoint, prompt_inputs
-from vtprune_fx.picture import draw_kept, sample_photo, unnormalise
+from vtprune_fx.picture import draw_kept, unnormalise
 from vtprune_fx.recipe import Recipe
+from vtprune_fx.reference.questions import draw_samples
 
 NEW_TOKENS = 12
 """Tokens of the answer that all runtimes must agree on."""
@@ -62,6 +62,21 @@ class Outcome:
 
 
 @dataclass(frozen=True)
+class Task:
+    """A question about a picture.
+
+    Attributes:
+        prompt: The question.
+        image: What it is about.
+        answer: The right answer, where there is one.
+    """
+
+    prompt: str
+    image: Image.Image
+    answer: str | None = None
+
+
+@dataclass(frozen=True)
 class _Job:
     """What every step of the demo works on."""
 
@@ -72,11 +87,6 @@ class _Job:
     folder: Path
     console: Console
 
-    @property
-    def nothing(self) -> Recipe:
-        """A recipe that keeps all tokens, for what pruning is compared with."""
-        return self.recipe.model_copy(update={"name": "keep-all", "cuts": ()})
-
     @contextmanager
     def step(self, what: str) -> Iterator[None]:
         """Show what is going on, and how long it took."""
@@ -85,21 +95,35 @@ class _Job:
             yield
         self.console.print(f"{what}: {time.perf_counter() - start:.1f} s")
 
+    def text(self, tokens: list[int]) -> str:
+        """An answer in words."""
+        text: Any = self.processor.decode(tokens, skip_special_tokens=True)
+        return repr(text.strip())
+
+
+def reference_task(seed: int) -> Task:
+    """The first question about a single picture of the test split with this seed."""
+    samples = draw_samples("test", seed, 100)
+    sample = next(sample for sample in samples if len(sample.pictures) == 1)
+    question = sample.questions[0]
+    image = Image.fromarray(sample.pictures[0].pixels)
+    return Task(question.text, image, question.answer)
+
 
 def run_demo(
     folder: Path,
+    checkpoint: Path,
     recipe: Recipe,
-    prompt: str,
-    spec: CheckpointSpec | None = None,
+    task: Task,
     inner: str = "inductor",
 ) -> list[Outcome]:
-    """Build, prune, compile, export, run, compare, draw; print a report.
+    """Prune, compile, export, run, compare, draw; print a report.
 
     Args:
-        folder: Where the checkpoint, the export, the picture and the report go.
+        folder: Where the exports, the pictures and the report go.
+        checkpoint: A LLaVA with a Llama decoder.
         recipe: What to cut.
-        prompt: The question.
-        spec: The model; LLaVA-1.5's geometry with narrow layers if left out.
+        task: What to ask.
         inner: The ``torch.compile`` backend that compiles dense and pruned graphs.
 
     Raises:
@@ -108,52 +132,64 @@ def run_demo(
     """
     require_onnxruntime()
     console = Console()
-    checkpoint = build_checkpoint(folder / "checkpoint", spec)
     model, processor = _open(checkpoint)
-    inputs = prompt_inputs(processor, prompt, sample_photo())
+    inputs = prompt_inputs(processor, task.prompt, task.image)
     job = _Job(model, processor, inputs, recipe, folder, console)
-    with job.step("Oracle, eager"):
-        sample, expected, answer = _ask_oracle(job)
-    outcomes = [_on_torch(job, expected, inner), _on_onnx(job, expected)]
+    folder.mkdir(parents=True, exist_ok=True)
+    task.image.save(folder / "picture.png")
+    with job.step("Oracle, eager, dense and pruned"):
+        sample, expected, answer = _ask_oracle(job, recipe)
+        _, _, before = _ask_oracle(job, recipe.keep_all())
+    outcomes = [_on_torch(job, checkpoint, expected, inner), _on_onnx(job, expected)]
     picture = _draw(job, sample, expected)
     for outcome in outcomes:
         _check(outcome, answer)
-    _report(job, answer, outcomes, picture)
+    console.print(f"\nQuestion: {task.prompt}")
+    if task.answer is not None:
+        console.print(f"  right answer:   {task.answer!r}")
+    console.print(f"  before pruning: {job.text(before)}")
+    console.print(f"  after pruning:  {job.text(answer)}, from every runtime")
+    _report(job, outcomes, picture)
     return outcomes
 
 
 def _open(checkpoint: Path) -> tuple[LlavaForConditionalGeneration, ProcessorMixin]:
-    """Open what ``build_checkpoint`` wrote: a LLaVA, which is what the oracle reads."""
+    """Open a LLaVA, which is what the oracle reads."""
     model, processor = open_checkpoint(checkpoint)
     if not isinstance(model, LlavaForConditionalGeneration):
         raise InputError(
             f"checkpoint {checkpoint}",
             expected="a LlavaForConditionalGeneration",
             found=f"a {type(model).__name__}",
-            fix="Choose a new folder, for the demo to build its own model in.",
+            fix="Name the folder of a LLaVA.",
         )
     return model, processor
 
 
-def _ask_oracle(job: _Job) -> tuple[oracle.Sample, oracle.Prefill, list[int]]:
-    with torch.no_grad():
-        [sample] = oracle.split_batch(
-            job.model,
-            job.inputs["input_ids"],
-            job.inputs["attention_mask"],
-            pixel_values=job.inputs["pixel_values"],
-        )
-        expected = oracle.prefill(job.model, job.recipe, sample)
-        answer = oracle.generate(job.model, job.recipe, sample, NEW_TOKENS)
+def _ask_oracle(
+    job: _Job, recipe: Recipe
+) -> tuple[oracle.Sample, oracle.Prefill, list[int]]:
+    config: Any = job.model.generation_config
+    ends = () if config.eos_token_id is None else (config.eos_token_id,)
+    [sample] = oracle.split_batch(
+        job.model,
+        job.inputs["input_ids"],
+        job.inputs["attention_mask"],
+        pixel_values=job.inputs["pixel_values"],
+    )
+    expected = oracle.prefill(job.model, recipe, sample)
+    answer = oracle.generate(job.model, recipe, sample, NEW_TOKENS, ends)
     return sample, expected, answer
 
 
-def _on_torch(job: _Job, expected: oracle.Prefill, inner: str) -> Outcome:
+def _on_torch(
+    job: _Job, checkpoint: Path, expected: oracle.Prefill, inner: str
+) -> Outcome:
     # A model of its own for each: both stay compiled while they are timed in turn.
-    whole, _ = _open(job.folder / "checkpoint")
+    whole, _ = _open(checkpoint)
     with (
         pruned(job.model, job.recipe, inner) as model,
-        pruned(whole, job.nothing, inner) as dense,
+        pruned(whole, job.recipe.keep_all(), inner) as dense,
     ):
         with job.step("torch.compile, pruned prefill and decode"):
             answer = _generate(model, job.inputs, NEW_TOKENS)
@@ -167,7 +203,8 @@ def _on_onnx(job: _Job, expected: oracle.Prefill) -> Outcome:
     with job.step("ONNX export, pruned prefill and decode"):
         write_onnx(job.model, job.processor, job.recipe, folder)
     with job.step("ONNX export, dense prefill and decode"):
-        write_onnx(job.model, job.processor, job.nothing, job.folder / "onnx-dense")
+        whole = job.recipe.keep_all()
+        write_onnx(job.model, job.processor, whole, job.folder / "onnx-dense")
     with job.step("ONNX Runtime"):
         model, dense = load(folder), load(job.folder / "onnx-dense")
         answer = _generate(model, job.inputs, NEW_TOKENS)
@@ -248,15 +285,12 @@ def _draw(job: _Job, sample: oracle.Sample, expected: oracle.Prefill) -> Path:
     )
 
 
-def _report(
-    job: _Job, answer: list[int], outcomes: list[Outcome], picture: Path
-) -> None:
+def _report(job: _Job, outcomes: list[Outcome], picture: Path) -> None:
     """Print what was found, and write it down."""
     ids = job.inputs["input_ids"][0]
     visual = int((ids == job.model.config.image_token_id).sum())
     geometry = Geometry.from_config(job.model.config)
     spent = cost(job.recipe, geometry, visual, len(ids) - visual)
-    text = job.processor.decode(answer, skip_special_tokens=True)
     console = job.console
     console.print(f"\nVisual tokens after each layer, of {visual}:")
     console.print("  " + " ".join(map(str, spent.after)))
@@ -265,12 +299,9 @@ def _report(
         f"({spent.visual.saved:.1%} over the visual tokens alone)"
     )
     console.print(_table(outcomes))
-    console.print(f"Answer, the same from all runtimes and the oracle: {text!r}")
-    console.print(
-        "(The weights are random: the words mean nothing, the agreement does.)"
-    )
     facts = {
         "recipe": job.recipe.name,
+        "answer": job.text(outcomes[0].tokens),
         "visual_tokens_after_each_layer": spent.after,
         "macs_saved": spent.total.saved,
         "runtimes": [asdict(outcome) for outcome in outcomes],
@@ -278,7 +309,6 @@ def _report(
     report = job.folder / "report.json"
     report.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     for what, where in (
-        ("checkpoint", job.folder / "checkpoint"),
         ("ONNX export", job.folder / "onnx"),
         ("picture", picture),
         ("measurements", report),

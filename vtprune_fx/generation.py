@@ -1,88 +1,291 @@
-"""``model.generate`` with a pruned, compiled prefill and compiled decode steps."""
+"""``compile``: a model whose prompts are pruned, ready for ``model.generate``."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+import inspect
+import logging
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import Cache, PreTrainedModel
-from transformers.utils.output_capturing import maybe_install_capturing_hooks
+from torch._dynamo.exc import BackendCompilerFailed
+from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
-from vtprune_fx.backend import vtprune_backend
-from vtprune_fx.decoding import mark_dynamic, ragged_attention
-from vtprune_fx.recipe import Recipe
+from vtprune_fx import cache as ragged
+from vtprune_fx.backend import inner_compiler, vtprune_backend
+from vtprune_fx.decoding import mark_dynamic, set_attention, use_ragged_attention
+from vtprune_fx.errors import InputError, VtpruneError
+from vtprune_fx.recipe import Recipe, load_recipe
+from vtprune_fx.report import PruneReport
+
+logger = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=PreTrainedModel)
+
+
+def compile(
+    model: Model,
+    recipe: Recipe | str | None = None,
+    *,
+    inner: str = "inductor",
+    mode: str | None = None,
+    decode: bool = True,
+) -> Model:
+    """Let a model prune its prompts, compiled, until ``undo``.
+
+    ``model(...)`` and ``model.generate(...)`` then run as ever: prompts with images
+    pruned, what follows on the ragged cache. One graph serves all prompt lengths, and
+    one all decode steps. Greedy, sampling, beams, several sequences, batches with
+    padding in front, streaming and further turns on the cache work as in transformers;
+    with ``cache_implementation="static"`` every layer is allocated at its own pruned
+    length and the new tokens.
+
+    A further turn on a filled cache is not pruned.
+
+    Args:
+        model: An unmodified transformers model.
+        recipe: What to cut: a recipe, a shipped name, a file, or None for the default
+            that fits the model.
+        inner: Name of the ``torch.compile`` backend that compiles the graphs.
+        mode: Mode of inductor: ``reduce-overhead``, ``max-autotune``, ...
+        decode: Whether steps on a filled cache are compiled too, or run eagerly.
+
+    Returns:
+        The model.
+
+    Raises:
+        InputError: The model is compiled already, its layers attend to a window, or
+            there is no such backend or mode.
+        RecipeError: The recipe cannot be loaded.
+    """
+    if isinstance(_forward_of(model), _PrunedForward):
+        raise InputError(
+            type(model).__name__,
+            expected="a model as it was loaded",
+            found="one that prunes already",
+            fix="Call vtprune_fx.undo(model) first.",
+        )
+    ragged.check_sees_all(model.config.get_text_config())
+    loaded = load_recipe(recipe) if recipe is not None else None
+    options = {"recipe": loaded, "inner": inner_compiler(inner, mode)}
+    model.forward = _PrunedForward(model, options, decode)
+    return model
+
+
+def undo(model: Model) -> Model:
+    """Make a model what it was before ``compile``; a model that was not is left alone.
+
+    Returns:
+        The model.
+    """
+    forward = _forward_of(model)
+    if isinstance(forward, _PrunedForward):
+        forward.give_back(model)
+    return model
 
 
 @contextlib.contextmanager
 def pruned(
     model: Model, recipe: Recipe | None, inner: str = "inductor"
 ) -> Iterator[Model]:
-    """Let a model prune its prompts for a while.
+    """Let a model prune its prompts for a while: ``compile``, then ``undo``."""
+    compile(model, recipe, inner=inner)
+    try:
+        yield model
+    finally:
+        undo(model)
 
-    Inside, ``model(...)`` and ``model.generate(...)`` run compiled: prompts with images
-    pruned, decode steps on the ragged cache. One graph serves all prompt lengths, and
-    one all decode steps.
 
-    Args:
-        model: An unmodified transformers model.
-        recipe: What to cut, or None for the default that fits the model.
-        inner: Name of the ``torch.compile`` backend that compiles the graphs.
+def report_of(model: PreTrainedModel) -> PruneReport | None:
+    """What was cut where in a compiled model's last prompt with images.
+
+    Returns:
+        The report, with the keep sets of that prompt, or None if there was none yet.
+
+    Raises:
+        InputError: The model was not compiled.
     """
-    _install_hooks(model)
-    forward, is_own = model.forward, "forward" in vars(model)
-    # torch types options as numbers, texts and functions; a backend takes any object.
-    options: dict[str, Any] = {"recipe": recipe, "inner": inner}
-    compiled = torch.compile(
-        forward, backend=vtprune_backend, options=options, fullgraph=True
-    )
+    forward = _forward_of(model)
+    if not isinstance(forward, _PrunedForward):
+        raise InputError(
+            type(model).__name__,
+            expected="a model that vtprune_fx.compile returned",
+            found="one that does not prune",
+            fix="Compile it, and run a prompt with an image.",
+        )
+    return forward.report
 
-    @functools.wraps(forward)
-    def marked(*args: Any, **kwargs: Any) -> Any:
-        _mark_dynamic(**kwargs)
-        return compiled(*args, **kwargs)
 
-    with ragged_attention(model):
-        model.forward = marked
+def _forward_of(model: PreTrainedModel) -> object:
+    return vars(model).get("forward")
+
+
+_NO_TOKEN = -1
+"""The id of no token."""
+
+
+class _PrunedForward:
+    """Stands for a model's ``forward``: prompts pruned, steps on ragged caches."""
+
+    def __init__(
+        self, model: PreTrainedModel, options: dict[str, Any], decode: bool
+    ) -> None:
+        self._whole = model.forward
+        self._was_own = _forward_of(model) is not None
+        self._text = model.config.get_text_config()
+        self._attention = self._text._attn_implementation
+        self._image_token: int = _image_token_of(model)
+        self._model = weakref.ref(model)
+        self._options = options | {"tell": self._note}
+        self.report: PruneReport | None = None
+        self._compiled: dict[int | None, Callable[..., Any]] = {}
+        self._decode = decode
+        functools.update_wrapper(self, self._whole)
+        self._signature = inspect.signature(self._whole)
+        use_ragged_attention(model)
+
+    def _note(self, report: PruneReport) -> None:
+        self.report = report
+
+    def _give_up(self) -> None:
+        """A model that cannot be pruned is left as it was."""
+        if (model := self._model()) is not None:
+            undo(model)
+
+    def give_back(self, model: PreTrainedModel) -> None:
+        """Make the model what it was."""
+        set_attention(model, self._attention)
+        if self._was_own:
+            model.forward = self._whole
+        else:
+            del model.forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run a prompt, or what follows on a filled cache."""
+        given = self._signature.bind_partial(*args, **kwargs)
+        named = given.arguments | given.arguments.pop("kwargs", {})
+        _refuse(named)
         try:
-            yield model
-        finally:
-            if is_own:
-                model.forward = forward
-            else:
-                del model.forward
+            if ragged.length_of(named.get("past_key_values")):
+                return self._run_step(named)
+            return self._run_prompt(named)
+        except BackendCompilerFailed as error:
+            if isinstance(error.inner_exception, VtpruneError):
+                self._give_up()
+                raise error.inner_exception from None
+            raise
 
+    def _run_prompt(self, named: dict[str, Any]) -> Any:
+        given: Cache | None = named.get("past_key_values")
+        ragged.check_can_be_ragged(given)
+        static = given if isinstance(given, StaticCache) else None
+        if static is not None:
+            # Its layers are allocated once it is known how long they become.
+            named["past_key_values"] = DynamicCache(config=self._text)
+            named["attention_mask"] = _without_room(named)
+        room = None if static is None else static.get_max_length()
+        _mark_prompt(named)
+        visual = self._visual(named.get("input_ids"))
+        outputs = self._compiled_for(int(visual.max()))(**named)
+        filled = getattr(outputs, "past_key_values", None)
+        if filled is not None:
+            ragged.make_ragged(filled, named.get("attention_mask"), visual, room)
+        if static is not None:
+            static.layers = outputs.past_key_values.layers
+            outputs.past_key_values = static
+        return outputs
 
-def _mark_dynamic(
-    input_ids: Tensor | None = None,
-    attention_mask: Tensor | None = None,
-    position_ids: Tensor | None = None,
-    past_key_values: Cache | None = None,
-    **_: object,
-) -> None:
-    """Mark what varies: the prompt's length, or in a decode step that of each cache."""
-    if input_ids is not None and input_ids.shape[1] > 1:
-        mark_dynamic(1, input_ids, attention_mask, position_ids)
-    elif past_key_values is not None:
-        mark_dynamic(1, attention_mask)
-        # Any: layers of linear attention have no keys, but no pruned model has those.
-        layers: list[Any] = past_key_values.layers
+    def _visual(self, ids: Tensor | None) -> Tensor:
+        """[B] visual tokens of each sample."""
+        if ids is None:
+            raise InputError(
+                "input_ids",
+                expected="the prompt's ids, which tell the visual tokens",
+                found="none",
+                fix="Pass input_ids, not inputs_embeds.",
+            )
+        return torch.eq(ids, self._image_token).sum(dim=1)
+
+    def _compiled_for(self, visual: int) -> Callable[..., Any]:
+        """The compiled model for prompts with at most so many visual tokens.
+
+        Shares become counts when a graph is made; counts fit any number.
+        """
+        recipe: Recipe | None = self._options["recipe"]
+        counted = recipe is not None and recipe.of is None
+        key = None if counted or visual == 0 else visual
+        if key not in self._compiled:
+            options: Any = self._options
+            if visual:
+                options = options | {"visual_tokens": visual}
+            self._compiled[key] = torch.compile(
+                self._whole, backend=vtprune_backend, options=options, fullgraph=True
+            )
+        return self._compiled[key]
+
+    def _run_step(self, named: dict[str, Any]) -> Any:
+        cache: Cache = named["past_key_values"]
+        new = _first_given(named, "input_ids", "inputs_embeds").shape[1]
+        mask = ragged.attention_mask(cache, new)
+        mark_dynamic(3, mask)
+        if new > 1:
+            mark_dynamic(2, mask)
+        _mark_prompt(named | {"attention_mask": None})
+        layers: list[Any] = cache.layers
         for layer in layers:
-            mark_dynamic(2, layer.keys, layer.values)
+            if isinstance(layer, ragged.RaggedLayer):
+                mark_dynamic(2, layer.keys, layer.values)
+        step = self._compiled_for(0) if self._decode else self._whole
+        return step(**named | {"attention_mask": mask})
 
 
-def _install_hooks(model: PreTrainedModel) -> None:
-    """Let the parts of a model install the hooks that record hidden states.
+def _image_token_of(model: PreTrainedModel) -> int:
+    found: int | None = getattr(model.config, "image_token_id", None)
+    if found is None:
+        logger.warning(
+            "%s has no visual tokens: it is compiled, not pruned.", type(model).__name__
+        )
+    return _NO_TOKEN if found is None else found
 
-    A first call would, under a lock that Dynamo cannot trace. Innermost models only: an
-    outer one would install those of its parts a second time.
+
+def _refuse(named: Mapping[str, Any]) -> None:
+    """Refuse what a pruned model cannot give."""
+    refused = (
+        ("output_attentions", True, "Fused attention keeps no probabilities."),
+        ("use_cache", False, "A prompt grown by an answer is another prompt."),
+    )
+    for option, value, why in refused:
+        if named.get(option) is value:
+            raise InputError(
+                option,
+                expected=str(not value),
+                found=f"{value}, which a pruned model cannot generate with",
+                fix=f"{why} Leave the option out, or call vtprune_fx.undo(model).",
+            )
+
+
+def _first_given(named: Mapping[str, Any], *names: str) -> Any:
+    return next(named[name] for name in names if named.get(name) is not None)
+
+
+def _mark_prompt(named: dict[str, Any]) -> None:
+    """Let a prompt's length vary; that of one token is a step's."""
+    for name in ("input_ids", "attention_mask", "position_ids", "inputs_embeds"):
+        value = named.get(name)
+        if value is not None and value.shape[1] > 1:
+            mark_dynamic(1, value)
+
+
+def _without_room(named: dict[str, Any]) -> Tensor | None:
+    """[B, S]: a prompt's mask, of which ``generate`` made one for a whole static cache.
+
+    That is causal, so its last row has all the padding: [B, 1, S, M] with M > S.
     """
-    models = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
-    for part in models:
-        if not any(inner in models for inner in part.modules() if inner is not part):
-            maybe_install_capturing_hooks(part)
+    mask: Tensor | None = named.get("attention_mask")
+    if mask is None or mask.dim() == 2:
+        return mask
+    return mask[:, 0, -1, : mask.shape[2]].long()

@@ -20,8 +20,7 @@ import sympy
 import torch
 from torch import Tensor
 from torch._dispatch.python import enable_python_dispatcher
-from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Node, map_arg
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -118,10 +117,13 @@ def mentions(value: object, symbol: sympy.Symbol) -> bool:
 
 
 def fake_mode_of(graph: Graph) -> FakeTensorMode:
-    """The fake mode that the graph's values live in."""
-    mode = detect_fake_mode([n.meta.get("val") for n in graph.nodes])
-    assert mode is not None, "the graph carries no fake tensors"
-    return mode
+    """The fake mode that the graph's values live in.
+
+    Not ``detect_fake_mode``, which asks whoever is compiling first: the values of a
+    graph whose length was a number live in a mode of their own (``literals``).
+    """
+    values = (node.meta.get("val") for node in graph.nodes)
+    return next(v.fake_mode for v in values if isinstance(v, FakeTensor))
 
 
 @contextlib.contextmanager

@@ -2,7 +2,8 @@
 
 Written for reading. It takes one sample at a time, so it has no batches, no padding
 and no attention mask but the causal triangle. It shares no code with the passes and
-runs on an unmodified ``LlavaForConditionalGeneration`` with a Llama decoder, whose own
+runs on an unmodified ``LlavaForConditionalGeneration`` whose decoder is a Llama or one
+built like it (``DECODERS``), whose own
 linear layers, norms and rotary tables it calls. Rotary application, attention, scoring
 and the cut are written out.
 
@@ -26,11 +27,11 @@ size, ``L`` layers.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import LlamaModel
+from transformers import GemmaModel, LlamaModel, MistralModel, Qwen2Model
 
 from vtprune_fx.errors import InputError, PlanError
 
@@ -41,6 +42,9 @@ if TYPE_CHECKING:
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
     from vtprune_fx.recipe import Recipe
+
+DECODERS = (LlamaModel, MistralModel, Qwen2Model, GemmaModel)
+"""Decoders with the same steps; norms, biases and scales are in their own modules."""
 
 _FROM_ZERO = torch.empty(0, dtype=torch.long)
 """Stands for ``arange(n)`` where a sample is made without positions."""
@@ -79,8 +83,8 @@ class Prefill:
         keys: Each layer's key cache, rotated. L of [K, m before the cut, d]
         values: Each layer's value cache. L of [K, m before the cut, d]
         next_position: Rotary position of the next token, the same in all layers.
-        scores: For each layer with a cut, the scores of the visual tokens that were
-            present before it, in order. [v present]
+        scores: For each layer with a cut, the recipe's scores of the visual tokens
+            that were present before it, in order. [v present]
     """
 
     logits: Tensor
@@ -162,8 +166,8 @@ def prefill(
         probabilities = _causal_attention(query, key, layer.self_attn.scaling)
         attended = _mix(probabilities, value)
         if index in drops:
-            scores[index] = fitprune_scores(
-                probabilities, visual[present], instruction[present]
+            scores[index] = _rate(
+                recipe, probabilities, visual[present], instruction[present]
             )
             stay = _stay(scores[index], visual[present], drops[index])
             attended, hidden, present = attended[stay], hidden[stay], present[stay]
@@ -249,6 +253,27 @@ def fitprune_scores(
     cross = largest[instruction].sum(dim=0)
     own = largest[visual].sum(dim=0) / visual.sum()
     return cross * own
+
+
+def _rate(
+    recipe: Recipe, probabilities: Tensor, visual: Tensor, instruction: Tensor
+) -> Tensor:
+    """What the recipe scores each visual token present.
+
+    ``random`` and ``uniform`` are defined in ``scoring``; here in Python's integers.
+
+    Shapes: as in ``fitprune_scores``
+    """
+    count = int(visual.sum())
+    if recipe.score == "uniform":
+        ranks = [rank * 40503 % 2**16 for rank in range(count)]
+        return torch.tensor(ranks, device=visual.device)
+    if recipe.score == "random":
+        shift = 7919 * count + 104729 * recipe.seed
+        draws = [((251 * i + shift) ** 3 + count) ** 3 % 65519 for i in range(count)]
+        return torch.tensor(draws, device=visual.device)
+    scores = fitprune_scores(probabilities, visual, instruction)
+    return -scores if recipe.score == "inverted" else scores
 
 
 def _stay(scores: Tensor, visual: Tensor, drop: int) -> Tensor:
@@ -346,9 +371,7 @@ def _embed(model: LlavaForConditionalGeneration, sample: Sample) -> Tensor:
     return hidden
 
 
-def _rotary(
-    decoder: LlamaModel, hidden: Tensor, positions: Tensor
-) -> tuple[Tensor, Tensor]:
+def _rotary(decoder: Any, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     """The model's cosines and sines at these positions, two of [n, d]."""
     cos, sin = decoder.rotary_emb(hidden[None], positions[None])
     return cos[0], sin[0]
@@ -422,13 +445,13 @@ def _finish(layer: LlamaDecoderLayer, attended: Tensor, residual: Tensor) -> Ten
 
 def _decoder(
     model: LlavaForConditionalGeneration,
-) -> tuple[LlamaModel, list[LlamaDecoderLayer]]:
-    """The Llama in the model, and its layers."""
+) -> tuple[Any, list[LlamaDecoderLayer]]:
+    """The decoder in the model, and its layers."""
     decoder = model.model.language_model
-    if not isinstance(decoder, LlamaModel):
+    if not isinstance(decoder, DECODERS):
         raise PlanError(
             "oracle",
-            expected="a Llama decoder",
+            expected="a decoder like " + ", ".join(d.__name__ for d in DECODERS),
             found=type(decoder).__name__,
             fix="Check a graph of this model against its own unpruned forward.",
         )

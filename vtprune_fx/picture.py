@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib
+import io
 import math
-import uuid
 from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from vtprune_fx.errors import InputError, MissingDependencyError
+from vtprune_fx.errors import InputError
+from vtprune_fx.inputs import replace_file
+from vtprune_fx.optional import optional
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -74,7 +74,9 @@ def draw_kept(
     for layer, kept in kept_by_layer.items():
         text = captions[1].format(layer=layer, kept=len(set(kept)), total=total)
         panels.append((text, fade_dropped(image, kept, grid)))
-    _write_png(_arrange(panels, title, scale), path)
+    png = io.BytesIO()
+    _arrange(panels, title, scale).save(png, format="PNG")
+    replace_file(path, png.getvalue())
     return path
 
 
@@ -144,15 +146,7 @@ def sample_photo() -> Image.Image:
     Raises:
         MissingDependencyError: scikit-image, whose wheel holds it, is not installed.
     """
-    try:
-        data: Any = importlib.import_module("skimage.data")
-    except ImportError as error:
-        raise MissingDependencyError(
-            "the sample photograph",
-            expected="scikit-image, which ships it",
-            found="no such package",
-            fix='Run `pip install "vtprune-fx[demo]"`, or name an image of your own.',
-        ) from error
+    data = optional("skimage.data", "scikit-image", "the sample photograph")
     return Image.fromarray(data.coffee()).convert("RGB")
 
 
@@ -193,22 +187,3 @@ def _arrange(
         enlarged = panel.resize((width, height), Image.Resampling.NEAREST)
         canvas.paste(enlarged, (x, y + _CAPTION_HEIGHT))
     return canvas
-
-
-def _write_png(image: Image.Image, path: Path) -> None:
-    """Write to a new file beside ``path``, then rename it."""
-    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        image.save(scratch, format="PNG")
-        scratch.replace(path)
-    except OSError as error:
-        raise InputError(
-            f"picture {str(path)!r}",
-            expected="a file that can be written",
-            found=error.strerror or str(error),
-            fix="Name a file in a folder that can be written to.",
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            scratch.unlink(missing_ok=True)

@@ -54,7 +54,7 @@ class PrunePlan:
     Attributes:
         recipe: The recipe.
         tokens: The symbol of the prompt's length.
-        visual: Name of the [B, S] mask of visual tokens.
+        visual: Name of the mask of visual tokens, [B, S] or [B, S, 1].
         visual_tokens: Visual tokens a sample comes with.
         layers: Decoder layers of the graph.
         lengths: Names of the symbolic ints that are the prompt's length.

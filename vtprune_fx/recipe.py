@@ -71,8 +71,9 @@ class Recipe(_Strict):
     Attributes:
         schema_version: Version of the file format.
         name: What the recipe is called: lower case letters, digits, ``.`` and ``-``.
-        method: The pruning method.
+        method: The pruning method; ``baseline`` is none, to compare methods with.
         score: The scorer that ranks visual tokens at each cut.
+        seed: Of the ``random`` score; others ignore it.
         positions: ``kept``: a surviving token keeps its rotary position.
         layers: Decoder layers of the model the recipe was made for.
         visual_tokens: Visual tokens per sample of that model.
@@ -83,8 +84,9 @@ class Recipe(_Strict):
 
     schema_version: Literal[1]
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
-    method: Literal["fitprune"]
-    score: Literal["fitprune"]
+    method: Literal["fitprune", "baseline"]
+    score: Literal["fitprune", "inverted", "random", "uniform"]
+    seed: Count = 0
     positions: Literal["kept", "compacted"]
     layers: PositiveCount
     visual_tokens: PositiveCount
@@ -137,9 +139,31 @@ class Recipe(_Strict):
         gone = itertools.accumulate(drops.get(layer, 0) for layer in range(layers))
         return [max(0, visual_tokens - count) for count in gone]
 
+    def bound(self, visual_tokens: int) -> Recipe:
+        """The same for samples with this many visual tokens, as plain counts."""
+        drops = self.drops(visual_tokens).items()
+        cuts = tuple(Cut(layer=layer, drop=drop) for layer, drop in drops)
+        changes = {"of": None, "visual_tokens": visual_tokens, "cuts": cuts}
+        return self.model_copy(update=changes)
+
+    def baseline(self, score: Literal["inverted", "random", "uniform"]) -> Recipe:
+        """The same cuts, with tokens chosen by a score that no method would use."""
+        changes = {"name": f"{self.name}-{score}", "method": "baseline", "score": score}
+        return self.model_copy(update=changes)
+
+    def baselines(self) -> list[Recipe]:
+        """Every baseline with these cuts."""
+        return [self.baseline(score) for score in ("random", "uniform", "inverted")]
+
+    def keep_all(self) -> Recipe:
+        """A recipe for the same model without cuts: what pruning is compared with."""
+        return self.model_copy(update={"name": "dense", "cuts": ()})
+
     def to_json(self) -> str:
         """The recipe as the text of a recipe file."""
-        return self.model_dump_json(indent=2) + "\n"
+        # Only recipes that draw at random have to tell a seed.
+        unused = {"seed"} if self.score != "random" else set()
+        return self.model_dump_json(indent=2, exclude=unused) + "\n"
 
 
 def names() -> list[str]:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
+from torch import Tensor
+
+from vtprune_fx.anatomy import Anatomy
+from vtprune_fx.errors import VtpruneError
 from vtprune_fx.plan import PrunePlan
 
 
@@ -26,12 +31,26 @@ class PruneReport:
         passes: The passes that ran, in order.
         nodes_before: Nodes of the graph as it came.
         nodes_after: Nodes of the pruned graph.
+        last: What ``record`` was told.
     """
 
     plan: PrunePlan | None
     passes: tuple[PassRecord, ...]
     nodes_before: int
     nodes_after: int
+    last: list[Tensor] = field(default_factory=list, compare=False, repr=False)
+
+    def record(self, keep_sets: Iterable[Tensor]) -> None:
+        """Note what a run kept at each cut, [B, K]: positions among what was left."""
+        self.last[:] = keep_sets
+
+    @property
+    def keep_sets(self) -> dict[int, Tensor]:
+        """What the last run kept, as ``in_prompt`` says it; empty ahead of one."""
+        if self.plan is None:
+            return {}
+        layers = (cut.attention.layer for cut in self.plan.cuts)
+        return in_prompt(dict(zip(layers, self.last, strict=False)))
 
     @property
     def visual_tokens(self) -> list[int]:
@@ -56,3 +75,69 @@ class PruneReport:
             f"{cuts} cuts, {self.nodes_before} nodes -> {self.nodes_after}, "
             f"{self.seconds:.2f} s"
         )
+
+
+def in_prompt(keep_sets: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    """Keep sets followed back to the prompt.
+
+    Args:
+        keep_sets: For each layer with a cut, [B, K]: positions among the tokens that
+            the cuts ahead of it left.
+
+    Returns:
+        For each layer with a cut, [B, K]: positions in the prompt as it came.
+    """
+    found: dict[int, Tensor] = {}
+    before: Tensor | None = None
+    for layer, keep in sorted(keep_sets.items()):
+        before = keep if before is None else before.gather(1, keep)
+        found[layer] = before
+    return found
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What was found in a model's graph, and what a recipe makes of it.
+
+    Attributes:
+        model: The model's class.
+        anatomy: The parts that pruning needs, or None where there is nothing to prune.
+        plan: The recipe's cuts placed on them, or None where nothing will be cut.
+        refused: Why not, where there is something to prune.
+    """
+
+    model: str
+    anatomy: Anatomy | None
+    plan: PrunePlan | None
+    refused: VtpruneError | None
+
+    def __str__(self) -> str:
+        return "\n".join((*self._heading(), *self._layers()))
+
+    def _heading(self) -> list[str]:
+        if self.refused is not None:
+            return [f"{self.model}: refused. {self.refused}"]
+        if self.anatomy is None:
+            return [f"{self.model}: not pruned, the graph places no image"]
+        assert self.plan is not None
+        name, visual = self.plan.recipe.name, self.anatomy.visual
+        count = self.anatomy.visual_tokens
+        return [f"{self.model}: {name}, {count} visual tokens, marked by {visual}"]
+
+    def _layers(self) -> list[str]:
+        if self.anatomy is None:
+            return []
+        return [
+            f"layer {layer.layer:3}  {layer.path}: {self._fate_of(layer.layer)}"
+            for layer in self.anatomy.layers
+        ]
+
+    def _fate_of(self, layer: int) -> str:
+        cuts = {cut.attention.layer: cut for cut in self.plan.cuts} if self.plan else {}
+        if layer not in cuts:
+            return "no cut"
+        assert self.anatomy is not None
+        cut = cuts[layer]
+        left = self.anatomy.visual_tokens - cut.dropped
+        gathered = ", ".join(value.node for value in cut.live)
+        return f"{cut.drop} leave, {left} stay; gathers {gathered}"
