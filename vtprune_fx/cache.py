@@ -103,7 +103,7 @@ def check_sees_all(text: PreTrainedConfig) -> None:
         InputError: A layer does.
     """
     for index, layer in enumerate(DynamicCache(config=text).layers):
-        if layer.is_sliding:
+        if getattr(layer, "is_sliding", False):
             raise InputError(
                 f"decoder layer {index}",
                 expected="attention to all that came before",
