@@ -102,6 +102,7 @@ def _answers(backend: Backend, count: int) -> list[tuple[str, ...]]:
     return [result.answers for result in found.results]
 
 
+@pytest.mark.slow
 def test_onnx_runtime_answers_like_the_oracle(answered: Evaluation) -> None:
     expected = [result.answers for result in answered.results[:2]]
     assert _answers("onnx", 60) == expected

@@ -76,7 +76,13 @@ def split(model: LlavaForConditionalGeneration, inputs: Inputs) -> list[oracle.S
 # ------------------------------------------------------------------------- greedy
 
 
-@pytest.mark.parametrize("decode", [True, False], ids=["compiled", "eager"])
+@pytest.mark.parametrize(
+    "decode",
+    [
+        pytest.param(True, id="compiled"),
+        pytest.param(False, id="eager", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("case", list(PROMPTS))
 def test_generate_is_the_oracle(
     model: LlavaForConditionalGeneration, case: str, decode: bool
@@ -209,6 +215,7 @@ def test_sampling_follows_the_oracles_probabilities(
     assert chi < degrees + 5 * (2 * degrees) ** 0.5
 
 
+@pytest.mark.slow
 def test_prompt_lookup_is_greedy(model: LlavaForConditionalGeneration) -> None:
     """Candidates are checked several at once, and the cache is cropped."""
     inputs = batch(model, (3, 20))
@@ -335,7 +342,9 @@ def _step_with(model: Any, state: oracle.Prefill, vector: Tensor) -> Tensor:
 # ------------------------------------------------------------------------ the report
 
 
-@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@pytest.mark.parametrize(
+    "inner", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)]
+)
 def test_report_tells_the_oracles_keep_sets(
     model: LlavaForConditionalGeneration, inner: str
 ) -> None:
@@ -462,6 +471,7 @@ def test_a_cache_from_elsewhere_is_refused(
             compiled(model)(input_ids=torch.tensor([[5]]), past_key_values=filled)
 
 
+@pytest.mark.slow
 def test_torch_logs_tell_what_the_passes_did() -> None:
     script = textwrap.dedent(
         """
