@@ -135,7 +135,14 @@ def test_prefill_equals_the_oracle(
     assert_matches_oracle(run.outputs, run.keep_sets, model, RECIPE, positioned)
 
 
-@pytest.mark.parametrize("score", ["inverted", "random", "uniform"])
+@pytest.mark.parametrize(
+    "score",
+    [
+        pytest.param("inverted", marks=pytest.mark.slow),
+        "random",
+        pytest.param("uniform", marks=pytest.mark.slow),
+    ],
+)
 def test_baseline_prefill_equals_the_oracle(
     score: Literal["inverted", "random", "uniform"],
 ) -> None:
