@@ -3,9 +3,8 @@
 Written for reading. It takes one sample at a time, so it has no batches, no padding
 and no attention mask but the causal triangle. It shares no code with the passes and
 runs on an unmodified ``LlavaForConditionalGeneration`` whose decoder is a Llama or one
-built like it (``DECODERS``), whose own
-linear layers, norms and rotary tables it calls. Rotary application, attention, scoring
-and the cut are written out.
+built like it (``DECODERS``). It calls that decoder's own linear layers, norms and
+rotary tables; rotary application, attention, scoring and the cut are written out.
 
 The method is FitPrune (Ye et al., arXiv:2409.10197, and its published code). At a layer
 that drops ``c`` tokens, with ``A`` the layer's attention probabilities and
