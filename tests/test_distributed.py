@@ -69,6 +69,7 @@ def _generate_own(rank: int, folder: Path) -> None:
 
 
 def test_shards_of_a_model_are_refused_with_what_to_do(tmp_path: Path) -> None:
+    """What each process expects is in it; one that fails, fails this."""
     tiny_llava(layers=2).save_pretrained(tmp_path / "model")
     in_two_processes(_generate_from_shards, tmp_path)
 

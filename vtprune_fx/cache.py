@@ -33,7 +33,7 @@ class RaggedLayer(DynamicLayer):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take over each beam's best sample."""
-        super().reorder_cache(beam_idx.long())  # type: ignore[arg-type]
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type] # any Tensor will do
         self.padding = self.padding.index_select(0, beam_idx.to(self.padding.device))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -66,7 +66,7 @@ class RaggedStaticLayer(StaticLayer):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take over each beam's best sample."""
-        super().reorder_cache(beam_idx.long())  # type: ignore[arg-type]
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type] # any Tensor will do
         self.padding = self.padding.index_select(0, beam_idx.to(self.padding.device))
 
 
