@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from torch._dynamo.exc import BackendCompilerFailed
 
 import vtprune_fx
 from tests.tiny import (
@@ -54,6 +55,15 @@ def test_generates_like_the_oracle(decoder: str) -> None:
     vtprune_fx.compile(model, RECIPE, inner="eager")
     ids = model.generate(**inputs, max_new_tokens=8, do_sample=False, eos_token_id=None)
     assert ids[:, inputs["input_ids"].shape[1] :].tolist() == expected
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_the_backend_refuses_a_sliding_window(implementation: str) -> None:
+    model: Any = tiny_llava.__wrapped__(layers=2, kv_heads=2, decoder="mistral")
+    model.config.text_config.sliding_window = 64
+    model.set_attn_implementation(implementation)
+    with pytest.raises(BackendCompilerFailed, match="sliding_window = None"):
+        Compiled(model, RECIPE)(**batch(model, *PROMPTS))
 
 
 def test_a_sliding_window_is_refused() -> None:

@@ -57,6 +57,17 @@ _PLACES_OF_FEATURES: frozenset[object] = frozenset(
 )
 
 
+_VIEWS_OF_A_KEY: frozenset[object] = frozenset(
+    {
+        # How grouped keys are repeated for all heads.
+        aten.unsqueeze.default,
+        aten.expand.default,
+        aten.reshape.default,
+        aten.slice.Tensor,
+    }
+)
+
+
 @dataclass(frozen=True)
 class Attention:
     """The attention of one decoder layer. Nodes are given by name.
@@ -127,6 +138,8 @@ def read(graph: Graph) -> Anatomy | None:
     if any(not _has_axis(found.key, tokens) for found in _attentions(graph, tokens)):
         # Keys of earlier tokens stand ahead of the prompt's own.
         return None
+    for found in _attentions(graph, tokens):
+        _check_sees_all(found)
     samples = size_hint(_shape(visual)[0])
     each, rest = divmod(_rows(features), samples)
     return Anatomy(
@@ -233,6 +246,28 @@ def _decoder(graph: Graph, tokens: sympy.Symbol) -> Iterator[Attention]:
 def _attentions(graph: Graph, tokens: sympy.Symbol) -> Iterator[Logits]:
     """The attentions whose queries carry the token axis."""
     return (found for found in attentions(graph) if _has_axis(found.query, tokens))
+
+
+def _check_sees_all(found: Logits) -> None:
+    """Refuse keys of which only the last are cached.
+
+    That is a sliding window: it counts tokens, and a cut changes the count.
+    """
+    for node in walk_back(found.key, _VIEWS_OF_A_KEY):
+        for user in node.users:
+            if user.target == aten.slice.Tensor and _from_the_end(user):
+                raise AnatomyError(
+                    f"keys of attention {found.output.name}, node {user.name}",
+                    expected="attention to all that came before",
+                    found="a sliding window: only the last keys are cached",
+                    fix="Where no prompt is longer than the window, load the model "
+                    "with text_config.sliding_window = None.",
+                )
+
+
+def _from_the_end(part: Node) -> bool:
+    start = part.args[2] if len(part.args) > 2 else None
+    return isinstance(start, int) and start < 0
 
 
 def _has_axis(node: Node, tokens: sympy.Symbol) -> bool:
