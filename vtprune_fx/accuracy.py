@@ -71,9 +71,15 @@ class Evaluation:
 
     def tables(self) -> tuple[Table, Table]:
         """Accuracy and cost of each recipe, and accuracy by kind."""
-        costs = Table(box=SIMPLE_HEAD, caption="Intervals are of 95 %.")
+        costs, kinds = (
+            # Narrow enough for 80 columns.
+            Table(box=SIMPLE_HEAD, caption=caption, padding=0)
+            for caption in (
+                "Intervals are of 95 %.",
+                f"{len(self.questions)} questions",
+            )
+        )
         titles = ("accuracy", "interval", "change", "MACs\nsaved", "visual\ntokens")
-        kinds = Table(box=SIMPLE_HEAD, caption=f"{len(self.questions)} questions")
         for table, more in ((costs, (*titles, "KV\nKiB")), (kinds, self.kinds)):
             table.add_column("recipe", overflow="fold")
             for title in more:
@@ -81,8 +87,9 @@ class Evaluation:
         for result in self.results:
             low, high = result.interval
             change, spread = paired(self.results[0].right, result.right)
+            label = self._label(result)
             costs.add_row(
-                result.recipe,
+                label,
                 f"{100 * result.accuracy:.2f}",
                 f"{100 * low:.1f}-{100 * high:.1f}",
                 f"{100 * change:+.2f}±{100 * spread:.2f}",
@@ -91,8 +98,15 @@ class Evaluation:
                 f"{result.cache_bytes / 1024:.0f}",
             )
             shares = (self.accuracy_of(result, kind) for kind in self.kinds)
-            kinds.add_row(result.recipe, *(f"{100 * share:.1f}" for share in shares))
+            kinds.add_row(label, *(f"{100 * share:.1f}" for share in shares))
         return costs, kinds
+
+    def _label(self, result: Result) -> str:
+        """The recipe's name, or a baseline's own part of it."""
+        for other in self.results:
+            if result.recipe == f"{other.recipe}-{result.score}":
+                return f"  {result.score}"
+        return result.recipe
 
     def fields(self) -> dict[str, Any]:
         """Everything as plain data, answers included."""
