@@ -4,16 +4,16 @@ At a cut, each value that is live across it and carries the token axis is gather
 it; everything after reads the gathered version. Graph outputs do not: a layer's keys
 and values go into the cache as they were made, ahead of the layer's own cut::
 
-    vtprune_keep_3: "i64[B, S - 36]"
     attention: "f32[B, H, S, D]" = aten.scaled_dot_product_attention(q, k, v, mask)
+    vtprune_keep_3: "i64[B, S - 36]"
     view: "f32[B, S, H*D]" = aten.reshape(transpose, [B, S, -1])
     linear: "f32[B, S, E]" = aten.linear(view, o_proj)
     add: "f32[B, S, E]" = aten.add(residual, linear)
 
 becomes::
 
-    vtprune_keep_3: "i64[B, S - 36]"
     attention: "f32[B, H, S, D]" = aten.scaled_dot_product_attention(q, k, v, mask)
+    vtprune_keep_3: "i64[B, S - 36]"
     length: "Sym(S - 36)" = aten.sym_size(vtprune_keep_3, 1)
     attention_3: "f32[B, H, S - 36, D]" = ...        # attention at vtprune_keep_3
     residual_3: "f32[B, S - 36, E]" = ...
@@ -58,7 +58,7 @@ class GatherTokens(Pass):
 
     1. A node behind a cut: reads the current versions of its inputs; its value has
        the shorter length.
-    2. The attention of a layer with a cut: what is live is gathered behind it.
+    2. A keep set: what is live is gathered behind it.
     3. A value shared by all samples, [1, ..., S, ...] (rotary tables): gathered to
        [B, ..., K, ...], since each sample keeps tokens of its own.
     4. The output: reads what it read.
@@ -75,7 +75,7 @@ class GatherTokens(Pass):
             return False
         named = {node.name: node for node in graph.nodes}
         lengths = [named[name] for name in plan.lengths]
-        cuts = {cut.attention.node: cut for cut in plan.cuts}
+        cuts = {f"{KEEP_PREFIX}{cut.attention.layer}": cut for cut in plan.cuts}
         inserter = Inserter(graph)
         values = _Values(inserter, plan.tokens)
         gather = _Gather(inserter)
@@ -104,7 +104,7 @@ class _Gather:
 
     def behind(
         self,
-        attention: Node,
+        keep: Node,
         cut: PlannedCut,
         named: Mapping[str, Node],
         current: Mapping[Node, Node],
@@ -115,8 +115,7 @@ class _Gather:
             The prompt's new length, and for each live value the version behind the cut.
         """
         layer = cut.attention.layer
-        keep = named[f"{KEEP_PREFIX}{layer}"]
-        insert = partial(self._inserter.call, attention.next, Stamp("gather", layer))
+        insert = partial(self._inserter.call, keep.next, Stamp("gather", layer))
         length = insert(aten.sym_size.int, keep, 1)
         if self._rows is None:
             self._rows = _sample_rows(insert, keep)

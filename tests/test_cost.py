@@ -115,6 +115,28 @@ def test_grouped_query_attention_counted_by_hand() -> None:
     assert counted.total.scorer_macs == 216
 
 
+@pytest.mark.parametrize(
+    ("site", "entering", "macs", "cached"),
+    [
+        # 6 tokens reach layer 0 and 3 are left, as above: 1008 + 1728 and 396 + 864.
+        ("after_layer", (5, 2), 1008 + 1728 + 396 + 864, 6 + 3),
+        ("before_layer", (2, 2), 2 * (396 + 864), 3 + 3),
+    ],
+)
+def test_cuts_at_other_sites_counted_by_hand(
+    site: str, entering: tuple[int, int], macs: int, cached: int
+) -> None:
+    cut = ONE_CUT.cuts[0].model_copy(update={"site": site})
+    moved = ONE_CUT.model_copy(update={"cuts": (cut,), "score": "last-token"})
+    counted = cost(moved, SMALL, visual_tokens=5, text_tokens=1)
+    assert counted.entering == entering
+    assert counted.total.pruned_macs == macs
+    assert counted.total.pruned_cache_bytes == cached * 24
+    # One row over 6 tokens; ahead of the layer its queries and keys too, 6 * 8 * 9.
+    ahead = 6 * 8 * 9 if site == "before_layer" else 0
+    assert counted.total.scorer_macs == 6 * 6 + ahead
+
+
 def test_cache_holds_the_tokens_that_enter_a_layer() -> None:
     # A token of a layer: keys and values, one head of width 3, 4 bytes = 24 bytes.
     work = cost(ONE_CUT, SMALL, visual_tokens=5, text_tokens=1).total

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import onnx_ir
-import onnxruntime
 import pytest
 import torch
 from transformers import LlavaForConditionalGeneration
 
+from tests.onnx_prefill import Prefill
 from tests.tiny import (
     IMAGE,
     Inputs,
@@ -67,70 +67,13 @@ def batch_of_two() -> Inputs:
     return batch(tiny_llava(layers=LAYERS), (5, 9), (2, 4))
 
 
-class Prefill:
-    """The prefill graph on ONNX Runtime, its keep sets made outputs.
-
-    Attributes:
-        outputs: Logits, and a cache with ``layers[i].keys``, as the comparison reads.
-        keep_sets: For each layer with a cut, positions in the prompt as it came.
-    """
-
-    def __init__(self, graph: onnx_ir.Model, inputs: Inputs) -> None:
-        session, sorted_names = _session(graph)
-        names = [spec.name for spec in session.get_outputs()]
-        feed = inputs | {"position_ids": counted_positions(inputs)}
-        arrays = session.run(None, {name: feed[name].numpy() for name in feed})
-        values = {n: torch.from_numpy(a) for n, a in zip(names, arrays, strict=True)}
-        self.outputs = _Outputs(values)
-        self.keep_sets: dict[int, torch.Tensor] = {}
-        for cut, name in zip(RECIPE.cuts, sorted_names, strict=True):
-            kept = values[name]
-            if self.keep_sets:
-                kept = self.keep_sets[max(self.keep_sets)].gather(1, kept)
-            self.keep_sets[cut.layer] = kept
-
-
-class _Layer:
-    def __init__(self, values: dict[str, torch.Tensor], layer: int) -> None:
-        self.keys = values[f"past_key_values.layers.{layer}.keys"]
-        self.values = values[f"past_key_values.layers.{layer}.values"]
-
-
-class _Outputs:
-    def __init__(self, values: dict[str, torch.Tensor]) -> None:
-        self.logits = values["logits"]
-        self.past_key_values = self
-        self.layers = [_Layer(values, layer) for layer in range(LAYERS)]
-
-
-def _session(model: onnx_ir.Model) -> tuple[onnxruntime.InferenceSession, list[str]]:
-    """A session that gives the keep sets too, and their names, in order.
-
-    A cut sorts twice: tokens by score, then what stays by position. The second sort's
-    values are the keep set.
-    """
-    outputs = {value.name for value in model.graph.outputs}
-    sorts = [node for node in model.graph if node.op_type == "TopK"]
-    keep_sets = [node.outputs[0] for node in sorts[1::2]]
-    for value in keep_sets:
-        if value.name not in outputs:
-            value.type = onnx_ir.TensorType(onnx_ir.DataType.INT64)
-            value.shape = onnx_ir.Shape([None, None])
-            model.graph.outputs.append(value)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    serialized = onnx_ir.to_proto(model).SerializeToString()
-    session = onnxruntime.InferenceSession(serialized, options)
-    return session, [str(value.name) for value in keep_sets]
-
-
 @pytest.mark.parametrize("prompts", PROMPTS.values(), ids=PROMPTS)
 def test_prefill_equals_the_oracle(
     graphs: Graphs, prompts: list[tuple[int, ...]]
 ) -> None:
     model = tiny_llava(layers=LAYERS)
     inputs = batch(model, *prompts, seed=len(prompts))
-    run = Prefill(graphs["prefill"], inputs)
+    run = Prefill(graphs["prefill"], inputs, RECIPE)
     positioned = inputs | {"position_ids": counted_positions(inputs)}
     assert_matches_oracle(run.outputs, run.keep_sets, model, RECIPE, positioned)
 
@@ -152,7 +95,7 @@ def test_baseline_prefill_equals_the_oracle(
         batch_of_two(),
     )
     exported, _ = export_onnx(model, inputs, recipe)
-    prefill = Prefill(exported.components["prefill"].program, inputs)
+    prefill = Prefill(exported.components["prefill"].program, inputs, recipe)
     assert_matches_oracle(prefill.outputs, prefill.keep_sets, model, recipe, inputs)
 
 

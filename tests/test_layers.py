@@ -34,6 +34,7 @@ FOLDERS["reference"] = "examples/reference_model"
 def sources() -> list[tuple[str, Path]]:
     """Every module that the rule is about, with its layer."""
     core = [p for p in (ROOT / PACKAGE).glob("*.py") if p.stem not in TOP]
+    core += (ROOT / PACKAGE / "scorers").glob("*.py")
     layers = {"core": core} | {
         layer: list((ROOT / folder).rglob("*.py")) for layer, folder in FOLDERS.items()
     }

@@ -24,7 +24,7 @@ from tests.golden_cases import (
     load_case,
     shared_llava,
 )
-from vtprune_fx import oracle
+from vtprune_fx import oracle, oracle_scores
 from vtprune_fx.errors import InputError, PlanError
 from vtprune_fx.recipe import Cut, Provenance, Recipe
 
@@ -325,7 +325,9 @@ def test_the_text_after_the_last_image_rates_even_when_that_image_is_gone() -> N
     left = torch.tensor([0, 1, 2, 3, 5])
     probabilities = torch.eye(5)[None].repeat(2, 1, 1)
     probabilities[0, 4, 1] = 0.5
-    scores = oracle.fitprune_scores(probabilities, visual[left], instruction[left])
+    scores = oracle_scores.fitprune_scores(
+        probabilities, visual[left], instruction[left]
+    )
     assert scores.tolist() == [0, 0.25]
 
 

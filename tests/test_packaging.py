@@ -13,8 +13,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = "examples/reference_model"
 PATTERNS = (
-    *("vtprune_fx/*.py", "vtprune_fx/recipes/*.json", "passes", "export"),
-    REFERENCE,
+    *("vtprune_fx/*.py", "vtprune_fx/recipes/*.json", "vtprune_fx/scorers"),
+    *("passes", "export", REFERENCE),
 )
 BUILD_FILES = ("pyproject.toml", "README.md", "LICENSE", "vtprune_fx/py.typed")
 

@@ -241,7 +241,7 @@ def test_check_asserts_what_the_recipe_counts_on(
 # ----------------------------------------------------------------------- InsertScores
 
 
-def test_scores_stand_ahead_of_their_layer_and_nothing_reads_a_keep_set_yet() -> None:
+def test_scores_stand_behind_the_edge_and_nothing_reads_a_keep_set_yet() -> None:
     module, pass_, plan = ready_for("InsertScores")
     pass_(module)
     order = {node.name: place for place, node in enumerate(module.graph.nodes)}
@@ -252,7 +252,12 @@ def test_scores_stand_ahead_of_their_layer_and_nothing_reads_a_keep_set_yet() ->
     ]
     for cut in plan.cuts:
         keep = named[f"{KEEP_PREFIX}{cut.attention.layer}"]
-        assert order[keep.name] < order[cut.attention.node]
+        assert order[keep.name] > order[cut.edge]
+        assert all(
+            STAMP in node.meta or order[node.name] > order[keep.name]
+            for node in module.graph.nodes
+            if order[node.name] > order[cut.edge]
+        )
         assert not keep.users
         assert dropped_tokens(keep) == cut.drop
         path = list(keep.meta["nn_module_stack"].values())[-1][0]

@@ -8,19 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from vtprune_fx.scorers import Rate, fitprune, inverted, random, uniform
+from vtprune_fx.scorers.evidence import Evidence
 from vtprune_fx.scoring import (
     CONTEXT,
     INSTRUCTION,
     PADDING,
     VISUAL,
-    Scorer,
     enough_to_drop,
-    fitprune_score,
-    inverted_score,
     lowest_first,
-    random_score,
     token_roles,
-    uniform_score,
 )
 
 HEADS, TOKENS, WIDTH = 4, 12, 8
@@ -61,22 +58,23 @@ def test_padding_changes_nothing(left: int, right: int, boolean: bool) -> None:
     real[left : left + TOKENS] = True
     mask = torch.ones(whole, whole, dtype=torch.bool).tril() & real
     added = mask.float().log() if not boolean else mask
-    found = fitprune_score(queries, keys, added[None, None], padded_roles, SCALE)
+    seen = Evidence(queries, keys, added[None, None], padded_roles, SCALE)
     expected = written_out(query, key, roles)
-    torch.testing.assert_close(found[padded_roles == VISUAL], expected)
-    assert torch.isinf(found[padded_roles != VISUAL]).all()
+    torch.testing.assert_close(fitprune.rate(seen)[padded_roles == VISUAL], expected)
 
 
 def test_without_a_mask_attention_is_causal() -> None:
     query, key, roles = drawn(1)
-    found = fitprune_score(query[None], key[None], None, roles[None], SCALE)
+    seen = Evidence(query[None], key[None], None, roles[None], SCALE)
+    found = fitprune.rate(seen)
     torch.testing.assert_close(found[0, 2:8], written_out(query, key, roles))
 
 
 def test_grouped_keys_serve_several_heads() -> None:
     query, key, roles = drawn(2)
     groups = key[:2]
-    found = fitprune_score(query[None], groups[None], None, roles[None], SCALE)
+    seen = Evidence(query[None], groups[None], None, roles[None], SCALE)
+    found = fitprune.rate(seen)
     repeated = groups.repeat_interleave(2, dim=0)
     torch.testing.assert_close(found[0, 2:8], written_out(query, repeated, roles))
 
@@ -109,6 +107,15 @@ def test_of_equal_scores_the_earlier_token_leaves_first() -> None:
     assert lowest_first(scores, roles).tolist() == [[1, 2, 4, 0, 3]]
 
 
+def test_what_a_score_says_of_text_and_of_nothing_does_not_matter() -> None:
+    """Text is never among the first, whatever it scores; NaN leaves ahead of all."""
+    inf, nan = torch.inf, torch.nan
+    scores = torch.tensor([[-9.0, inf, nan, 1.0, -inf, nan]])
+    c, v, p, i = CONTEXT, VISUAL, PADDING, INSTRUCTION
+    roles = torch.tensor([[c, v, v, v, p, i]])
+    assert lowest_first(scores, roles).tolist() == [[2, 3, 1, 4, 0, 5]]
+
+
 def test_padding_leaves_behind_visual_tokens_and_ahead_of_text() -> None:
     inf = torch.inf
     scores = torch.tensor([[inf, inf, 5.0, 1.0, inf], [inf, inf, inf, inf, inf]])
@@ -132,24 +139,23 @@ def test_a_sample_holds_enough_visual_tokens_or_none_and_enough_padding() -> Non
     assert not enough(image, [p, i, i, i])
 
 
-def by_rank(score: Scorer, count: int) -> Tensor:
+def by_rank(rate: Rate, count: int) -> Tensor:
     """A baseline's scores of ``count`` visual tokens, with text around them."""
     roles = torch.tensor([[CONTEXT] * 3 + [VISUAL] * count + [INSTRUCTION] * 5])
     unused = torch.empty(0)
-    scores = score(unused, unused, None, roles, 1.0)
-    assert torch.isinf(scores[roles != VISUAL]).all()
+    scores: Tensor = rate(Evidence(unused, unused, None, roles, 1.0))
     return scores[roles == VISUAL]
 
 
-@pytest.mark.parametrize("score", [uniform_score, random_score])
-def test_baselines_have_no_ties(score: Scorer) -> None:
-    assert len(set(by_rank(score, 2880).tolist())) == 2880
+@pytest.mark.parametrize("rate", [uniform.rate, random.rate])
+def test_baselines_have_no_ties(rate: Rate) -> None:
+    assert len(set(by_rank(rate, 2880).tolist())) == 2880
 
 
 @pytest.mark.parametrize("count", [144, 576])
 @pytest.mark.parametrize("drop", [13, 70, 100])
 def test_uniform_is_evenly_spaced(count: int, drop: int) -> None:
-    leaving = by_rank(uniform_score, count).argsort()[:drop].sort().values
+    leaving = by_rank(uniform.rate, count).argsort()[:drop].sort().values
     gaps = leaving.diff()
     assert len(set(gaps.tolist())) <= 3
     assert gaps.max() < 2.7 * count / drop  # golden ratio squared, and rounding
@@ -157,7 +163,7 @@ def test_uniform_is_evenly_spaced(count: int, drop: int) -> None:
 
 def test_random_is_spread_and_depends_on_the_seed_and_the_count() -> None:
     def leaving(seed: int, count: int = 144) -> set[int]:
-        scores = by_rank(functools.partial(random_score, seed=seed), count)
+        scores = by_rank(functools.partial(random.rate, seed=seed), count)
         return set(scores.argsort()[:72].tolist())
 
     assert leaving(0) == leaving(0)
@@ -175,7 +181,7 @@ def test_random_is_spread_and_depends_on_the_seed_and_the_count() -> None:
 
 def test_inverted_ranks_backwards() -> None:
     query, key, roles = drawn()
-    arguments = query[None], key[None], None, roles[None], SCALE
-    best_last = lowest_first(fitprune_score(*arguments), roles[None])[0, :6]
-    worst_last = lowest_first(inverted_score(*arguments), roles[None])[0, :6]
+    seen = Evidence(query[None], key[None], None, roles[None], SCALE)
+    best_last = lowest_first(fitprune.rate(seen), roles[None])[0, :6]
+    worst_last = lowest_first(inverted.rate(seen), roles[None])[0, :6]
     assert worst_last.tolist() == best_last.flip(0).tolist()

@@ -26,7 +26,7 @@ from vtprune_fx.capture import export
 from vtprune_fx.decoding import mark_dynamic
 from vtprune_fx.graph import value_at_full_length
 from vtprune_fx.plan import PrunePlan, place
-from vtprune_fx.recipe import Cut, Provenance, Recipe
+from vtprune_fx.recipe import Cut, Provenance, Recipe, Site
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -158,19 +158,21 @@ def recipe_for(
     *,
     visual_tokens: int = 16,
     of: int | None = None,
+    site: Site = "after_attention",
+    **fields: Any,
 ) -> Recipe:
     """A recipe that drops ``drops[layer]`` visual tokens in a layer."""
+    given = {"method": "fitprune", "score": "fitprune", "positions": "kept"} | fields
+    cuts = [Cut(layer=at, drop=drops[at], site=site) for at in sorted(drops)]
     return Recipe(
         schema_version=1,
         name="test",
-        method="fitprune",
-        score="fitprune",
-        positions="kept",
         layers=layers,
         visual_tokens=visual_tokens,
         of=of,
-        cuts=tuple(Cut(layer=at, drop=drops[at]) for at in sorted(drops)),
+        cuts=tuple(cuts),
         provenance=Provenance(source="this test"),
+        **given,
     )
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from vtprune_fx.generation import compile, report_of, undo
     from vtprune_fx.recipe import Recipe, load_recipe
     from vtprune_fx.report import PruneReport
+    from vtprune_fx.scorers import register_scorer
 
 __all__ = [
     "PruneReport",
@@ -27,6 +28,7 @@ __all__ = [
     "explain",
     "load_recipe",
     "prune",
+    "register_scorer",
     "report_of",
     "undo",
     "vtprune_backend",
@@ -43,6 +45,7 @@ _HOMES = {
     "explain": "api",
     "load_recipe": "recipe",
     "prune": "api",
+    "register_scorer": "scorers",
     "report_of": "generation",
     "undo": "generation",
     "vtprune_backend": "backend",

@@ -24,6 +24,7 @@ from torch.fx import Graph, Node
 from vtprune_fx.attention import Logits, attentions
 from vtprune_fx.errors import AnatomyError
 from vtprune_fx.graph import size_expr, size_hint, tensor_of, walk_back
+from vtprune_fx.stream import Stream, module_path, read_streams
 
 aten = torch.ops.aten
 
@@ -80,6 +81,7 @@ class Attention:
         key: [B, G, S, D], rotated.
         mask: [B or 1, 1, S, S], or None where the attention is plainly causal.
         scale: What logits are multiplied by.
+        stream: What enters and leaves the layer, and its rotary tables.
     """
 
     layer: int
@@ -89,6 +91,7 @@ class Attention:
     key: str
     mask: str | None
     scale: float
+    stream: Stream
 
 
 @dataclass(frozen=True)
@@ -230,17 +233,31 @@ def _shape(node: Node) -> torch.Size:
     return value.shape
 
 
-def _decoder(graph: Graph, tokens: sympy.Symbol) -> Iterator[Attention]:
-    layer = -1
-    for layer, found in enumerate(_attentions(graph, tokens)):
-        yield _attention(found, layer)
-    if layer < 0:
+def _decoder(graph: Graph, tokens: sympy.Symbol) -> list[Attention]:
+    found = list(_attentions(graph, tokens))
+    if not found:
         raise AnatomyError(
             "decoder",
             expected="attention over the prompt's tokens, fused or written out",
             found="none",
             fix="Load the model with attn_implementation='sdpa' or 'eager'.",
         )
+    paths = [_layer_path(each.output, layer) for layer, each in enumerate(found)]
+    queries = [(p, f.query, f.key) for p, f in zip(paths, found, strict=True)]
+    streams = read_streams(graph, queries, tokens)
+    return [
+        Attention(
+            layer=layer,
+            path=paths[layer],
+            node=each.output.name,
+            query=each.query.name,
+            key=each.key.name,
+            mask=each.mask.name if each.mask is not None else None,
+            scale=each.scale,
+            stream=streams[layer],
+        )
+        for layer, each in enumerate(found)
+    ]
 
 
 def _attentions(graph: Graph, tokens: sympy.Symbol) -> Iterator[Logits]:
@@ -274,9 +291,9 @@ def _has_axis(node: Node, tokens: sympy.Symbol) -> bool:
     return tokens in map(size_expr, _shape(node))
 
 
-def _attention(found: Logits, layer: int) -> Attention:
-    node = found.output
-    path = _module_path(node)
+def _layer_path(node: Node, layer: int) -> str:
+    """Path of the module that an attention node came from, its number checked."""
+    path = module_path(node)
     numbers = [int(part) for part in path.split(".") if part.isdigit()]
     if not numbers or numbers[-1] != layer:
         raise AnatomyError(
@@ -285,12 +302,4 @@ def _attention(found: Logits, layer: int) -> Attention:
             found=f"layer {numbers[-1]}" if numbers else "no layer number in the path",
             fix="The decoder's layers must run in order, one attention each.",
         )
-    mask = found.mask.name if found.mask is not None else None
-    query, key = found.query.name, found.key.name
-    return Attention(layer, path, node.name, query, key, mask, found.scale)
-
-
-def _module_path(node: Node) -> str:
-    """Path of the innermost module that the node was traced in."""
-    stack = node.meta.get("nn_module_stack") or {}
-    return str(list(stack.values())[-1][0]) if stack else ""
+    return path

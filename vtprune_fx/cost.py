@@ -9,6 +9,9 @@ key/value heads of width ``w`` takes, per sample:
 * after it, with the ``n'`` tokens that are left: ``n' h w d`` (output projection) and
   ``3 n' d m`` (the three matrices of a gated MLP).
 
+With a cut ``after_layer`` the whole layer runs on ``n`` tokens, with one
+``before_layer`` on ``n'``.
+
 With ``h w = g w = d`` that is ``3nd^2 + 2n^2d`` and ``n'd^2 + 3n'dm``, the count of
 FitPrune (arXiv:2409.10197). Attention is counted in full, without halving it for the
 causal mask or cropping it to a sliding window. Left out: the vision tower, projector
@@ -24,14 +27,13 @@ import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
+from vtprune_fx import scorers
 from vtprune_fx.errors import InputError, PlanError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from transformers import PreTrainedConfig
 
-    from vtprune_fx.recipe import Recipe
+    from vtprune_fx.recipe import Recipe, Site
 
 
 @dataclass(frozen=True)
@@ -90,20 +92,25 @@ class Geometry:
             tokens * self.hidden * (self.heads * self.head_dim + 3 * self.intermediate)
         )
 
-    def scorer_macs(self, tokens: int) -> int:
-        """MACs of the ``fitprune`` scorer at one cut: the product of Q and K once more.
+    def scorer_macs(self, tokens: int, rows: int | None) -> int:
+        """MACs of a scorer at one cut: some rows of the product of Q and K once more.
 
-        An upper bound: all rows and columns, of which it reads the visual columns.
+        An upper bound: all columns, of which it reads the visual ones.
+
+        Args:
+            tokens: Tokens ahead of the cut.
+            rows: Query rows, None for all.
         """
-        return tokens**2 * self.heads * self.head_dim
+        return (tokens if rows is None else rows) * tokens * self.heads * self.head_dim
+
+    def look_ahead_macs(self, tokens: int) -> int:
+        """MACs of the queries and keys that a cut ``before_layer`` is rated by."""
+        return tokens * self.hidden * (self.heads + self.kv_heads) * self.head_dim
 
     def cache_bytes(self, tokens: int) -> int:
         """Bytes of one layer's keys and values."""
         return 2 * tokens * self.kv_heads * self.head_dim * self.kv_bytes
 
-
-_FROM_ATTENTION = ("fitprune", "inverted")
-"""Scores that are read from attention probabilities."""
 
 LLAVA_1_5_7B = Geometry(
     layers=32, hidden=4096, intermediate=11008, heads=32, kv_heads=32, head_dim=128
@@ -164,7 +171,7 @@ class Cost:
     Attributes:
         visual_tokens: Visual tokens of the sample.
         text_tokens: All its other tokens.
-        entering: Visual tokens that enter each layer.
+        entering: Visual tokens that enter each layer's attention.
         after: Visual tokens left after each layer's own cut.
         visual: The count papers on FitPrune use: over the visual tokens alone.
         total: The count over visual and text tokens.
@@ -195,44 +202,62 @@ def cost(
     """
     _check(recipe, geometry, visual_tokens, text_tokens)
     after = tuple(recipe.tokens_per_layer(visual_tokens, geometry.layers))
-    entering = (visual_tokens, *after)[: geometry.layers]
+    sites = {cut.layer: cut.site for cut in recipe.cuts}
+    entering = tuple(
+        left if sites.get(layer) == "before_layer" else came
+        for layer, (came, left) in enumerate(
+            zip((visual_tokens, *after), after, strict=False)
+        )
+    )
     return Cost(
         visual_tokens=visual_tokens,
         text_tokens=text_tokens,
         entering=entering,
         after=after,
-        visual=_work(recipe, geometry, entering, after, text_tokens=0),
-        total=_work(recipe, geometry, entering, after, text_tokens=text_tokens),
+        visual=_work(recipe, geometry, (visual_tokens, *after), 0),
+        total=_work(recipe, geometry, (visual_tokens, *after), text_tokens),
     )
 
 
 def _work(
-    recipe: Recipe,
-    geometry: Geometry,
-    entering: tuple[int, ...],
-    after: tuple[int, ...],
-    *,
-    text_tokens: int,
+    recipe: Recipe, geometry: Geometry, visual: tuple[int, ...], text_tokens: int
 ) -> Work:
-    dense = [entering[0] + text_tokens] * geometry.layers
-    before = [tokens + text_tokens for tokens in entering]
-    behind = [tokens + text_tokens for tokens in after]
+    """The work of all layers, by the visual tokens ahead of and behind each."""
+    sites = {cut.layer: cut.site for cut in recipe.cuts}
+    counts = [tokens + text_tokens for tokens in visual]
+    dense = _Spent(geometry, recipe.score)
+    pruned = _Spent(geometry, recipe.score)
+    for layer, (came, left) in enumerate(itertools.pairwise(counts)):
+        dense.add(counts[0], counts[0], None)
+        pruned.add(came, left, sites.get(layer))
     return Work(
-        dense_macs=_macs(geometry, zip(dense, dense, strict=True)),
-        pruned_macs=_macs(geometry, zip(before, behind, strict=True)),
-        scorer_macs=sum(
-            geometry.scorer_macs(n)
-            for n, left in zip(before, behind, strict=True)
-            if left < n and recipe.score in _FROM_ATTENTION
-        ),
-        dense_cache_bytes=sum(map(geometry.cache_bytes, dense)),
-        pruned_cache_bytes=sum(map(geometry.cache_bytes, before)),
+        dense_macs=dense.macs,
+        pruned_macs=pruned.macs,
+        scorer_macs=pruned.scorer_macs,
+        dense_cache_bytes=dense.cache_bytes,
+        pruned_cache_bytes=pruned.cache_bytes,
     )
 
 
-def _macs(geometry: Geometry, layers: Iterable[tuple[int, int]]) -> int:
-    before, after = geometry.macs_before_cut, geometry.macs_after_cut
-    return sum(itertools.starmap(lambda n, left: before(n) + after(left), layers))
+class _Spent:
+    """What layers cost, one after the other."""
+
+    def __init__(self, geometry: Geometry, score: str) -> None:
+        self._geometry, self._rows = geometry, scorers.rows(score)
+        self.macs = self.scorer_macs = self.cache_bytes = 0
+
+    def add(self, came: int, left: int, site: Site | None) -> None:
+        """A layer that ``came`` tokens reach and ``left`` leave."""
+        geometry = self._geometry
+        attended = left if site == "before_layer" else came
+        finished = came if site == "after_layer" else left
+        self.macs += geometry.macs_before_cut(attended)
+        self.macs += geometry.macs_after_cut(finished)
+        self.cache_bytes += geometry.cache_bytes(attended)
+        if left < came and self._rows != 0:
+            self.scorer_macs += geometry.scorer_macs(came, self._rows)
+            if site == "before_layer":
+                self.scorer_macs += geometry.look_ahead_macs(came)
 
 
 def _check(

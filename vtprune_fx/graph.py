@@ -247,6 +247,28 @@ class Inserter:
         result: Node = values[output.args[0]]
         return result
 
+    def copy(
+        self, anchor: Node, stamp: Stamp, nodes: Iterable[Node]
+    ) -> dict[Node, Node]:
+        """Insert copies of nodes ahead of ``anchor``, which read each other.
+
+        Args:
+            anchor: As in ``call``.
+            stamp: As in ``call``.
+            nodes: In their order in the graph; no token has left yet.
+
+        Returns:
+            The copy of each node.
+        """
+        copies: dict[Node, Node] = {}
+        with self._graph.inserting_before(anchor):
+            for node in nodes:
+                copied = self._graph.node_copy(node, lambda n: copies.get(n, n))
+                copied.meta = _provenance(node, stamp)
+                set_value(copied, node.meta.get("val"), 0)
+                copies[node] = copied
+        return copies
+
     def _template(
         self, function: Callable[..., Tensor], args: tuple[object, ...]
     ) -> Graph:

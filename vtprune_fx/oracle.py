@@ -6,17 +6,17 @@ runs on an unmodified ``LlavaForConditionalGeneration`` whose decoder is a Llama
 built like it (``DECODERS``). It calls that decoder's own linear layers, norms and
 rotary tables; rotary application, attention, scoring and the cut are written out.
 
-The method is FitPrune (Ye et al., arXiv:2409.10197, and its published code). At a layer
-that drops ``c`` tokens, with ``A`` the layer's attention probabilities and
-``M[q, i] = max over heads of A[head, q, i]``::
+At a cut of ``c`` tokens the visual tokens present are rated (``oracle_scores``) and the
+``c`` with the lowest score leave, of equals the earlier:
 
-    cross[i] = sum of M[q, i] over the text tokens q after the last visual token
-    self[i]  = sum of M[q, i] over the visual tokens q still present / their number
-    score[i] = cross[i] * self[i]           the c visual tokens with the lowest leave
+* ``after_attention``: the attention output and the residual, before the output
+  projection and the MLP (FitPrune, Ye et al., arXiv:2409.10197);
+* ``after_layer``: what the layer gives the next (FastV, SparseVLM);
+* ``before_layer``: what the layer gets, rated by the queries and keys that it would
+  have had (PyramidDrop).
 
-They leave the attention output and the residual, before the output projection and the
-MLP. The layer's own keys and values stay whole, and whoever stays keeps its rotary
-position.
+A layer's keys and values are of what entered its attention, and whoever stays keeps its
+rotary position.
 
 Letters in shapes: ``n`` tokens of the sample, ``m`` of them present in a layer, ``v``
 visual tokens, ``h`` hidden size, ``H`` query heads, ``K`` key/value heads, ``d`` head
@@ -25,7 +25,7 @@ size, ``L`` layers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -33,6 +33,13 @@ from torch import Tensor, nn
 from transformers import GemmaModel, LlamaModel, MistralModel, Qwen2Model
 
 from vtprune_fx.errors import InputError, PlanError
+from vtprune_fx.oracle_scores import (
+    Seen,
+    attention_logits,
+    causal_attention,
+    rate,
+    softmax,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -40,7 +47,7 @@ if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-    from vtprune_fx.recipe import Recipe
+    from vtprune_fx.recipe import Cut, Recipe
 
 DECODERS = (LlamaModel, MistralModel, Qwen2Model, GemmaModel)
 """Decoders with the same steps; norms, biases and scales are in their own modules."""
@@ -154,27 +161,21 @@ def prefill(
     """
     decoder, layers = _decoder(model)
     visual = sample.input_ids == model.config.image_token_id
-    instruction = _after_last(visual)
-    drops = _drops(recipe, int(visual.sum()), len(layers))
+    cuts = _cuts(recipe, int(visual.sum()), len(layers))
     hidden = _embed(model, sample)
-    cos, sin = _rotary(decoder, hidden, sample.positions)
     present = torch.arange(len(hidden), device=hidden.device)
+    row = _Row(hidden, present, visual, _after_last(visual), sample.positions)
     kept, keys, values, scores = [], [], [], {}
     for index, layer in enumerate(layers):
-        query, key, value = _project(layer, hidden, cos[present], sin[present])
-        probabilities = _causal_attention(query, key, layer.self_attn.scaling)
-        attended = _mix(probabilities, value)
-        if index in drops:
-            scores[index] = _rate(
-                recipe, probabilities, visual[present], instruction[present]
-            )
-            stay = _stay(scores[index], visual[present], drops[index])
-            attended, hidden, present = attended[stay], hidden[stay], present[stay]
-        hidden = _finish(layer, attended, hidden)
-        kept.append(present)
+        row, key, value, rated = _run_layer(
+            decoder, layer, row, recipe, cuts.get(index)
+        )
+        kept.append(row.present)
         keys.append(key)
         values.append(value)
-    hidden = _call(decoder.norm, hidden)
+        if rated is not None:
+            scores[index] = rated
+    hidden = _call(decoder.norm, row.hidden)
     next_position = int(sample.positions[-1]) + 1
     logits = _call(model.lm_head, hidden)
     return Prefill(logits, hidden, kept, keys, values, next_position, scores)
@@ -201,8 +202,8 @@ def step(model: LlavaForConditionalGeneration, state: Prefill, token: int) -> Te
         query, key, value = _project(layer, hidden, cos, sin)
         state.keys[index] = torch.cat((state.keys[index], key), dim=1)
         state.values[index] = torch.cat((state.values[index], value), dim=1)
-        logits = _logits(query, state.keys[index], layer.self_attn.scaling)
-        attended = _mix(_softmax(logits), state.values[index])
+        logits = attention_logits(query, state.keys[index], layer.self_attn.scaling)
+        attended = _mix(softmax(logits), state.values[index])
         hidden = _finish(layer, attended, hidden)
     state.next_position += 1
     return _call(model.lm_head, _call(decoder.norm, hidden))[0]
@@ -238,41 +239,72 @@ def generate(
     return tokens
 
 
-def fitprune_scores(
-    probabilities: Tensor, visual: Tensor, instruction: Tensor
-) -> Tensor:
-    """FitPrune's rating of visual tokens (arXiv:2409.10197 and its published code).
+@dataclass(frozen=True, eq=False)
+class _Row:
+    """The tokens of one sample that are present.
 
-    Shapes:
-        probabilities: [H, m, m] float32, rows are queries
-        visual, instruction: [m] bool, who is a visual token, who is text after them
-        returns: [v present], in the order of the visual tokens
+    Attributes:
+        hidden: The residual stream. [m, h]
+        present: Which tokens of the sample they are. [m]
+        visual: Which of them are visual. [m] bool
+        instruction: Which of them are the text that rates those. [m] bool
+        positions: Their rotary positions. [m]
     """
-    largest = probabilities.amax(dim=0)[:, visual]
-    cross = largest[instruction].sum(dim=0)
-    own = largest[visual].sum(dim=0) / visual.sum()
-    return cross * own
+
+    hidden: Tensor
+    present: Tensor
+    visual: Tensor
+    instruction: Tensor
+    positions: Tensor
 
 
-def _rate(
-    recipe: Recipe, probabilities: Tensor, visual: Tensor, instruction: Tensor
-) -> Tensor:
-    """What the recipe scores each visual token present.
+def _run_layer(
+    decoder: Any, layer: LlamaDecoderLayer, row: _Row, recipe: Recipe, cut: Cut | None
+) -> tuple[_Row, Tensor, Tensor, Tensor | None]:
+    """One layer, and its cut.
 
-    ``random`` and ``uniform`` are defined in ``scoring``; here in Python's integers.
-
-    Shapes: as in ``fitprune_scores``
+    Returns:
+        The tokens left, the layer's rotated keys and its values [K, m, d], and the
+        scores of its cut [v present].
     """
-    count = int(visual.sum())
-    if recipe.score == "uniform":
-        ranks = [rank * 40503 % 2**16 for rank in range(count)]
-        return torch.tensor(ranks, device=visual.device)
-    if recipe.score == "random":
-        shift = 7919 * count + 104729 * recipe.seed
-        draws = [((251 * i + shift) ** 3 + count) ** 3 % 65519 for i in range(count)]
-        return torch.tensor(draws, device=visual.device)
-    scores = fitprune_scores(probabilities, visual, instruction)
-    return -scores if recipe.score == "inverted" else scores
+    site = None if cut is None else cut.site
+    scale = layer.self_attn.scaling
+    cos, sin = _rotary(decoder, row.hidden, row.positions)
+    query, key, value = _project(layer, row.hidden, cos, sin)
+    seen = Seen(query, key, scale, row.hidden, cos, sin, row.visual, row.instruction)
+    scores = None
+    if cut is not None and site == "before_layer":
+        row, _, scores = _cut(recipe, cut, row, seen)
+        cos, sin = _rotary(decoder, row.hidden, row.positions)
+        query, key, value = _project(layer, row.hidden, cos, sin)
+    attended = _mix(causal_attention(query, key, scale), value)
+    if cut is not None and site == "after_attention":
+        row, stay, scores = _cut(recipe, cut, row, seen)
+        attended = attended[stay]
+    row = replace(row, hidden=_finish(layer, attended, row.hidden))
+    if cut is not None and site == "after_layer":
+        row, _, scores = _cut(recipe, cut, row, replace(seen, hidden=row.hidden))
+    return row, key, value, scores
+
+
+def _cut(
+    recipe: Recipe, cut: Cut, row: _Row, seen: Seen
+) -> tuple[_Row, Tensor, Tensor]:
+    """Let the lowest rated visual tokens leave.
+
+    Returns:
+        Who is left, which of the tokens those are [m] bool, and the scores [v present].
+    """
+    scores = rate(recipe, seen)
+    stay = _stay(scores, row.visual, cut.drop)
+    left = _Row(
+        row.hidden[stay],
+        row.present[stay],
+        row.visual[stay],
+        row.instruction[stay],
+        row.positions[stay],
+    )
+    return left, stay, scores
 
 
 def _stay(scores: Tensor, visual: Tensor, drop: int) -> Tensor:
@@ -297,16 +329,16 @@ def _after_last(visual: Tensor) -> Tensor:
     return (seen == seen[-1]) & ~visual
 
 
-def _drops(recipe: Recipe, visual_tokens: int, layers: int) -> dict[int, int]:
-    """The recipe's counts by layer for this sample, checked."""
+def _cuts(recipe: Recipe, visual_tokens: int, layers: int) -> dict[int, Cut]:
+    """The recipe's cuts of this sample by layer, as plain counts, checked."""
     _check_positions(recipe)
     if visual_tokens == 0:
         return {}
-    drops, left = recipe.drops(visual_tokens), visual_tokens
-    for layer, drop in drops.items():
-        _check_cut(recipe, layer, layers, drop, left)
-        left -= drop
-    return drops
+    cuts, left = recipe.bound(visual_tokens).cuts, visual_tokens
+    for cut in cuts:
+        _check_cut(recipe, cut.layer, layers, cut.drop, left)
+        left -= cut.drop
+    return {cut.layer: cut for cut in cuts}
 
 
 def _check_positions(recipe: Recipe) -> None:
@@ -401,31 +433,6 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
-
-
-def _logits(query: Tensor, key: Tensor, scale: float) -> Tensor:
-    """QK^T * scale, each key head serving H/K query heads in a row.
-
-    Shapes: query [H, q, d], key [K, m, d] -> [H, q, m]
-    """
-    key = key.repeat_interleave(len(query) // len(key), dim=0)
-    return query @ key.transpose(1, 2) * scale
-
-
-def _softmax(logits: Tensor) -> Tensor:
-    """Softmax over keys, in float32 whatever the model's precision."""
-    return logits.softmax(dim=-1, dtype=torch.float32)
-
-
-def _causal_attention(query: Tensor, key: Tensor, scale: float) -> Tensor:
-    """Attention probabilities of a prompt: [H, m, d], [K, m, d] -> [H, m, m] float32.
-
-    The order of tokens is never changed, so "not later in the prompt" is "not further
-    right in what is left of it".
-    """
-    logits = _logits(query, key, scale)
-    later = torch.ones_like(logits[0], dtype=torch.bool).triu(diagonal=1)
-    return _softmax(logits.masked_fill(later, float("-inf")))
 
 
 def _mix(probabilities: Tensor, value: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch.fx import Graph, Node
 from vtprune_fx.anatomy import Anatomy, Attention
 from vtprune_fx.errors import PlanError
 from vtprune_fx.graph import axes_of, mentions, size_expr
-from vtprune_fx.recipe import Recipe
+from vtprune_fx.recipe import Cut, Recipe, Site
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,19 @@ class PlannedCut:
     """One cut, placed.
 
     Attributes:
-        attention: The layer's attention; tokens leave right behind its node.
+        attention: The layer's attention.
+        site: Where in the layer.
+        edge: Name of the node behind which tokens leave.
+        hidden: Name of the residual stream there, [B, S, E], where the graph shows it.
         drop: Visual tokens that leave.
         dropped: Visual tokens that have left when the cut is done, earlier ones too.
         live: What has to be gathered, beside the tokens' roles that passes add.
     """
 
     attention: Attention
+    site: Site
+    edge: str
+    hidden: str | None
     drop: int
     dropped: int
     live: tuple[LiveValue, ...]
@@ -92,11 +98,15 @@ def place(recipe: Recipe, anatomy: Anatomy, graph: Graph) -> PrunePlan:
     )
     cuts: list[PlannedCut] = []
     dropped = 0
-    for layer, drop in sorted(drops.items()):
+    for cut in recipe.cuts:
+        if (drop := drops.get(cut.layer)) is None:
+            continue
         dropped += drop
-        attention = anatomy.layers[layer]
-        live = _live(uses, attention.node, anatomy, lengths)
-        cuts.append(PlannedCut(attention, drop, dropped, live))
+        attention = anatomy.layers[cut.layer]
+        edge, hidden = _edge(recipe, cut, attention)
+        live = _live(uses, edge, anatomy, lengths)
+        planned = PlannedCut(attention, cut.site, edge, hidden, drop, dropped, live)
+        cuts.append(planned)
     return PrunePlan(
         recipe=recipe,
         tokens=anatomy.tokens,
@@ -135,6 +145,26 @@ def _check_fits(recipe: Recipe, anatomy: Anatomy, drops: dict[int, int]) -> None
             found=f"{sum(drops.values())} visual tokens dropped",
             fix="A recipe with the field 'of' scales to what a sample has.",
         )
+
+
+def _edge(recipe: Recipe, cut: Cut, attention: Attention) -> tuple[str, str | None]:
+    """The node behind which tokens leave, and the residual stream there."""
+    stream = attention.stream
+    if cut.site == "after_attention":
+        return attention.node, stream.entry
+    end, hidden = (
+        (stream.output, stream.output)
+        if cut.site == "after_layer"
+        else (stream.start, stream.entry)
+    )
+    if end is None:
+        raise PlanError(
+            f"recipe {recipe.name}, cut at layer {cut.layer}",
+            expected=f"one value that is the residual stream, to cut it {cut.site}",
+            found="none or several in the graph",
+            fix="Use a recipe that cuts after_attention, or report the model.",
+        )
+    return end, hidden
 
 
 class _Uses:

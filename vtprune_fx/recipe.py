@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -20,6 +21,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
+from vtprune_fx import scorers
 from vtprune_fx.errors import RecipeError
 
 SCHEMA_VERSION = 1
@@ -30,6 +32,9 @@ MAX_QUOTED = 200
 
 Count = Annotated[int, Field(ge=0, strict=True)]
 PositiveCount = Annotated[int, Field(ge=1, strict=True)]
+
+
+Site = Literal["after_attention", "after_layer", "before_layer"]
 
 
 class _Strict(BaseModel):
@@ -44,11 +49,14 @@ class Cut(_Strict):
         drop: Visual tokens that a sample loses here: a count, or a share of ``of``.
         site: Where in the layer. ``after_attention``: the attention output and the
             residual are cut, then the output projection and the MLP run on the rest.
+            ``after_layer``: the whole layer runs first. ``before_layer``: what enters
+            the layer is cut, rated by the queries and keys that the layer would have
+            had.
     """
 
     layer: Count
     drop: Count
-    site: Literal["after_attention"] = "after_attention"
+    site: Site = "after_attention"
 
 
 class Provenance(_Strict):
@@ -65,15 +73,20 @@ class Provenance(_Strict):
     note: str = ""
 
 
+Method = Literal["fitprune", "fastv", "vtw", "baseline", "custom"]
+
+
 class Recipe(_Strict):
     """A validated recipe.
 
     Attributes:
         schema_version: Version of the file format.
         name: What the recipe is called: lower case letters, digits, ``.`` and ``-``.
-        method: The pruning method; ``baseline`` is none, to compare methods with.
-        score: The scorer that ranks visual tokens at each cut.
+        method: The pruning method; ``baseline`` is none, to compare methods with, and
+            ``custom`` one of your own.
+        score: The scorer that ranks visual tokens at each cut (``scorers.names()``).
         seed: Of the ``random`` score; others ignore it.
+        options: Options of the scorer, by name.
         positions: ``kept``: a surviving token keeps its rotary position.
         layers: Decoder layers of the model the recipe was made for.
         visual_tokens: Visual tokens per sample of that model.
@@ -84,9 +97,10 @@ class Recipe(_Strict):
 
     schema_version: Literal[1]
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
-    method: Literal["fitprune", "baseline"]
-    score: Literal["fitprune", "inverted", "random", "uniform"]
+    method: Method
+    score: str
     seed: Count = 0
+    options: dict[str, int | float] = {}
     positions: Literal["kept", "compacted"]
     layers: PositiveCount
     visual_tokens: PositiveCount
@@ -95,26 +109,46 @@ class Recipe(_Strict):
     provenance: Provenance
 
     @model_validator(mode="after")
+    def _check_score(self) -> Self:
+        if self.score not in scorers.names():
+            raise _wrong("score", " or ".join(scorers.names()), repr(self.score))
+        # Only options need the scorer itself, and with it torch.
+        known = scorers.scorer(self.score).options() if self.options else {}
+        known.pop("seed", None)
+        for name in self.options:
+            if name not in known:
+                expected = f"an option of the score {self.score!r}: {_listed(known)}"
+                raise _wrong("options", expected, repr(name))
+        return self
+
+    @model_validator(mode="after")
     def _check_cuts(self) -> Self:
         layers = [cut.layer for cut in self.cuts]
-        for previous, layer in itertools.pairwise(layers):
-            if layer <= previous:
-                raise _cuts_error(
+        for previous, cut in itertools.pairwise(self.cuts):
+            if cut.layer <= previous.layer:
+                raise _wrong(
+                    "cuts",
                     "cuts in the order of their layers, at most one a layer",
-                    f"layer {layer} after layer {previous}",
+                    f"layer {cut.layer} after layer {previous.layer}",
                 )
+            _check_apart(previous, cut)
         if layers and layers[-1] >= self.layers:
-            raise _cuts_error(
+            raise _wrong(
+                "cuts",
                 f"cuts in layers 0 to {self.layers - 1} ('layers' is {self.layers})",
                 f"a cut in layer {layers[-1]}",
             )
         total, most = sum(cut.drop for cut in self.cuts), self.of or self.visual_tokens
         if total > most:
-            raise _cuts_error(
+            raise _wrong(
+                "cuts",
                 f"cuts that drop at most the {most} visual tokens there are",
                 f"{total} dropped",
             )
         return self
+
+    def __hash__(self) -> int:
+        return hash(self.to_json())
 
     def drops(self, visual_tokens: int) -> dict[int, int]:
         """Visual tokens that a sample with ``visual_tokens`` of them loses, by layer.
@@ -141,15 +175,19 @@ class Recipe(_Strict):
 
     def bound(self, visual_tokens: int) -> Recipe:
         """The same for samples with this many visual tokens, as plain counts."""
-        drops = self.drops(visual_tokens).items()
-        cuts = tuple(Cut(layer=layer, drop=drop) for layer, drop in drops)
+        drops = self.drops(visual_tokens)
+        cuts = tuple(
+            cut.model_copy(update={"drop": drops[cut.layer]})
+            for cut in self.cuts
+            if cut.layer in drops
+        )
         changes = {"of": None, "visual_tokens": visual_tokens, "cuts": cuts}
         return self.model_copy(update=changes)
 
     def baseline(self, score: Literal["inverted", "random", "uniform"]) -> Recipe:
         """The same cuts, with tokens chosen by a score that no method would use."""
         changes = {"name": f"{self.name}-{score}", "method": "baseline", "score": score}
-        return self.model_copy(update=changes)
+        return self.model_copy(update=changes | {"options": {}})
 
     def baselines(self) -> list[Recipe]:
         """Every baseline with these cuts."""
@@ -163,6 +201,7 @@ class Recipe(_Strict):
         """The recipe as the text of a recipe file."""
         # Only recipes that draw at random have to tell a seed.
         unused = {"seed"} if self.score != "random" else set()
+        unused |= {name for name in ("options",) if not getattr(self, name)}
         return self.model_dump_json(indent=2, exclude=unused) + "\n"
 
 
@@ -256,11 +295,25 @@ def _read(source: str | Path) -> tuple[str, str]:
         ) from error
 
 
-def _cuts_error(expected: str, found: str) -> PydanticCustomError:
+def _check_apart(previous: Cut, cut: Cut) -> None:
+    """Refuse two cuts at one place."""
+    touching = previous.site == "after_layer" and cut.site == "before_layer"
+    if touching and previous.layer + 1 == cut.layer:
+        raise _wrong(
+            "cuts",
+            "one cut at a place",
+            f"one after layer {previous.layer} and one before layer {cut.layer}",
+        )
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names)) or "it has none"
+
+
+def _wrong(place: str, expected: str, found: str) -> PydanticCustomError:
     # Braces in a message are filled from the context, so the text goes in through it.
-    return PydanticCustomError(
-        "cuts", "{expected}", {"expected": expected, "found": found}
-    )
+    context = {"place": place, "expected": expected, "found": found}
+    return PydanticCustomError("vtprune", "{expected}", context)
 
 
 def _validate(fields: object, where: str) -> Recipe:
@@ -269,9 +322,9 @@ def _validate(fields: object, where: str) -> Recipe:
     except ValidationError as error:
         first = error.errors()[0]
         kind, context = first["type"], first.get("ctx", {})
-        place = "cuts" if kind == "cuts" else ".".join(map(str, first["loc"]))
+        place = ".".join(map(str, first["loc"])) or context.get("place")
         found = "nothing" if kind == "missing" else repr(first["input"])
-        found = context["found"] if kind == "cuts" else found
+        found = context["found"] if kind == "vtprune" else found
         raise RecipeError(
             f"{where}, field {place}" if place else where,
             expected=_expected(kind, first["msg"]),

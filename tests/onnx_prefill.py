@@ -1,0 +1,81 @@
+"""Running an exported prefill graph on ONNX Runtime, its keep sets made outputs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import onnx_ir
+import onnxruntime
+import torch
+
+from tests.tiny import Inputs, counted_positions
+from vtprune_fx.report import in_prompt
+
+if TYPE_CHECKING:
+    from vtprune_fx.recipe import Recipe
+
+
+class Prefill:
+    """The prefill graph on ONNX Runtime.
+
+    Attributes:
+        outputs: Logits, and a cache with ``layers[i].keys``, as the comparison reads.
+        keep_sets: For each layer with a cut, positions in the prompt as it came.
+    """
+
+    def __init__(self, graph: onnx_ir.Model, inputs: Inputs, recipe: Recipe) -> None:
+        keep_names = _show_keep_sets(graph)
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        serialized = onnx_ir.to_proto(graph).SerializeToString()
+        session = onnxruntime.InferenceSession(serialized, options)
+        names = [spec.name for spec in session.get_outputs()]
+        feed = inputs | {"position_ids": counted_positions(inputs)}
+        arrays = session.run(None, {name: feed[name].numpy() for name in feed})
+        values = {n: torch.from_numpy(a) for n, a in zip(names, arrays, strict=True)}
+        self.outputs = _Outputs(values, recipe.layers)
+        pairs = zip(recipe.cuts, keep_names, strict=True)
+        self.keep_sets = in_prompt({cut.layer: values[name] for cut, name in pairs})
+
+
+class _Layer:
+    def __init__(self, values: dict[str, torch.Tensor], layer: int) -> None:
+        self.keys = values[f"past_key_values.layers.{layer}.keys"]
+        self.values = values[f"past_key_values.layers.{layer}.values"]
+
+
+class _Outputs:
+    def __init__(self, values: dict[str, torch.Tensor], layers: int) -> None:
+        self.logits = values["logits"]
+        self.past_key_values = self
+        self.layers = [_Layer(values, layer) for layer in range(layers)]
+
+
+def _show_keep_sets(model: onnx_ir.Model) -> list[str]:
+    """Make outputs of the keep sets, and name them in order.
+
+    A cut sorts twice: tokens by score, then what stays by position. The values of the
+    second sort, whose input is a part of the first's indices, are the keep set.
+    """
+    shown = {value.name for value in model.graph.outputs}
+    keep_sets = [
+        node.outputs[0]
+        for node in model.graph
+        if node.op_type == "TopK" and _sorts_positions(node)
+    ]
+    for value in keep_sets:
+        if value.name not in shown:
+            value.type = onnx_ir.TensorType(onnx_ir.DataType.INT64)
+            value.shape = onnx_ir.Shape([None, None])
+            model.graph.outputs.append(value)
+    return [str(value.name) for value in keep_sets]
+
+
+def _sorts_positions(node: onnx_ir.Node) -> bool:
+    source = node.inputs[0]
+    assert source is not None
+    part = source.producer()
+    if part is None or part.op_type != "Slice" or part.inputs[0] is None:
+        return False
+    first = part.inputs[0].producer()
+    return first is not None and first.op_type == "TopK"

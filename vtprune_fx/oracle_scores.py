@@ -1,0 +1,154 @@
+"""The scores of the oracle: every shipped scorer once more, for one sample.
+
+Plain eager code that shares nothing with ``scorers``. Letters in shapes are those of
+``oracle``. A scorer that somebody registered has no
+second version; it is called with a batch of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from vtprune_fx import scorers
+from vtprune_fx.scoring import CONTEXT, INSTRUCTION, VISUAL
+
+if TYPE_CHECKING:
+    from vtprune_fx.recipe import Recipe
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What one sample's tokens are rated by.
+
+    Attributes:
+        query: Rotated. [H, m, d]
+        key: Rotated. [K, m, d]
+        scale: What the layer multiplies its logits by.
+        hidden: The residual stream that is cut. [m, h]
+        cos: Rotary cosines of the tokens. [m, d]
+        sin: Rotary sines. [m, d]
+        visual: Which tokens are visual. [m] bool
+        instruction: Which text rates them. [m] bool
+    """
+
+    query: Tensor
+    key: Tensor
+    scale: float
+    hidden: Tensor
+    cos: Tensor
+    sin: Tensor
+    visual: Tensor
+    instruction: Tensor
+
+    @property
+    def probabilities(self) -> Tensor:
+        """The layer's attention, rows are queries. [H, m, m] float32."""
+        return causal_attention(self.query, self.key, self.scale)
+
+    @property
+    def count(self) -> int:
+        """How many visual tokens there are."""
+        return int(self.visual.sum())
+
+
+def causal_attention(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """Attention probabilities of a prompt: [H, m, d], [K, m, d] -> [H, m, m] float32.
+
+    The order of tokens is never changed, so "not later in the prompt" is "not further
+    right in what is left of it".
+    """
+    logits = attention_logits(query, key, scale)
+    later = torch.ones_like(logits[0], dtype=torch.bool).triu(diagonal=1)
+    return softmax(logits.masked_fill(later, float("-inf")))
+
+
+def attention_logits(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """QK^T * scale, each key head serving H/K query heads in a row.
+
+    Shapes: query [H, q, d], key [K, m, d] -> [H, q, m]
+    """
+    key = key.repeat_interleave(len(query) // len(key), dim=0)
+    return query @ key.transpose(1, 2) * scale
+
+
+def softmax(logits: Tensor) -> Tensor:
+    """Softmax over keys, in float32 whatever the model's precision."""
+    return logits.softmax(dim=-1, dtype=torch.float32)
+
+
+def rate(recipe: Recipe, seen: Seen) -> Tensor:
+    """What the recipe scores each visual token present, in order. [v present]."""
+    if scorers.is_built_in(recipe.score):
+        return _SCORES[recipe.score](recipe, seen)
+    roles = torch.full_like(seen.visual, CONTEXT, dtype=torch.long)
+    roles[seen.visual], roles[seen.instruction] = VISUAL, INSTRUCTION
+    one = [value[None] for value in (seen.query, seen.key, roles)]
+    others = [value[None] for value in (seen.hidden, seen.cos, seen.sin)]
+    query, key, roles = one
+    scores = scorers.rate_of(recipe)(query, key, None, roles, seen.scale, *others)
+    return scores[0, seen.visual]
+
+
+def fitprune(_: Recipe, seen: Seen) -> Tensor:
+    """FitPrune's (arXiv:2409.10197 and its published code)."""
+    return fitprune_scores(seen.probabilities, seen.visual, seen.instruction)
+
+
+def fitprune_scores(
+    probabilities: Tensor, visual: Tensor, instruction: Tensor
+) -> Tensor:
+    """FitPrune's, from attention probabilities.
+
+    With ``M[q, i] = max over heads of A[head, q, i]``::
+
+        cross[i] = sum of M[q, i] over the text q after the last visual token
+        self[i]  = sum of M[q, i] over the visual q still present / their number
+        score[i] = cross[i] * self[i]
+
+    Shapes:
+        probabilities: [H, m, m] float32, rows are queries
+        visual, instruction: [m] bool
+        returns: [v present], in the order of the visual tokens
+    """
+    largest = probabilities.amax(dim=0)[:, visual]
+    cross = largest[instruction].sum(dim=0)
+    own = largest[visual].sum(dim=0) / visual.sum()
+    return cross * own
+
+
+def inverted(recipe: Recipe, seen: Seen) -> Tensor:
+    """FitPrune's, the wrong way round."""
+    return -fitprune(recipe, seen)
+
+
+def uniform(_: Recipe, seen: Seen) -> Tensor:
+    """As ``scorers.uniform`` defines it, in Python's integers."""
+    ranks = [rank * 40503 % 2**16 for rank in range(seen.count)]
+    return torch.tensor(ranks, device=seen.visual.device)
+
+
+def random(recipe: Recipe, seen: Seen) -> Tensor:
+    """As ``scorers.random`` defines it, in Python's integers."""
+    count = seen.count
+    shift = 7919 * count + 104729 * recipe.seed
+    draws = [((251 * i + shift) ** 3 + count) ** 3 % 65519 for i in range(count)]
+    return torch.tensor(draws, device=seen.visual.device)
+
+
+def last_token(_: Recipe, seen: Seen) -> Tensor:
+    """FastV's (arXiv:2403.06764): the last row, mean over heads."""
+    return seen.probabilities[:, -1].mean(dim=0)[seen.visual]
+
+
+_SCORES: dict[str, Callable[[Recipe, Seen], Tensor]] = {
+    "fitprune": fitprune,
+    "inverted": inverted,
+    "last-token": last_token,
+    "random": random,
+    "uniform": uniform,
+}

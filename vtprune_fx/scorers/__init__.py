@@ -1,0 +1,140 @@
+"""Scorers: what rates the visual tokens at a cut, by the name that recipes use.
+
+One scorer, one file. A scorer of your own is a function on plain tensors::
+
+    import vtprune_fx
+
+    def brightest(seen):
+        return seen.hidden.norm(dim=2)
+
+    vtprune_fx.register_scorer("brightest", brightest)
+
+and a recipe with ``"score": "brightest"`` then works in ``torch.compile``, in exported
+programs and in the oracle. Importing this module does not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vtprune_fx.errors import RecipeError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vtprune_fx.recipe import Recipe
+
+Rate = Callable[..., "Tensor"]
+"""``(evidence, **options) -> scores``."""
+
+Raters = Callable[["Tensor", "Tensor"], "Tensor"]
+"""``(embeddings, roles) -> roles``."""
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """One way to rate visual tokens.
+
+    Attributes:
+        rate: ``(evidence, **options) -> [B, S]``. The visual tokens with the lowest
+            scores leave; what it gives other tokens is not read. It must be traceable:
+            no shape and no branch that depends on values, no tensor made of numbers.
+        raters: ``(embeddings [B, S, E], roles [B, S]) -> roles``: run once on what
+            enters the decoder; which text is instruction. None: all behind the images.
+        rows: How many query rows of attention it computes, None for all: what ``cost``
+            counts for it.
+    """
+
+    rate: Rate
+    raters: Raters | None = None
+    rows: int | None = None
+
+    def options(self) -> dict[str, object]:
+        """Names and defaults of the options: ``rate``'s keyword-only parameters."""
+        return {
+            name: parameter.default
+            for name, parameter in inspect.signature(self.rate).parameters.items()
+            if parameter.kind is parameter.KEYWORD_ONLY
+        }
+
+
+_BUILT_IN: dict[str, int | None] = {
+    # The module of that name in this package, and the rows of attention it computes.
+    "fitprune": None,
+    "inverted": None,
+    "last-token": 1,
+    "random": 0,
+    "uniform": 0,
+}
+
+_REGISTERED: dict[str, Scorer] = {}
+
+
+def register_scorer(
+    name: str, rate: Rate, raters: Raters | None = None, *, rows: int | None = None
+) -> None:
+    """Let recipes use a scorer.
+
+    Args:
+        name: What recipes call it.
+        rate: As in ``Scorer``. Its keyword-only parameters are options that a recipe
+            may set, each with a number for a default.
+        raters: As in ``Scorer``.
+        rows: As in ``Scorer``.
+
+    Raises:
+        RecipeError: A scorer that ships with vtprune has that name.
+    """
+    if name in _BUILT_IN:
+        raise RecipeError(
+            f"scorer {name!r}",
+            expected="a name of its own",
+            found="that of a scorer that ships with vtprune",
+            fix="Register it under another name.",
+        )
+    _REGISTERED[name] = Scorer(rate, raters, rows)
+
+
+def is_built_in(name: str) -> bool:
+    """Whether a scorer ships with vtprune."""
+    return name in _BUILT_IN
+
+
+def names() -> list[str]:
+    """Names of all scorers, sorted."""
+    return sorted({*_BUILT_IN, *_REGISTERED})
+
+
+def scorer(name: str) -> Scorer:
+    """The scorer of a name that ``names()`` lists. Imports torch."""
+    if name in _REGISTERED:
+        return _REGISTERED[name]
+    module = importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
+    raters = getattr(module, "raters", None)
+    return Scorer(module.rate, raters, _BUILT_IN[name])
+
+
+def rows(name: str) -> int | None:
+    """``Scorer.rows``, without importing torch."""
+    return _BUILT_IN[name] if name in _BUILT_IN else _REGISTERED[name].rows
+
+
+def rate_of(recipe: Recipe) -> Callable[..., Tensor]:
+    """The recipe's score, a function of the fields of ``Evidence`` one after the other.
+
+    The passes trace it, so each is a tensor of its own.
+    """
+    evidence = importlib.import_module("vtprune_fx.scorers.evidence").Evidence
+    found = scorer(recipe.score)
+    options: dict[str, object] = dict(recipe.options)
+    if "seed" in found.options():
+        options["seed"] = recipe.seed
+
+    def rate(*fields: object) -> Tensor:
+        return found.rate(evidence(*fields), **options)
+
+    return rate

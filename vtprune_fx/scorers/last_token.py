@@ -1,0 +1,16 @@
+"""The attention of the last token, mean over heads.
+
+FastV (arXiv:2403.06764) rates by it behind a layer, PyramidDrop (arXiv:2410.17247) by
+the one that the next layer would have: the same score at another site.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from vtprune_fx.scorers.evidence import Evidence, last_row
+
+
+def rate(seen: Evidence) -> Tensor:
+    """[B, S] float32."""
+    return last_row(seen).mean(dim=1)
