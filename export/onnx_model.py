@@ -144,8 +144,8 @@ class OnnxModel(PreTrainedModel, GenerationMixin):
         contents = self.manifest
         recipe = contents.recipe
         exact = recipe.of is not None
-        dropped = sum(recipe.drops(contents.visual_tokens).values())
-        needed = contents.visual_tokens if exact else dropped
+        least = recipe.needed(contents.visual_tokens)
+        needed = contents.visual_tokens if exact else least
         counts = (input_ids == contents.image_token_id).sum(dim=1).tolist()
         if any(n != needed if exact else n < needed for n in counts):
             raise InputError(

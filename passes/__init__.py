@@ -15,6 +15,7 @@ from vtprune_fx.passes.manager import (
     prune_program,
 )
 from vtprune_fx.passes.refresh_values import RefreshValues
+from vtprune_fx.passes.shift_keys import ShiftKeys
 from vtprune_fx.passes.verify import Verifier
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "PassResult",
     "Pipeline",
     "RefreshValues",
+    "ShiftKeys",
     "Verifier",
     "default_pipeline",
     "prune_graph",

@@ -49,17 +49,17 @@ class CheckTokens(Pass):
         inserter = Inserter(graph)
         anchor = roles.next
         enough = inserter.trace(
-            anchor, stamp, enough_to_drop, roles, plan.dropped, exactly
+            anchor, stamp, enough_to_drop, roles, plan.needed, exactly
         )
         message = self._message(exactly)
         inserter.call(anchor, stamp, torch.ops.aten._assert_async.msg, enough, message)
         return True
 
     def _message(self, exactly: int | None) -> str:
-        dropped = self._plan.dropped
-        held = f"at least {dropped}" if exactly is None else f"exactly {exactly}"
+        needed = self._plan.needed
+        held = f"at least {needed}" if exactly is None else f"exactly {exactly}"
         return (
             f"recipe {self._plan.recipe.name}: every sample of a batch must hold "
-            f"{held} visual tokens, or none and {dropped} tokens of padding; run "
+            f"{held} visual tokens, or none and {needed} tokens of padding; run "
             "samples that do not by themselves"
         )

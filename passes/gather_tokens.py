@@ -25,7 +25,7 @@ becomes::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 
 import sympy
@@ -44,13 +44,18 @@ from vtprune_fx.graph import (
     value_at_full_length,
 )
 from vtprune_fx.passes.base import Pass
-from vtprune_fx.passes.insert_scores import KEEP_PREFIX, ROLES
+from vtprune_fx.passes.insert_scores import (
+    KEEP_PREFIX,
+    NEW_PREFIX,
+    ROLES,
+    STAND_IN_PREFIX,
+    Insert,
+)
 from vtprune_fx.plan import LiveValue, PlannedCut, PrunePlan
+from vtprune_fx.recycling import hidden_from_each_other, hide
+from vtprune_fx.scoring import VISUAL
 
 aten = torch.ops.aten
-
-Insert = Callable[..., Node]
-"""``(operator, *args) -> node``: inserts behind the cut at hand."""
 
 
 class GatherTokens(Pass):
@@ -61,8 +66,12 @@ class GatherTokens(Pass):
     2. A keep set: what is live is gathered behind it.
     3. A value shared by all samples, [1, ..., S, ...] (rotary tables): gathered to
        [B, ..., K, ...], since each sample keeps tokens of its own.
-    4. The output: reads what it read.
-    5. No cuts: unchanged.
+    4. Rotary tables where positions are compacted: the first K of each row, in samples
+       that have visual tokens.
+    5. The residual stream where dropped tokens become new ones: gathered from the
+       stream with the new tokens behind it, all else by stand-in.
+    6. The output: reads what it read.
+    7. No cuts: unchanged.
     """
 
     def __init__(self, plan: PrunePlan) -> None:
@@ -75,7 +84,7 @@ class GatherTokens(Pass):
             return False
         named = {node.name: node for node in graph.nodes}
         lengths = [named[name] for name in plan.lengths]
-        cuts = {f"{KEEP_PREFIX}{cut.attention.layer}": cut for cut in plan.cuts}
+        behind = {_last_inserted(cut): cut for cut in plan.cuts}
         inserter = Inserter(graph)
         values = _Values(inserter, plan.tokens)
         gather = _Gather(inserter)
@@ -87,8 +96,8 @@ class GatherTokens(Pass):
             if current:
                 replace_inputs(node, current)
                 values.refresh(node, dropped)
-            if cut := cuts.get(node.name):
-                length, shorter = gather.behind(node, cut, named, current)
+            if cut := behind.get(node.name):
+                length, shorter = gather.behind(cut, named, current)
                 values.watch(shorter)
                 current |= shorter | dict.fromkeys(lengths, length)
                 dropped = cut.dropped
@@ -101,10 +110,10 @@ class _Gather:
     def __init__(self, inserter: Inserter) -> None:
         self._inserter = inserter
         self._rows: Node | None = None
+        self._has_visual: Node | None = None
 
     def behind(
         self,
-        keep: Node,
         cut: PlannedCut,
         named: Mapping[str, Node],
         current: Mapping[Node, Node],
@@ -115,17 +124,67 @@ class _Gather:
             The prompt's new length, and for each live value the version behind the cut.
         """
         layer = cut.attention.layer
-        insert = partial(self._inserter.call, keep.next, Stamp("gather", layer))
+        keep, stand_in = named[f"{KEEP_PREFIX}{layer}"], named[_last_inserted(cut)]
+        anchor, stamp = stand_in.next, Stamp("gather", layer)
+        insert = partial(self._inserter.call, anchor, stamp)
         length = insert(aten.sym_size.int, keep, 1)
         if self._rows is None:
             self._rows = _sample_rows(insert, keep)
+        places = stand_in
+        if cut.places:
+            places = self._places(insert, stand_in, length, named[ROLES])
         shorter: dict[Node, Node] = {}
         # The roles are read by the scores of later cuts.
         for live in (*cut.live, LiveValue(ROLES, (1,))):
             original = named[live.node]
-            value = current.get(original, original)
-            shorter[original] = _take(insert, value, self._rows, keep, live.axes)
+            value, index = current.get(original, original), stand_in
+            if live.node in cut.places:
+                index = places
+            if cut.new and live.node == cut.hidden:
+                value, index = self._with_new(insert, value, cut, named), keep
+            taken = _take(insert, value, self._rows, index, live.axes)
+            if cut.new and len(live.axes) == 2:
+                taken = self._in_order(anchor, stamp, taken, stand_in)
+            shorter[original] = taken
         return length, shorter
+
+    def _places(
+        self, insert: Insert, stand_in: Node, length: Node, roles: Node
+    ) -> Node:
+        """[B, K]: the first places of the row, or a prompt's own without image."""
+        if self._has_visual is None:
+            visual = insert(aten.eq.Scalar, roles, VISUAL)
+            self._has_visual = insert(aten.any.dim, visual, 1, True)
+        device = value_at_full_length(stand_in).device
+        first = insert(aten.arange.default, length, device=device)
+        return insert(aten.where.self, self._has_visual, first, stand_in)
+
+    def _with_new(
+        self, insert: Insert, value: Node, cut: PlannedCut, named: Mapping[str, Node]
+    ) -> Node:
+        """The residual stream, and behind it the new tokens."""
+        new = named[f"{NEW_PREFIX}{cut.attention.layer}"]
+        longer = insert(aten.cat.default, [value, new], 1)
+        gone = dropped_tokens(value)
+        assert gone is not None
+        set_value(longer, value_at_full_length(value), gone - cut.new)
+        return longer
+
+    def _in_order(self, anchor: Node, stamp: Stamp, mask: Node, stand_in: Node) -> Node:
+        """A gathered mask, in which no new token sees one behind it."""
+        gone = dropped_tokens(stand_in)
+        assert gone is not None
+        trace = partial(self._inserter.trace, anchor, stamp, dropped=gone)
+        hidden = trace(hidden_from_each_other, stand_in)
+        return trace(hide, mask, hidden)
+
+
+def _last_inserted(cut: PlannedCut) -> str:
+    """Name of the positions that a cut gathers by, the last node of its score.
+
+    The keep set, unless new tokens are made.
+    """
+    return f"{STAND_IN_PREFIX if cut.new else KEEP_PREFIX}{cut.attention.layer}"
 
 
 def _sample_rows(insert: Insert, keep: Node) -> Node:

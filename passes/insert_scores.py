@@ -14,6 +14,12 @@ becomes::
     lowest_first: "i64[B, S]" = aten.sort(score)  # visual tokens, padding, text
     vtprune_keep_3: "i64[B, S - 36]" = aten.sort(lowest_first[:, 36:])
 
+Where the best of the dropped tokens become C new ones, these are made here too::
+
+    vtprune_new_3: "f32[B, C, E]"                 # means of clusters
+    vtprune_keep_3: "i64[B, S - 36 + C]"          # -C to -1 are the new tokens
+    vtprune_stand_in_3: "i64[B, S - 36 + C]"      # the position that each passes for
+
 Ahead of a layer (``before_layer``) its queries and keys are not there yet: the nodes
 that make them are copied in, to be rated by, and run again behind the cut on what is
 left.
@@ -32,11 +38,12 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from vtprune_fx import recycling
 from vtprune_fx.errors import PlanError, VtpruneError
-from vtprune_fx.graph import Inserter, Stamp
+from vtprune_fx.graph import Inserter, Stamp, set_value, value_at_full_length
 from vtprune_fx.passes.base import Pass
 from vtprune_fx.plan import PlannedCut, PrunePlan
-from vtprune_fx.scorers import rate_of
+from vtprune_fx.scorers import rate_of, scorer
 from vtprune_fx.scoring import lowest_first, token_roles
 
 aten = torch.ops.aten
@@ -47,6 +54,15 @@ ROLES = "vtprune_roles"
 KEEP_PREFIX = "vtprune_keep_"
 """A cut's keep set is named this and the layer's number, in every exported form too."""
 
+
+NEW_PREFIX = "vtprune_new_"
+"""The new tokens that a cut makes of dropped ones are named this and its layer."""
+
+STAND_IN_PREFIX = "vtprune_stand_in_"
+"""Where a cut makes new tokens: positions, new tokens having those of another one."""
+
+Insert = Callable[..., Node]
+"""``(operator, *args) -> node``: inserts at the cut at hand."""
 
 _END = sys.maxsize
 """A slice to the end of a dimension."""
@@ -83,22 +99,36 @@ class InsertScores(Pass):
             seen.erase_unread()
             insert = partial(inserter.call, anchor, Stamp("keep", cut.attention.layer))
             order = inserter.trace(anchor, stamp, lowest_first, rated, roles)
-            _insert_keep(insert, order, cut)
+            staying = _insert_staying(insert, order, cut)
+            if cut.new:
+                new = _New(inserter, anchor, cut)
+                new.insert(seen.node(cut.hidden), order, roles, staying)
+            else:
+                keep = insert(getitem, insert(aten.sort.default, staying, 1), 0)
+                keep._rename(f"{KEEP_PREFIX}{cut.attention.layer}")
         return True
 
     def _insert_roles(
         self, inserter: Inserter, anchor: Node, cut: PlannedCut, seen: _Seen
     ) -> Node:
         """Insert the roles with the first cut, whose layer's mask tells the padding."""
-        roles = inserter.trace(
-            anchor,
-            Stamp("score", -1),
-            token_roles,
-            seen.node(self._plan.visual),
-            seen.node(cut.attention.mask),
-        )
+        insert = partial(inserter.trace, anchor, Stamp("score", -1))
+        visual, mask = seen.node(self._plan.visual), seen.node(cut.attention.mask)
+        roles = insert(token_roles, visual, mask)
+        if raters := scorer(self._plan.recipe.score).raters:
+            roles = insert(raters, self._embeddings(seen), roles)
         roles._rename(ROLES)
         return roles
+
+    def _embeddings(self, seen: _Seen) -> Node:
+        if embeddings := seen.node(self._plan.embeddings):
+            return embeddings
+        raise PlanError(
+            f"score {self._plan.recipe.score!r}",
+            expected="one value that enters the decoder, to find raters in",
+            found="none or several in the graph",
+            fix="Use a score without raters, or report the model.",
+        )
 
 
 class _Seen:
@@ -141,7 +171,7 @@ def _trace(
         raise PlanError(
             f"scorer {score!r}",
             expected="a traceable function of the tensors it is given",
-            found=f"{type(error).__name__}: {str(error).splitlines()[0]}",
+            found=(str(error) or type(error).__name__).splitlines()[0],
             fix="Let no shape and no branch depend on values, and make no tensor of "
             "numbers.",
         ) from error
@@ -180,13 +210,41 @@ def _look_ahead(
     return inserter.copy(anchor, Stamp("score", at.layer), reversed(behind))
 
 
-def _insert_keep(
-    insert: Callable[..., Node], lowest_first: Node, cut: PlannedCut
-) -> None:
-    """Positions that stay when the first ``drop`` leave, ascending.
+def _insert_staying(insert: Insert, lowest_first: Node, cut: PlannedCut) -> Node:
+    """[B, S - drop]: positions that stay when the first ``drop`` leave.
 
-    Ascending order keeps a causal mask causal.
+    They are sorted next: ascending order keeps a causal mask causal.
     """
-    staying = insert(aten.slice.Tensor, lowest_first, 1, cut.drop, _END, drop=cut.drop)
-    keep = insert(getitem, insert(aten.sort.default, staying, 1), 0)
-    keep._rename(f"{KEEP_PREFIX}{cut.attention.layer}")
+    return insert(aten.slice.Tensor, lowest_first, 1, cut.drop, _END, drop=cut.drop)
+
+
+class _New:
+    """Inserts the new tokens of one cut, and the keep set that holds them."""
+
+    def __init__(self, inserter: Inserter, anchor: Node, cut: PlannedCut) -> None:
+        stamp = Stamp("keep", cut.attention.layer)
+        self._trace = partial(inserter.trace, anchor, stamp)
+        self._call = partial(inserter.call, anchor, stamp)
+        self._cut = cut
+
+    def insert(
+        self, hidden: Node | None, order: Node, roles: Node, staying: Node
+    ) -> None:
+        """Insert them."""
+        cut, layer = self._cut, self._cut.attention.layer
+        assert hidden is not None, "the edge of such a cut is the residual stream"
+        counts = (cut.drop, cut.clustered, cut.new)
+        merged = self._trace(recycling.merge, hidden, order, *counts)
+        merged._rename(f"{NEW_PREFIX}{layer}")
+        last = self._trace(recycling.last_keys, order, roles, cut.new)
+        stays = self._call(aten.mul.Tensor, staying, cut.new + 1)
+        keys = self._call(aten.cat.default, [stays, last], 1)
+        left = cut.drop - cut.new
+        set_value(keys, value_at_full_length(staying), left)
+        ascending = self._call(getitem, self._call(aten.sort.default, keys, 1), 0)
+        for name, function in (
+            (KEEP_PREFIX, recycling.keep_set),
+            (STAND_IN_PREFIX, recycling.stand_ins),
+        ):
+            found = self._trace(function, ascending, cut.new, dropped=left)
+            found._rename(f"{name}{layer}")

@@ -23,6 +23,7 @@ from vtprune_fx.passes.check_tokens import CheckTokens
 from vtprune_fx.passes.gather_tokens import GatherTokens
 from vtprune_fx.passes.insert_scores import InsertScores
 from vtprune_fx.passes.refresh_values import RefreshValues
+from vtprune_fx.passes.shift_keys import ShiftKeys
 from vtprune_fx.passes.verify import Verifier
 from vtprune_fx.plan import PrunePlan, place
 from vtprune_fx.recipe import Recipe, default
@@ -113,7 +114,7 @@ def prune_program(
 
 def _shortest_prompt(plan: PrunePlan) -> int:
     """Two tokens are left: a length of 1 would be a size that broadcasts."""
-    return plan.dropped + 2
+    return plan.needed + 2
 
 
 def _longer_than_cuts(
@@ -131,7 +132,12 @@ def default_pipeline(plan: PrunePlan) -> Pipeline:
     Scores stand ahead of gathers, since a gather reads the keep set of its cut.
     """
     return Pipeline(
-        plan, AsyncChecks(), InsertScores(plan), CheckTokens(plan), GatherTokens(plan)
+        plan,
+        AsyncChecks(),
+        InsertScores(plan),
+        CheckTokens(plan),
+        GatherTokens(plan),
+        ShiftKeys(plan),
     )
 
 
@@ -153,7 +159,7 @@ class Pipeline:
         Raises:
             VerifyError: A pass wrote a wrong graph.
         """
-        verifier = Verifier(module, self._plan.tokens, self._plan.dropped)
+        verifier = Verifier(module, self._plan.tokens, self._plan.needed)
         records = tuple(_run_one(pass_, module, verifier) for pass_ in self.passes)
         if any(record.modified for record in records):
             module.recompile()

@@ -1,4 +1,4 @@
-"""Recordings of the published FitPrune code, and models to hold against them.
+"""Recordings of published code, and models to hold against them.
 
 ``golden/README.md`` says how they were made and what each array means.
 """
@@ -24,11 +24,14 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from vtprune_fx.recipe import Cut, Provenance, Recipe
+from vtprune_fx.recipe import Cut, Provenance, Recipe, load_recipe
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = tuple(sorted(path.stem for path in (GOLDEN / "fitprune").glob("*.npz")))
 """Names of the recorded FitPrune runs: ``<model>_T<text tokens>_r<reduction in %>``."""
+
+SPARSE_CASES = tuple(sorted(path.stem for path in (GOLDEN / "sparsevlm").glob("*.npz")))
+"""Names of the recorded SparseVLM runs."""
 
 FIRST_VISUAL = 35
 VISUAL_TOKENS = 576
@@ -52,6 +55,11 @@ class GoldenCase:
     def model_name(self) -> str:
         """Folder of the run's model. Cases with the same one share the weights."""
         return self.name.split("_T")[0]
+
+    @property
+    def config_name(self) -> str:
+        """File of the model's configuration."""
+        return "config.json"
 
     @property
     def has_decode(self) -> bool:
@@ -100,6 +108,71 @@ class GoldenCase:
         return [*range(FIRST_VISUAL), *visual.tolist(), *after]
 
 
+@dataclass(frozen=True, eq=False)
+class SparseCase(GoldenCase):
+    """One recorded run of SparseVLM (1.x code) or SparseVLM+ (2.0 code)."""
+
+    @property
+    def plus(self) -> bool:
+        """Whether it is SparseVLM+."""
+        return self.name.startswith("v2")
+
+    @property
+    def model_name(self) -> str:
+        """Folder of the run's model."""
+        return "_".join(self.name.split("_")[1:4])
+
+    @property
+    def config_name(self) -> str:
+        """File of the model's configuration."""
+        return "config_theta1e10.json" if "theta1e10" in self.name else "config.json"
+
+    @property
+    def layers(self) -> list[int]:
+        """Layers that prune."""
+        found: list[int] = self.arrays["pruning_loc"].tolist()
+        return found
+
+    def recipe(self) -> Recipe:
+        """The counts of the recorded run."""
+        drops = {at: int((~self.tensor(f"L{at}_keep")).sum()) for at in self.layers}
+        method = "sparsevlm-plus" if self.plus else "sparsevlm"
+        return load_recipe(
+            {
+                "schema_version": 1,
+                "name": self.name.lower().replace("_", "-"),
+                "method": method,
+                "score": method,
+                "positions": "kept" if self.plus else "compacted",
+                "recycle": None if self.plus else {"tau": 0.3, "theta": 0.1},
+                "layers": len(self.arrays["kv_len"]),
+                "visual_tokens": VISUAL_TOKENS,
+                "cuts": [
+                    {"layer": at, "drop": drop, "site": "after_layer"}
+                    for at, drop in drops.items()
+                ],
+                "provenance": {"source": "published SparseVLM code, commit 26a5f488"},
+            }
+        )
+
+    def kept(self, layer: int) -> list[int]:
+        """What is present behind a pruning layer: positions, -1 for new tokens."""
+        source, stays = (
+            self.tensor(f"L{layer}_src_before"),
+            self.tensor(f"L{layer}_keep"),
+        )
+        visual = source[stays].clamp(min=-1).tolist()
+        visual += [-1] * (0 if self.plus else len(self.arrays[f"L{layer}_cl_centers"]))
+        after = range(FIRST_VISUAL + VISUAL_TOKENS, self.input_ids.shape[1])
+        return [*range(FIRST_VISUAL), *visual, *after]
+
+
+def load_sparse_case(name: str) -> SparseCase:
+    """Read a recorded run of SparseVLM; ``SPARSE_CASES`` has the names."""
+    with np.load(GOLDEN / "sparsevlm" / f"{name}.npz", allow_pickle=False) as arrays:
+        return SparseCase(name, dict(arrays))
+
+
 def load_case(name: str) -> GoldenCase:
     """Read a recorded run; ``CASES`` has the names."""
     with np.load(GOLDEN / "fitprune" / f"{name}.npz", allow_pickle=False) as arrays:
@@ -113,7 +186,7 @@ def llava_from_golden(case: GoldenCase) -> LlavaForConditionalGeneration:
     with ``forward(..., mm_encoder_outputs=encoded(case.features))``.
     """
     folder = GOLDEN / "models" / case.model_name
-    fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    fields = json.loads((folder / case.config_name).read_text(encoding="utf-8"))
     config = LlavaConfig(
         vision_config=_vision_config(),
         text_config=LlamaConfig(**fields),

@@ -9,6 +9,7 @@ import onnxruntime
 import torch
 
 from tests.tiny import Inputs, counted_positions
+from vtprune_fx.recycling import keep_set
 from vtprune_fx.report import in_prompt
 
 if TYPE_CHECKING:
@@ -34,8 +35,11 @@ class Prefill:
         arrays = session.run(None, {name: feed[name].numpy() for name in feed})
         values = {n: torch.from_numpy(a) for n, a in zip(names, arrays, strict=True)}
         self.outputs = _Outputs(values, recipe.layers)
-        pairs = zip(recipe.cuts, keep_names, strict=True)
-        self.keep_sets = in_prompt({cut.layer: values[name] for cut, name in pairs})
+        found = {}
+        for cut, name in zip(recipe.cuts, keep_names, strict=True):
+            new = recipe.new_tokens(cut.drop)
+            found[cut.layer] = keep_set(values[name], new) if new else values[name]
+        self.keep_sets = in_prompt(found)
 
 
 class _Layer:
@@ -55,7 +59,8 @@ def _show_keep_sets(model: onnx_ir.Model) -> list[str]:
     """Make outputs of the keep sets, and name them in order.
 
     A cut sorts twice: tokens by score, then what stays by position. The values of the
-    second sort, whose input is a part of the first's indices, are the keep set.
+    second sort, whose input is a part of the first's indices, are the keep set, or
+    with new tokens the keys that it is made of.
     """
     shown = {value.name for value in model.graph.outputs}
     keep_sets = [
@@ -72,10 +77,13 @@ def _show_keep_sets(model: onnx_ir.Model) -> list[str]:
 
 
 def _sorts_positions(node: onnx_ir.Node) -> bool:
-    source = node.inputs[0]
-    assert source is not None
-    part = source.producer()
-    if part is None or part.op_type != "Slice" or part.inputs[0] is None:
-        return False
-    first = part.inputs[0].producer()
-    return first is not None and first.op_type == "TopK"
+    """Whether what it sorts is a part of another sort's indices."""
+    passed, value = [], node.inputs[0]
+    while value is not None and (source := value.producer()) is not None:
+        if source.op_type == "TopK":
+            return "Slice" in passed
+        if source.op_type not in {"Slice", "Mul", "Concat"}:
+            return False
+        passed.append(source.op_type)
+        value = source.inputs[0]
+    return False

@@ -19,6 +19,14 @@ def test_cuts_are_told_layer_by_layer() -> None:
     ]
 
 
+def test_new_tokens_are_told() -> None:
+    """Of 6 that leave int(6 * 0.5) + 1 = 4 become int(4 * 0.3) + 1 = 2."""
+    model, recycle = tiny_llava(layers=3), {"tau": 0.5, "theta": 0.3}
+    recipe = recipe_for(3, {1: 6}, site="after_layer", recycle=recycle)
+    found = explain(model, batch(model, (3, 6)), recipe)
+    assert "6 leave, 12 stay, 2 of them new; gathers" in str(found)
+
+
 def test_what_is_refused_is_told() -> None:
     model = tiny_llava(layers=3)
     found = explain(model, batch(model, (3, 6)), recipe_for(9, {8: 3}))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 
+import vtprune_fx
 from tests.onnx_prefill import Prefill
 from tests.tiny import (
     Compiled,
@@ -17,24 +20,67 @@ from tests.tiny import (
     recipe_for,
     tiny_llava,
 )
+from vtprune_fx import oracle
 from vtprune_fx.api import prune
+from vtprune_fx.checkpoint import CheckpointSpec, build_checkpoint
+from vtprune_fx.decoding import use_ragged_attention
 from vtprune_fx.errors import PlanError, RecipeError
-from vtprune_fx.export import export_onnx
+from vtprune_fx.export import export_onnx, write_onnx
+from vtprune_fx.inputs import open_checkpoint
 from vtprune_fx.recipe import load_recipe
 from vtprune_fx.scorers import register_scorer
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor
 
     from vtprune_fx.recipe import Recipe
     from vtprune_fx.scorers.evidence import Evidence
 
 LAYERS = 4
-LAST = LAYERS - 1
+TINY = CheckpointSpec(
+    image_size=56, layers=2, hidden=32, heads=4, intermediate=48, vision_layers=2
+)
 
 METHODS: dict[str, Recipe] = {
     "fastv": recipe_for(LAYERS, {1: 8}, site="after_layer", score="last-token"),
     "vtw": recipe_for(LAYERS, {1: 16}, site="after_layer", score="uniform"),
+    "sparsevlm": recipe_for(
+        LAYERS, {0: 3, 2: 5}, site="after_layer", score="sparsevlm"
+    ),
+    "sparsevlm-plus": recipe_for(
+        *(LAYERS, {0: 3, 2: 5}),
+        site="after_layer",
+        score="sparsevlm-plus",
+        options={"heads": 3},
+    ),
+    "dart": recipe_for(LAYERS, {1: 9}, site="after_layer", score="dart"),
+    "dart with few pivots": recipe_for(
+        *(LAYERS, {1: 5, 3: 7}),
+        site="before_layer",
+        score="dart",
+        options={"visual_pivots": 1, "text_pivots": 20},
+    ),
+    "pyramiddrop": recipe_for(
+        *(LAYERS, {1: 8, 2: 4, 3: 2}),
+        site="before_layer",
+        score="last-token",
+        positions="compacted",
+    ),
+    "sparsevlm, recycled": recipe_for(
+        *(LAYERS, {0: 9, 1: 4, 3: 2}),
+        site="after_layer",
+        score="sparsevlm",
+        positions="compacted",
+        recycle={"tau": 0.5, "theta": 0.4},
+    ),
+    "recycled, positions kept": recipe_for(
+        LAYERS, {1: 15, 2: 3}, site="after_layer", recycle={"tau": 0.9, "theta": 0.3}
+    ),
+    "compacted behind attention": recipe_for(
+        LAYERS, {0: 3, 2: 5}, positions="compacted"
+    ),
     "fitprune behind layers": recipe_for(
         LAYERS, {0: 3, 2: 5, 3: 2}, site="after_layer"
     ),
@@ -64,6 +110,34 @@ def _some(*fast: str) -> list[Any]:
 def prompts(case: str, *, positions: bool) -> Inputs:
     inputs = batch(tiny_llava(layers=LAYERS), *PROMPTS[case], seed=1)
     return inputs | {"position_ids": counted_positions(inputs)} if positions else inputs
+
+
+COMPACTED = [name for name in METHODS if METHODS[name].positions == "compacted"]
+
+
+@pytest.mark.parametrize("name", COMPACTED)
+def test_decoding_behind_compacted_positions_is_the_oracle(name: str) -> None:
+    """On the cache as it was handed out, by a decode path that no pass has seen."""
+    model, recipe = deepcopy(tiny_llava(layers=LAYERS)), METHODS[name]
+    use_ragged_attention(model)
+    compiled = Compiled(model, recipe)
+    inputs = prompts("three samples, padded, images elsewhere", positions=True)
+    cache = compiled(**inputs).past_key_values
+    samples = oracle.split_batch(model, **inputs)
+    states = [oracle.prefill(model, recipe, sample) for sample in samples]
+    mask, position = inputs["attention_mask"], inputs["position_ids"][:, -1:]
+    for token in (7, 8, 9):
+        mask = torch.cat((mask, torch.ones_like(mask[:, :1])), dim=1)
+        position = position + 1
+        with torch.no_grad():
+            logits = model(
+                input_ids=torch.full((len(samples), 1), token),
+                attention_mask=mask,
+                position_ids=position,
+                past_key_values=cache,
+            ).logits[:, -1]
+        expected = torch.stack([oracle.step(model, state, token) for state in states])
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -108,6 +182,27 @@ def test_other_decoders_are_cut_behind_layers_too(decoder: str, attention: str) 
     outputs = compiled(**inputs)
     kept = compiled.recorded.keep_sets
     assert_matches_oracle(outputs, kept, model, recipe, inputs)
+
+
+@pytest.mark.parametrize("name", ["pyramiddrop", "sparsevlm, recycled"])
+def test_generate_is_the_oracle(name: str) -> None:
+    model: Any = tiny_llava.__wrapped__(layers=LAYERS)
+    inputs = batch(model, *PROMPTS["text alone beside images"], seed=1)
+    positioned = inputs | {"position_ids": counted_positions(inputs)}
+    samples = oracle.split_batch(model, **positioned)
+    expected = [oracle.generate(model, METHODS[name], s, 8) for s in samples]
+    vtprune_fx.compile(model, METHODS[name], inner="eager")
+    ids = model.generate(**inputs, max_new_tokens=8, do_sample=False, eos_token_id=None)
+    assert ids[:, inputs["input_ids"].shape[1] :].tolist() == expected
+
+
+def test_generation_needs_the_first_layer_whole(tmp_path: Path) -> None:
+    model, recipe = tiny_llava(layers=LAYERS), METHODS["fitprune ahead of all layers"]
+    with pytest.raises(RecipeError, match="the first layer to see the whole prompt"):
+        vtprune_fx.compile(model, recipe)
+    checkpoint = build_checkpoint(tmp_path / "checkpoint", TINY)
+    with pytest.raises(RecipeError, match="the first layer to see the whole prompt"):
+        write_onnx(*open_checkpoint(checkpoint), recipe, tmp_path / "onnx")
 
 
 # ------------------------------------------------------------- a scorer of one's own

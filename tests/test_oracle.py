@@ -112,7 +112,7 @@ def test_same_decode_steps(name: str) -> None:
     model = shared_llava(case.model_name)
     positions = case.tensor("dec_positions")
     for index, token in enumerate(case.tensor("dec_tokens").tolist()):
-        assert positions[index].eq(state.next_position).all()
+        assert positions[index].tolist() == state.next_positions
         logits = oracle.step(model, state, token)
         assert difference(logits, case.tensor("dec_logits")[index]) < LOGITS
         assert lengths(state.keys) == case.tensor("dec_kv_len")[index].tolist()
@@ -271,7 +271,7 @@ def test_split_batch_positions() -> None:
         model, ids, mask, features=features, position_ids=counted
     )
     assert given[0].positions.tolist() == list(range(9))
-    assert oracle.prefill(model, KEEP_ALL, given[0]).next_position == 9
+    assert oracle.prefill(model, KEEP_ALL, given[0]).next_positions == [9] * 3
 
 
 def test_split_batch_gives_features_in_order() -> None:
@@ -307,7 +307,7 @@ def test_a_cut_is_recomputed_from_the_models_own_attentions(kv_heads: int) -> No
     assert run.kept[0].tolist() == [i for i in range(12) if i not in gone]
     assert lengths(run.keys) == [12, 9, 9]
     assert run.logits.shape == (9, 100)
-    assert run.next_position == 12
+    assert run.next_positions == [12] * 3
 
 
 def test_of_equal_scores_the_earlier_token_leaves() -> None:
@@ -352,7 +352,7 @@ def test_decoding_unpruned_is_the_models_own_forward_over_the_longer_prompt() ->
     longer = tiny_sample([*PROMPTS[0], 7, 8])
     logits = torch.stack(stepped)
     assert difference(logits, hugging_face(model, longer)[-2:]) < EAGER
-    assert state.next_position == 11
+    assert state.next_positions == [11] * 3
 
 
 def test_generate_ends_with_an_end_token() -> None:
@@ -388,12 +388,6 @@ def test_recipe_that_does_not_fit(
         oracle.prefill(tiny_llava(), make_recipe(**drops), tiny_sample(PROMPTS[0]))
     assert where in caught.value.where
     assert caught.value.fix
-
-
-def test_compacted_positions_are_refused() -> None:
-    recipe = KEEP_ALL.model_copy(update={"positions": "compacted"})
-    with pytest.raises(PlanError, match="field positions: expected kept"):
-        oracle.prefill(tiny_llava(), recipe, tiny_sample(PROMPTS[0]))
 
 
 def test_features_that_do_not_match_the_image_tokens() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
     from torch.fx import GraphModule, Node
 
-    from vtprune_fx.recipe import Recipe
+    from vtprune_fx.recipe import Recipe, Site
 
 aten = torch.ops.aten
 
@@ -66,12 +67,6 @@ def graph_and_anatomy() -> tuple[GraphModule, Anatomy]:
             "recipe test",
             "at most 16 dropped",
             "17 visual tokens dropped",
-        ),
-        (
-            recipe_for(2, {0: 3}).model_copy(update={"positions": "compacted"}),
-            "recipe test, field positions",
-            "'kept'",
-            "'compacted'",
         ),
     ],
 )
@@ -271,6 +266,33 @@ def test_live_value_whose_tokens_cannot_be_told_apart() -> None:
     with pytest.raises(PlanError, match=f"node {twice.name}, live across the cut"):
         place(recipe_for(2, {0: 3}), anatomy, module.graph)
     place(recipe_for(2, {1: 3}), anatomy, module.graph)
+
+
+def without(anatomy: Anatomy, **streams: None) -> Anatomy:
+    """As if the graph did not show some of what its layers have."""
+    layers = (
+        dataclasses.replace(layer, stream=dataclasses.replace(layer.stream, **streams))
+        for layer in anatomy.layers
+    )
+    return dataclasses.replace(anatomy, layers=tuple(layers))
+
+
+def test_positions_are_compacted_only_where_rotary_tables_are_seen() -> None:
+    module, anatomy = graph_and_anatomy()
+    recipe = recipe_for(2, {0: 3}, positions="compacted")
+    with pytest.raises(PlanError, match=r"field positions: expected queries rotated"):
+        place(recipe, without(anatomy, cos=None), module.graph)
+    [cut] = place(recipe, anatomy, module.graph).cuts
+    stream = anatomy.layers[1].stream
+    assert cut.places == {stream.cos, stream.sin}
+
+
+@pytest.mark.parametrize("site", ["after_layer", "before_layer"])
+def test_layers_are_cut_only_where_the_residual_stream_is_seen(site: Site) -> None:
+    module, anatomy = graph_and_anatomy()
+    unseen = without(anatomy, start=None, output=None)
+    with pytest.raises(PlanError, match="one value that is the residual stream"):
+        place(recipe_for(2, {1: 3}, site=site), unseen, module.graph)
 
 
 def named(module: GraphModule, name: str) -> Node:

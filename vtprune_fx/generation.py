@@ -60,7 +60,7 @@ def compile(
     Raises:
         InputError: The model is compiled already, its layers attend to a window, or
             there is no such backend or mode.
-        RecipeError: The recipe cannot be loaded.
+        RecipeError: The recipe cannot be loaded, or cuts ahead of the first layer.
     """
     if isinstance(_forward_of(model), _PrunedForward):
         raise InputError(
@@ -71,6 +71,8 @@ def compile(
         )
     ragged.check_sees_all(model.config.get_text_config())
     loaded = load_recipe(recipe) if recipe is not None else None
+    if loaded is not None:
+        loaded.check_decodes()
     options = {"recipe": loaded, "inner": inner_compiler(inner, mode)}
     model.forward = _PrunedForward(model, options, decode)
     return model

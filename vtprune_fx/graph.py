@@ -220,6 +220,7 @@ class Inserter:
         stamp: Stamp,
         function: Callable[..., Tensor],
         *args: object,
+        dropped: int = 0,
     ) -> Node:
         """Insert what ``function(*args)`` traces to, ahead of ``anchor``.
 
@@ -227,7 +228,8 @@ class Inserter:
             anchor: As in ``call``.
             stamp: As in ``call``.
             function: Takes tensors for the nodes among ``args``, returns a tensor.
-            args: Nodes, which no token has left yet, and constants.
+            args: Nodes and constants.
+            dropped: Tokens that have left the nodes.
 
         Returns:
             The node of the function's result.
@@ -242,7 +244,7 @@ class Inserter:
                 elif node.op == "call_function":
                     values[node] = self._graph.node_copy(node, lambda n: values[n])
                     values[node].meta = _provenance(anchor, stamp)
-                    set_value(values[node], node.meta["val"], 0)
+                    set_value(values[node], node.meta["val"], dropped)
         [output] = template.find_nodes(op="output")
         result: Node = values[output.args[0]]
         return result
@@ -255,7 +257,7 @@ class Inserter:
         Args:
             anchor: As in ``call``.
             stamp: As in ``call``.
-            nodes: In their order in the graph; no token has left yet.
+            nodes: In their order in the graph.
 
         Returns:
             The copy of each node.
@@ -265,7 +267,7 @@ class Inserter:
             for node in nodes:
                 copied = self._graph.node_copy(node, lambda n: copies.get(n, n))
                 copied.meta = _provenance(node, stamp)
-                set_value(copied, node.meta.get("val"), 0)
+                set_value(copied, value_at_full_length(node), dropped_tokens(node))
                 copies[node] = copied
         return copies
 
@@ -273,7 +275,7 @@ class Inserter:
         self, function: Callable[..., Tensor], args: tuple[object, ...]
     ) -> Graph:
         kinds = tuple(
-            kind_of(a.meta["val"]) if isinstance(a, Node) else a for a in args
+            kind_of(value_at_full_length(a)) if isinstance(a, Node) else a for a in args
         )
         key = (function, kinds)
         if key not in self._traced:
@@ -287,14 +289,23 @@ class Inserter:
             given = iter(tensors)
             return function(*(next(given) if isinstance(a, Node) else a for a in args))
 
-        examples = [arg.meta["val"] for arg in args if isinstance(arg, Node)]
+        nodes = (arg for arg in args if isinstance(arg, Node))
         with self._mode, enable_python_dispatcher():
+            # One of its own for each: nodes of a kind may share a value, and tracing
+            # tells arguments apart by identity.
+            examples = [_like(value_at_full_length(node)) for node in nodes]
             traced = make_fx(with_constants, tracing_mode="real", pre_dispatch=True)(
                 *examples
             )
         assert not traced.graph.find_nodes(op="get_attr"), f"{function} has constants"
         traced.graph.eliminate_dead_code()
         return traced.graph
+
+
+def _like(value: Tensor) -> Tensor:
+    return torch.empty_strided(
+        value.shape, value.stride(), dtype=value.dtype, device=value.device
+    )
 
 
 def _add(dropped: Iterable[int | None], more: int) -> int | None:

@@ -15,8 +15,10 @@ At a cut of ``c`` tokens the visual tokens present are rated (``oracle_scores``)
 * ``before_layer``: what the layer gets, rated by the queries and keys that it would
   have had (PyramidDrop).
 
-A layer's keys and values are of what entered its attention, and whoever stays keeps its
-rotary position.
+A layer's keys and values are of what entered its attention. Whoever stays keeps its
+rotary position, or with compacted positions those left take the first ones; keys that
+are cached already stay as they are. Where a recipe recycles, some of the dropped tokens
+become new ones (``oracle_recycling``).
 
 Letters in shapes: ``n`` tokens of the sample, ``m`` of them present in a layer, ``v``
 visual tokens, ``h`` hidden size, ``H`` query heads, ``K`` key/value heads, ``d`` head
@@ -33,11 +35,13 @@ from torch import Tensor, nn
 from transformers import GemmaModel, LlamaModel, MistralModel, Qwen2Model
 
 from vtprune_fx.errors import InputError, PlanError
+from vtprune_fx.oracle_recycling import merge
 from vtprune_fx.oracle_scores import (
     Seen,
     attention_logits,
     causal_attention,
     rate,
+    raters,
     softmax,
 )
 
@@ -47,7 +51,7 @@ if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-    from vtprune_fx.recipe import Cut, Recipe
+    from vtprune_fx.recipe import Cut, Recipe, Recycle
 
 DECODERS = (LlamaModel, MistralModel, Qwen2Model, GemmaModel)
 """Decoders with the same steps; norms, biases and scales are in their own modules."""
@@ -85,10 +89,12 @@ class Prefill:
         logits: Of the tokens that survived every cut. [n_final, vocab]
         hidden: The same tokens' hidden states after the final norm. [n_final, h]
         kept: For each layer, which tokens of the sample are present after its cut:
-            indices into the sample, ascending. L of [m after the cut]
+            indices into the sample, ascending, and -1 for new tokens. L of [m after the
+            cut]
         keys: Each layer's key cache, rotated. L of [K, m before the cut, d]
         values: Each layer's value cache. L of [K, m before the cut, d]
-        next_position: Rotary position of the next token, the same in all layers.
+        next_positions: Rotary position of the next token in each layer: the same in
+            all, or with compacted positions less in layers that hold fewer tokens.
         scores: For each layer with a cut, the recipe's scores of the visual tokens
             that were present before it, in order. [v present]
     """
@@ -98,7 +104,7 @@ class Prefill:
     kept: list[Tensor]
     keys: list[Tensor]
     values: list[Tensor]
-    next_position: int
+    next_positions: list[int]
     scores: dict[int, Tensor] = field(default_factory=dict)
 
 
@@ -156,7 +162,7 @@ def prefill(
 
     Raises:
         PlanError: The recipe drops more visual tokens than a layer has left, names a
-            layer that the model lacks, or wants compacted positions.
+            layer that the model lacks.
         InputError: The sample has more or fewer features than image tokens.
     """
     decoder, layers = _decoder(model)
@@ -164,21 +170,28 @@ def prefill(
     cuts = _cuts(recipe, int(visual.sum()), len(layers))
     hidden = _embed(model, sample)
     present = torch.arange(len(hidden), device=hidden.device)
-    row = _Row(hidden, present, visual, _after_last(visual), sample.positions)
+    rating = raters(recipe, hidden, visual, _after_last(visual)) if cuts else visual
+    row = _Row(hidden, present, visual, rating, sample.positions)
     kept, keys, values, scores = [], [], [], {}
     for index, layer in enumerate(layers):
-        row, key, value, rated = _run_layer(
-            decoder, layer, row, recipe, cuts.get(index)
-        )
+        cut = cuts.get(index)
+        row, key, value, rated = _run_layer(decoder, layer, row, recipe, cut)
         kept.append(row.present)
         keys.append(key)
         values.append(value)
         if rated is not None:
             scores[index] = rated
     hidden = _call(decoder.norm, row.hidden)
-    next_position = int(sample.positions[-1]) + 1
     logits = _call(model.lm_head, hidden)
-    return Prefill(logits, hidden, kept, keys, values, next_position, scores)
+    ends = _next_positions(recipe, sample, keys)
+    return Prefill(logits, hidden, kept, keys, values, ends, scores)
+
+
+def _next_positions(recipe: Recipe, sample: Sample, keys: list[Tensor]) -> list[int]:
+    """The position behind the last token that each layer holds."""
+    compacted = recipe.positions == "compacted"
+    lengths = [key.shape[1] if compacted else len(sample.positions) for key in keys]
+    return [int(sample.positions[length - 1]) + 1 for length in lengths]
 
 
 @torch.no_grad()
@@ -187,7 +200,7 @@ def step(model: LlavaForConditionalGeneration, state: Prefill, token: int) -> Te
 
     Args:
         model: The model that made the state.
-        state: Its caches and next position are moved on in place.
+        state: Its caches and next positions are moved on in place.
         token: Id of the token to feed.
 
     Returns:
@@ -196,16 +209,16 @@ def step(model: LlavaForConditionalGeneration, state: Prefill, token: int) -> Te
     decoder, layers = _decoder(model)
     device = state.hidden.device
     hidden = _call(decoder.embed_tokens, torch.tensor([token], device=device))
-    position = torch.tensor([state.next_position], device=device)
-    cos, sin = _rotary(decoder, hidden, position)
     for index, layer in enumerate(layers):
+        position = torch.tensor([state.next_positions[index]], device=device)
+        cos, sin = _rotary(decoder, hidden, position)
         query, key, value = _project(layer, hidden, cos, sin)
         state.keys[index] = torch.cat((state.keys[index], key), dim=1)
         state.values[index] = torch.cat((state.values[index], value), dim=1)
         logits = attention_logits(query, state.keys[index], layer.self_attn.scaling)
         attended = _mix(softmax(logits), state.values[index])
         hidden = _finish(layer, attended, hidden)
-    state.next_position += 1
+    state.next_positions = [position + 1 for position in state.next_positions]
     return _call(model.lm_head, _call(decoder.norm, hidden))[0]
 
 
@@ -304,7 +317,45 @@ def _cut(
         row.instruction[stay],
         row.positions[stay],
     )
+    if recipe.recycle is not None:
+        left = _recycled(recipe.recycle, cut, row, left, scores)
+    if recipe.positions == "compacted":
+        left = replace(left, positions=row.positions[: len(left.positions)])
     return left, stay, scores
+
+
+def _recycled(
+    recycle: Recycle, cut: Cut, before: _Row, left: _Row, scores: Tensor
+) -> _Row:
+    """The tokens left, and new ones made of dropped ones behind the last visual token.
+
+    A new token has the position of the visual token that stood last ahead of the cut.
+    """
+    chosen, clusters = recycle.counts(cut.drop)
+    places = before.visual.nonzero()[:, 0]
+    dropped = torch.argsort(scores, stable=True)[: cut.drop]
+    best_first = places[dropped.flip(0)[:chosen]]
+    new = merge(before.hidden[best_first], clusters)
+    last = int(places[-1])
+    # Where the new tokens go: behind all of those left that stood up to there.
+    stood = torch.arange(len(before.visual), device=places.device)
+    gone = torch.zeros_like(before.visual)
+    gone[places[dropped]] = True
+    at = int((stood[~gone] <= last).sum())
+    own = torch.full((clusters,), -1, device=places.device)
+    yes = torch.ones(clusters, dtype=torch.bool, device=places.device)
+    position = before.positions[last].expand(clusters)
+    return _Row(
+        _insert(left.hidden, at, new),
+        _insert(left.present, at, own),
+        _insert(left.visual, at, yes),
+        _insert(left.instruction, at, ~yes),
+        _insert(left.positions, at, position),
+    )
+
+
+def _insert(values: Tensor, at: int, new: Tensor) -> Tensor:
+    return torch.cat((values[:at], new, values[at:]))
 
 
 def _stay(scores: Tensor, visual: Tensor, drop: int) -> Tensor:
@@ -331,24 +382,13 @@ def _after_last(visual: Tensor) -> Tensor:
 
 def _cuts(recipe: Recipe, visual_tokens: int, layers: int) -> dict[int, Cut]:
     """The recipe's cuts of this sample by layer, as plain counts, checked."""
-    _check_positions(recipe)
     if visual_tokens == 0:
         return {}
     cuts, left = recipe.bound(visual_tokens).cuts, visual_tokens
     for cut in cuts:
         _check_cut(recipe, cut.layer, layers, cut.drop, left)
-        left -= cut.drop
+        left -= cut.drop - recipe.new_tokens(cut.drop)
     return {cut.layer: cut for cut in cuts}
-
-
-def _check_positions(recipe: Recipe) -> None:
-    if recipe.positions != "kept":
-        raise PlanError(
-            f"recipe {recipe.name}, field positions",
-            expected="kept",
-            found=recipe.positions,
-            fix="The oracle keeps every token's rotary position; use such a recipe.",
-        )
 
 
 def _check_cut(recipe: Recipe, layer: int, layers: int, drop: int, left: int) -> None:

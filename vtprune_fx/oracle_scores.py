@@ -85,13 +85,18 @@ def rate(recipe: Recipe, seen: Seen) -> Tensor:
     """What the recipe scores each visual token present, in order. [v present]."""
     if scorers.is_built_in(recipe.score):
         return _SCORES[recipe.score](recipe, seen)
-    roles = torch.full_like(seen.visual, CONTEXT, dtype=torch.long)
-    roles[seen.visual], roles[seen.instruction] = VISUAL, INSTRUCTION
-    one = [value[None] for value in (seen.query, seen.key, roles)]
+    roles = _roles(seen.visual, seen.instruction)[None]
+    query, key = seen.query[None], seen.key[None]
     others = [value[None] for value in (seen.hidden, seen.cos, seen.sin)]
-    query, key, roles = one
     scores = scorers.rate_of(recipe)(query, key, None, roles, seen.scale, *others)
     return scores[0, seen.visual]
+
+
+def _roles(visual: Tensor, instruction: Tensor) -> Tensor:
+    """[n] int64, as ``scoring`` numbers them."""
+    roles = torch.full_like(visual, CONTEXT, dtype=torch.long)
+    roles[visual], roles[instruction] = VISUAL, INSTRUCTION
+    return roles
 
 
 def fitprune(_: Recipe, seen: Seen) -> Tensor:
@@ -145,10 +150,77 @@ def last_token(_: Recipe, seen: Seen) -> Tensor:
     return seen.probabilities[:, -1].mean(dim=0)[seen.visual]
 
 
+def raters(
+    recipe: Recipe, embeddings: Tensor, visual: Tensor, instruction: Tensor
+) -> Tensor:
+    """Which of the text behind the images rates. [n] bool.
+
+    All of it, or with SparseVLM (arXiv:2410.04417) the text with more than its share of
+    the visual tokens' softmaxed similarity.
+
+    Shapes: embeddings [n, h]; visual, instruction [n] bool
+    """
+    if recipe.score in {"sparsevlm", "sparsevlm-plus"} and bool(instruction.any()):
+        similar = (embeddings[visual] @ embeddings[instruction].T).float()
+        share = similar.softmax(dim=1).mean(dim=0)
+        above = share > share.mean()
+        chosen = instruction.clone()
+        chosen[instruction] = above if bool(above.any()) else True
+        return chosen
+    if scorers.is_built_in(recipe.score):
+        return instruction
+    found = scorers.scorer(recipe.score).raters
+    if found is None:
+        return instruction
+    roles = _roles(visual, instruction)
+    return found(embeddings[None], roles[None])[0] == INSTRUCTION
+
+
+def sparsevlm(_: Recipe, seen: Seen) -> Tensor:
+    """SparseVLM's: mean attention from the raters, over them and over heads."""
+    return seen.probabilities[:, seen.instruction].mean(dim=(0, 1))[seen.visual]
+
+
+def sparsevlm_plus(recipe: Recipe, seen: Seen) -> Tensor:
+    """SparseVLM+'s: divided by the rotary decay, the best heads alone."""
+    half = seen.cos.shape[1] // 2
+    cos, sin = seen.cos.float(), seen.sin.float()
+    ones = torch.cat((cos[:, :half] - sin[:, :half], cos[:, half:] + sin[:, half:]), 1)
+    decay = ones @ ones.T / (2 * half) ** 0.5
+    tiny = decay.abs() < 1e-5
+    decay[tiny] = torch.where(decay[tiny] < 0, -1e-5, 1e-5)
+    rated = (seen.probabilities / decay)[:, seen.instruction][:, :, seen.visual]
+    sums = rated.sum(dim=(1, 2))
+    heads = sums.argsort(descending=True, stable=True)
+    best: Tensor = rated[heads[: int(recipe.options.get("heads", 14))]]
+    return best.mean(dim=(0, 1))
+
+
+def dart(recipe: Recipe, seen: Seen) -> Tensor:
+    """DART's, as ``scorers.dart`` defines it: minus the cosine to the nearest pivot."""
+    keys = seen.key.transpose(0, 1).flatten(1).float()
+    length = keys.abs().sum(dim=1)
+    pivots: list[int] = []
+    for name, which in (("visual", seen.visual), ("text", seen.instruction)):
+        places = which.nonzero()[:, 0]
+        best = length[places].argsort(descending=True, stable=True)
+        count = int(recipe.options.get(f"{name}_pivots", 4))
+        pivots += places[best[:count]].tolist()
+    scores = torch.full_like(length, 2.0)
+    for token in range(len(keys)):
+        if pivots and token not in pivots:
+            likeness = torch.cosine_similarity(keys[token][None], keys[pivots])
+            scores[token] = -likeness.max()
+    return scores[seen.visual]
+
+
 _SCORES: dict[str, Callable[[Recipe, Seen], Tensor]] = {
+    "dart": dart,
     "fitprune": fitprune,
     "inverted": inverted,
     "last-token": last_token,
     "random": random,
+    "sparsevlm": sparsevlm,
+    "sparsevlm-plus": sparsevlm_plus,
     "uniform": uniform,
 }

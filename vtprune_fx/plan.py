@@ -15,6 +15,7 @@ from vtprune_fx.anatomy import Anatomy, Attention
 from vtprune_fx.errors import PlanError
 from vtprune_fx.graph import axes_of, mentions, size_expr
 from vtprune_fx.recipe import Cut, Recipe, Site
+from vtprune_fx.stream import seen_through
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,12 @@ class PlannedCut:
         edge: Name of the node behind which tokens leave.
         hidden: Name of the residual stream there, [B, S, E], where the graph shows it.
         drop: Visual tokens that leave.
-        dropped: Visual tokens that have left when the cut is done, earlier ones too.
+        clustered: How many of them are clustered into new tokens.
+        new: New tokens that these become.
+        dropped: Tokens fewer when the cut is done than the prompt came with.
         live: What has to be gathered, beside the tokens' roles that passes add.
+        places: Those of them that depend on a token's place alone (rotary tables,
+            position ids) where positions are compacted.
     """
 
     attention: Attention
@@ -49,8 +54,11 @@ class PlannedCut:
     edge: str
     hidden: str | None
     drop: int
+    clustered: int
+    new: int
     dropped: int
     live: tuple[LiveValue, ...]
+    places: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -62,7 +70,9 @@ class PrunePlan:
         tokens: The symbol of the prompt's length.
         visual: Name of the mask of visual tokens, [B, S] or [B, S, 1].
         visual_tokens: Visual tokens a sample comes with.
-        layers: Decoder layers of the graph.
+        embeddings: Name of what enters the decoder, [B, S, E], where the graph shows
+            it.
+        attentions: The attentions of all decoder layers, in order.
         lengths: Names of the symbolic ints that are the prompt's length.
         cuts: The cuts, in order.
     """
@@ -71,14 +81,25 @@ class PrunePlan:
     tokens: sympy.Symbol
     visual: str
     visual_tokens: int
-    layers: int
+    embeddings: str | None
+    attentions: tuple[Attention, ...]
     lengths: frozenset[str]
     cuts: tuple[PlannedCut, ...]
 
     @property
+    def layers(self) -> int:
+        """Decoder layers of the graph."""
+        return len(self.attentions)
+
+    @property
     def dropped(self) -> int:
-        """Visual tokens that a sample loses in all."""
+        """Tokens that a sample has fewer in the end."""
         return self.cuts[-1].dropped if self.cuts else 0
+
+    @property
+    def needed(self) -> int:
+        """Visual tokens that a sample must have for every cut to find what it drops."""
+        return self.recipe.needed(self.visual_tokens)
 
 
 def place(recipe: Recipe, anatomy: Anatomy, graph: Graph) -> PrunePlan:
@@ -89,46 +110,76 @@ def place(recipe: Recipe, anatomy: Anatomy, graph: Graph) -> PrunePlan:
             the model does not have, or drops more visual tokens than a sample has; or a
             live value cannot be gathered.
     """
-    _check_supported(recipe)
     drops = recipe.drops(anatomy.visual_tokens)
-    _check_fits(recipe, anatomy, drops)
+    _check_fits(recipe, anatomy)
     uses = _Uses(graph)
     lengths = frozenset(
         n.name for n in graph.nodes if _is_length(n.meta.get("val"), anatomy.tokens)
     )
     cuts: list[PlannedCut] = []
+    compacted = recipe.positions == "compacted" and drops
+    places = _of_place(recipe, graph, anatomy) if compacted else frozenset()
     dropped = 0
     for cut in recipe.cuts:
         if (drop := drops.get(cut.layer)) is None:
             continue
-        dropped += drop
+        chosen, new = recipe.recycle.counts(drop) if recipe.recycle else (0, 0)
+        dropped += drop - new
         attention = anatomy.layers[cut.layer]
         edge, hidden = _edge(recipe, cut, attention)
         live = _live(uses, edge, anatomy, lengths)
-        planned = PlannedCut(attention, cut.site, edge, hidden, drop, dropped, live)
+        planned = PlannedCut(
+            attention=attention,
+            site=cut.site,
+            edge=edge,
+            hidden=hidden,
+            drop=drop,
+            clustered=chosen,
+            new=new,
+            dropped=dropped,
+            live=live,
+            places=places & {value.node for value in live},
+        )
         cuts.append(planned)
     return PrunePlan(
         recipe=recipe,
         tokens=anatomy.tokens,
         visual=anatomy.visual,
         visual_tokens=anatomy.visual_tokens,
-        layers=len(anatomy.layers),
+        embeddings=anatomy.layers[0].stream.entry,
+        attentions=anatomy.layers,
         lengths=lengths,
         cuts=tuple(cuts),
     )
 
 
-def _check_supported(recipe: Recipe) -> None:
-    if recipe.positions != "kept":
-        raise PlanError(
-            f"recipe {recipe.name}, field positions",
-            expected="'kept'",
-            found=repr(recipe.positions),
-            fix="Compacted positions reach into decoding, which no pass rewrites yet.",
-        )
+def _of_place(recipe: Recipe, graph: Graph, anatomy: Anatomy) -> frozenset[str]:
+    """Values that depend on a token's place alone: rotary tables and what makes them.
+
+    Raises:
+        PlanError: A layer does not show what it rotates by.
+    """
+    named = {node.name: node for node in graph.nodes}
+    found: set[Node] = set()
+    for layer in anatomy.layers:
+        if layer.stream.cos is None or layer.stream.sin is None:
+            raise PlanError(
+                f"recipe {recipe.name}, field positions",
+                expected="queries rotated by q * cos + rotate_half(q) * sin",
+                found=f"another form in layer {layer.layer}, or no rotary embedding",
+                fix="Use a recipe with 'positions': 'kept'.",
+            )
+        found |= {named[layer.stream.cos], named[layer.stream.sin]}
+    tables = frozenset(found)
+    for node in reversed(graph.nodes):
+        # What nothing but the tables is made of.
+        if node.users and all(user in found for user in node.users):
+            found.add(node)
+    views = (n for n in graph.nodes if any(v in tables for v in seen_through(n)))
+    return frozenset(node.name for node in (*found, *views))
 
 
-def _check_fits(recipe: Recipe, anatomy: Anatomy, drops: dict[int, int]) -> None:
+def _check_fits(recipe: Recipe, anatomy: Anatomy) -> None:
     layers = len(anatomy.layers)
     deepest = max((cut.layer for cut in recipe.cuts), default=-1)
     if deepest >= layers:
@@ -138,11 +189,11 @@ def _check_fits(recipe: Recipe, anatomy: Anatomy, drops: dict[int, int]) -> None
             found=f"a recipe made for {recipe.layers} layers",
             fix="Choose a recipe for this model, or fit one.",
         )
-    if sum(drops.values()) > anatomy.visual_tokens:
+    if (needed := recipe.needed(anatomy.visual_tokens)) > anatomy.visual_tokens:
         raise PlanError(
             f"recipe {recipe.name}",
             expected=f"at most {anatomy.visual_tokens} dropped, which a sample has",
-            found=f"{sum(drops.values())} visual tokens dropped",
+            found=f"{needed} visual tokens dropped",
             fix="A recipe with the field 'of' scales to what a sample has.",
         )
 

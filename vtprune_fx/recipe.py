@@ -59,6 +59,26 @@ class Cut(_Strict):
     site: Site = "after_attention"
 
 
+class Recycle(_Strict):
+    """Dropped tokens are clustered into a few new ones, as SparseVLM does.
+
+    Of n dropped tokens the best scored ``int(tau n) + 1`` form
+    ``int(theta (int(tau n) + 1)) + 1`` clusters.
+
+    Attributes:
+        tau: The share of the dropped tokens that is clustered.
+        theta: Clusters, as a share of those.
+    """
+
+    tau: Annotated[float, Field(ge=0, le=1)]
+    theta: Annotated[float, Field(ge=0, le=1)]
+
+    def counts(self, dropped: int) -> tuple[int, int]:
+        """How many of the dropped tokens are clustered, and into how many new ones."""
+        chosen = min(int(self.tau * dropped) + 1, dropped)
+        return chosen, min(int(self.theta * chosen) + 1, chosen)
+
+
 class Provenance(_Strict):
     """Where a recipe comes from.
 
@@ -73,7 +93,17 @@ class Provenance(_Strict):
     note: str = ""
 
 
-Method = Literal["fitprune", "fastv", "vtw", "baseline", "custom"]
+Method = Literal[
+    "fitprune",
+    "sparsevlm",
+    "sparsevlm-plus",
+    "fastv",
+    "pyramiddrop",
+    "vtw",
+    "dart",
+    "baseline",
+    "custom",
+]
 
 
 class Recipe(_Strict):
@@ -87,7 +117,10 @@ class Recipe(_Strict):
         score: The scorer that ranks visual tokens at each cut (``scorers.names()``).
         seed: Of the ``random`` score; others ignore it.
         options: Options of the scorer, by name.
-        positions: ``kept``: a surviving token keeps its rotary position.
+        positions: ``kept``: a surviving token keeps its rotary position;
+            ``compacted``: behind a cut the tokens left take the first positions.
+        recycle: How dropped tokens become new ones, or None. Every cut must then be
+            ``after_layer``.
         layers: Decoder layers of the model the recipe was made for.
         visual_tokens: Visual tokens per sample of that model.
         of: Reference count of visual tokens, or None where ``drop`` is a plain count.
@@ -102,6 +135,7 @@ class Recipe(_Strict):
     seed: Count = 0
     options: dict[str, int | float] = {}
     positions: Literal["kept", "compacted"]
+    recycle: Recycle | None = None
     layers: PositiveCount
     visual_tokens: PositiveCount
     of: PositiveCount | None = None
@@ -138,22 +172,25 @@ class Recipe(_Strict):
                 f"cuts in layers 0 to {self.layers - 1} ('layers' is {self.layers})",
                 f"a cut in layer {layers[-1]}",
             )
-        total, most = sum(cut.drop for cut in self.cuts), self.of or self.visual_tokens
-        if total > most:
+        most = self.of or self.visual_tokens
+        if (total := self.needed(most)) > most:
             raise _wrong(
                 "cuts",
                 f"cuts that drop at most the {most} visual tokens there are",
                 f"{total} dropped",
             )
+        sites = {cut.site for cut in self.cuts}
+        if self.recycle and not sites <= {"after_layer"}:
+            raise _wrong("cuts", "cuts after_layer, to recycle", " and ".join(sites))
         return self
 
     def __hash__(self) -> int:
         return hash(self.to_json())
 
     def drops(self, visual_tokens: int) -> dict[int, int]:
-        """Visual tokens that a sample with ``visual_tokens`` of them loses, by layer.
+        """Visual tokens that a sample with ``visual_tokens`` of them drops, by layer.
 
-        Layers that lose none are left out.
+        Layers that drop none are left out. New tokens do not count.
         """
         counts = {
             cut.layer: cut.drop
@@ -163,14 +200,30 @@ class Recipe(_Strict):
         }
         return {layer: count for layer, count in counts.items() if count > 0}
 
+    def new_tokens(self, dropped: int) -> int:
+        """How many new tokens a cut makes of those it drops."""
+        return self.recycle.counts(dropped)[1] if self.recycle else 0
+
+    def needed(self, visual_tokens: int) -> int:
+        """Visual tokens that a sample must have for every cut to find what it drops.
+
+        As many as leave in all, less the new ones that earlier cuts made.
+        """
+        gone = most = 0
+        for drop in self.drops(visual_tokens).values():
+            most = max(most, gone + drop)
+            gone += drop - self.new_tokens(drop)
+        return most
+
     def tokens_per_layer(self, visual_tokens: int, layers: int) -> list[int]:
         """Visual tokens left after each layer's own cut, ``layers`` numbers.
 
-        Never below 0: a sample with fewer visual tokens than the recipe drops loses
-        those it has.
+        New tokens count. Never below 0: a sample with fewer visual tokens than the
+        recipe drops loses those it has.
         """
         drops = self.drops(visual_tokens)
-        gone = itertools.accumulate(drops.get(layer, 0) for layer in range(layers))
+        counts = (drops.get(layer, 0) for layer in range(layers))
+        gone = itertools.accumulate(c - self.new_tokens(c) if c else 0 for c in counts)
         return [max(0, visual_tokens - count) for count in gone]
 
     def bound(self, visual_tokens: int) -> Recipe:
@@ -183,6 +236,22 @@ class Recipe(_Strict):
         )
         changes = {"of": None, "visual_tokens": visual_tokens, "cuts": cuts}
         return self.model_copy(update=changes)
+
+    def check_decodes(self) -> None:
+        """Check that what follows the prompt can be decoded.
+
+        Raises:
+            RecipeError: Tokens leave ahead of the first layer, whose cache tells
+                transformers how long the prompt was.
+        """
+        first = self.cuts[0] if self.cuts else None
+        if first and (first.layer, first.site) == (0, "before_layer") and first.drop:
+            raise RecipeError(
+                f"recipe {self.name}, cut at layer 0",
+                expected="the first layer to see the whole prompt, to generate",
+                found="a cut before_layer",
+                fix="Cut after_layer 0 or later; prune() runs such a prompt alone.",
+            )
 
     def baseline(self, score: Literal["inverted", "random", "uniform"]) -> Recipe:
         """The same cuts, with tokens chosen by a score that no method would use."""
@@ -201,7 +270,7 @@ class Recipe(_Strict):
         """The recipe as the text of a recipe file."""
         # Only recipes that draw at random have to tell a seed.
         unused = {"seed"} if self.score != "random" else set()
-        unused |= {name for name in ("options",) if not getattr(self, name)}
+        unused |= {name for name in ("options", "recycle") if not getattr(self, name)}
         return self.model_dump_json(indent=2, exclude=unused) + "\n"
 
 

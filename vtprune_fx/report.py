@@ -85,12 +85,15 @@ def in_prompt(keep_sets: Mapping[int, Tensor]) -> dict[int, Tensor]:
             the cuts ahead of it left.
 
     Returns:
-        For each layer with a cut, [B, K]: positions in the prompt as it came.
+        For each layer with a cut, [B, K]: positions in the prompt as it came, -1 for
+        tokens that did not come with it but were made of dropped ones.
     """
     found: dict[int, Tensor] = {}
     before: Tensor | None = None
     for layer, keep in sorted(keep_sets.items()):
-        before = keep if before is None else before.gather(1, keep)
+        places = keep.clamp(min=0)
+        came = places if before is None else before.gather(1, places)
+        before = came.masked_fill(keep < 0, -1)
         found[layer] = before
     return found
 
@@ -140,4 +143,5 @@ class Explanation:
         cut = cuts[layer]
         left = self.anatomy.visual_tokens - cut.dropped
         gathered = ", ".join(value.node for value in cut.live)
-        return f"{cut.drop} leave, {left} stay; gathers {gathered}"
+        new = f", {cut.new} of them new" if cut.new else ""
+        return f"{cut.drop} leave, {left} stay{new}; gathers {gathered}"

@@ -12,14 +12,20 @@ refused when it is placed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import sympy
 import torch
+from torch import Tensor
 from torch.fx import Graph, Node
 
-from vtprune_fx.graph import size_expr, tensor_of, walk_back
+from vtprune_fx.graph import (
+    size_expr,
+    tensor_of,
+    value_at_full_length,
+    walk_back,
+)
 
 aten = torch.ops.aten
 
@@ -86,8 +92,8 @@ def read_streams(
             outputs[layer].append(node)
         elif 0 in readers:
             entries.append(node)
-    rotary = [_rotary(query) for _, query, _ in queries]
-    entries = [node for node in entries if node not in rotary[0]]
+    tables = [rotary(query) for _, query, _ in queries]
+    entries = [node for node in entries if node not in tables[0]]
     first = next((node for node in graph.nodes if home[node] == 0), None)
     ends = [None if first is None else first.prev, *map(_only, outputs)]
     enters = [_only(entries), *map(_only, outputs)]
@@ -96,8 +102,8 @@ def read_streams(
             start=_name(ends[layer]),
             entry=_name(enters[layer]),
             output=_name(enters[layer + 1]),
-            cos=_name(rotary[layer][0]),
-            sin=_name(rotary[layer][1]),
+            cos=_name(tables[layer][0]),
+            sin=_name(tables[layer][1]),
             cached=_name(_handed_out(key)),
         )
         for layer, (_, _, key) in enumerate(queries)
@@ -125,6 +131,11 @@ def _layer_of(node: Node, prefixes: dict[str, int]) -> int | None:
     return next((layer for layer in layers if layer is not None), None)
 
 
+def seen_through(node: Node) -> Iterator[Node]:
+    """``node``, and what it is a view of."""
+    return walk_back(node, _VIEWS)
+
+
 def _is_stream(node: Node, tokens: sympy.Symbol) -> bool:
     value = tensor_of(node)
     return (
@@ -135,9 +146,9 @@ def _is_stream(node: Node, tokens: sympy.Symbol) -> bool:
     )
 
 
-def _rotary(query: Node) -> tuple[Node | None, Node | None]:
+def rotary(query: Node) -> tuple[Node | None, Node | None]:
     """(cos, sin) of ``q * cos + rotate_half(q) * sin``."""
-    *_, rotated = walk_back(query, _VIEWS)
+    *_, rotated = seen_through(query)
     if rotated.target != aten.add.Tensor:
         return None, None
     products = [n for n in rotated.args if isinstance(n, Node)]
@@ -153,16 +164,16 @@ def _table(factor: object) -> Node | None:
     """The table [B or 1, S, D] behind a factor [B or 1, 1, S, D]."""
     if not isinstance(factor, Node):
         return None
-    for node in walk_back(factor, _VIEWS):
-        value = tensor_of(node)
-        if value is not None and value.dim() == 3:
+    for node in seen_through(factor):
+        value = value_at_full_length(node)
+        if isinstance(value, Tensor) and value.dim() == 3:
             return node
     return None
 
 
 def _handed_out(key: Node) -> Node | None:
     """The value behind a layer's keys that the graph returns."""
-    for node in walk_back(key, _VIEWS):
+    for node in seen_through(key):
         if any(user.op == "output" for user in node.users):
             return node
     return None

@@ -63,11 +63,14 @@ class Scorer:
 
 
 _BUILT_IN: dict[str, int | None] = {
-    # The module of that name in this package, and the rows of attention it computes.
+    # The module of that name in this package, and ``Scorer.rows`` (of keys for dart).
+    "dart": 8,
     "fitprune": None,
     "inverted": None,
     "last-token": 1,
     "random": 0,
+    "sparsevlm": None,
+    "sparsevlm-plus": None,
     "uniform": 0,
 }
 

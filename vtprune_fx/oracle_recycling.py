@@ -1,0 +1,37 @@
+"""The oracle's recycling: dropped tokens clustered into new ones, written out in loops.
+
+SparseVLM (arXiv:2410.04417), code of version 1.5; ``recycling`` says what differs.
+Shapes: m tokens, h hidden size, C clusters.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def merge(tokens: Tensor, clusters: int) -> Tensor:
+    """Density-peak clusters' means, in the order of their centres. [m, h] -> [C, h].
+
+    Args:
+        tokens: Hidden states of the clustered tokens, the best scored first.
+        clusters: C.
+    """
+    exact = tokens.double()
+    apart = torch.cdist(exact, exact, compute_mode="donot_use_mm_for_euclid_dist")
+    apart = (apart / tokens.shape[1] ** 0.5).float()
+    nearest = apart.sort(dim=1).values[:, :clusters]
+    density = (-(nearest**2).mean(dim=1)).exp().tolist()
+    count = len(density)
+    products = []
+    for i in range(count):
+        denser = [j for j in range(count) if (density[j], i) > (density[i], j)]
+        gaps = apart[i, denser] if denser else apart
+        products.append(float(gaps.min() if denser else gaps.max()) * density[i])
+    centres = sorted(range(count), key=lambda i: (-products[i], i))[:clusters]
+    members: list[list[int]] = [[] for _ in centres]
+    for i in range(count):
+        own = centres.index(i) if i in centres else int(apart[i, centres].argmin())
+        members[own].append(i)
+    means = [tokens[of].float().mean(dim=0) for of in members]
+    return torch.stack(means).to(tokens.dtype)
