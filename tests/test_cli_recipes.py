@@ -6,12 +6,13 @@ import json
 import re
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import pytest
 from transformers import LlavaConfig
 
 from vtprune_fx import cli, recipe
+from vtprune_fx.methods import METHODS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -53,14 +54,24 @@ def test_recipes_lists_every_shipped_recipe_in_80_columns(io: Run) -> None:
     assert "…" not in out
 
 
+def test_every_method_is_explained_with_its_source(io: Run) -> None:
+    _, out, _ = run(*io, "recipes")
+    assert set(METHODS) == set(get_args(recipe.Method))
+    text = " ".join(out.split())
+    for name, method in METHODS.items():
+        assert f"{method.title} ({name}, {method.source}) {method.explanation}" in text
+    _, shown, _ = run(*io, "recipes", "show", "vtw-llava-1.5-7b")
+    assert METHODS["vtw"].explanation in shown
+
+
 def test_show_draws_the_tokens_of_each_layer(io: Run) -> None:
     status, out, _ = run(*io, "recipes", "show", NAME)
     assert status == 0
     rows = [line.split() for line in out.splitlines()]
     # Published: layer 0 deletes 14 of 576, all layers together 449.
-    assert rows[3][:3] == ["0", "14", "562"]
+    assert rows[4][:3] == ["0", "14", "562"]
     assert rows[-1][:3] == ["31", "0", "127"]
-    assert len(rows[3][3]) > len(rows[-1][3])
+    assert len(rows[4][3]) > len(rows[-1][3])
 
 
 def test_show_json_is_a_recipe_file(io: Run, tmp_path: Path) -> None:

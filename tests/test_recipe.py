@@ -29,7 +29,24 @@ DELETED = {
     "fitprune-llava-1.5-7b-80": 514,
     "fitprune-llava-1.5-7b-90": 539,
 }
+# The mean over layers of the visual tokens after each, which gives them their names.
+SPARSE = {
+    f"{method}-llava-1.5-7b-{mean}": mean
+    for method in ("sparsevlm", "sparsevlm-plus")
+    for mean in (192, 128, 96, 64)
+}
+# Tokens that stay behind the last cut, and layers that cut.
+SIMPLE = {
+    "dart-llava-1.5-7b-192": (192, [1]),
+    "dart-llava-1.5-7b-128": (128, [1]),
+    "dart-llava-1.5-7b-64": (64, [1]),
+    "fastv-llava-1.5-7b": (288, [1]),
+    "pyramiddrop-llava-1.5-7b": (72, [8, 16, 24]),
+    "vtw-llava-1.5-7b": (0, [14]),
+}
 OTHERS = {
+    *SPARSE,
+    *SIMPLE,
     "fitprune-llava-hr-7b-40",
     "fitprune-llava-hr-7b-60",
     "fitprune-llava-next-7b-40",
@@ -61,6 +78,46 @@ def changed(**fields: object) -> Fields:
 def test_all_published_recipes_ship() -> None:
     own = {name for name in recipe.names() if "-reference-" in name}
     assert set(recipe.names()) == set(DELETED) | OTHERS | own
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_sparsevlm_recipes_leave_what_they_are_named_after(name: str) -> None:
+    loaded = recipe.load_recipe(name)
+    mean = sum(loaded.tokens_per_layer(576, 32)) / 32
+    assert int(mean) == SPARSE[name]
+    assert [cut.layer for cut in loaded.cuts] == [2, 6, 15]
+
+
+def test_recycling_leaves_what_was_recorded() -> None:
+    """The published code at "64" has 576, 82, 32 and 18 visual tokens."""
+    left = recipe.load_recipe("sparsevlm-llava-1.5-7b-64").tokens_per_layer(576, 32)
+    assert [left[layer] for layer in (1, 2, 6, 15)] == [576, 82, 32, 18]
+
+
+@pytest.mark.parametrize("name", SIMPLE)
+def test_other_recipes_cut_where_published(name: str) -> None:
+    loaded = recipe.load_recipe(name)
+    left, layers = SIMPLE[name]
+    assert loaded.tokens_per_layer(576, 32)[-1] == left
+    assert [cut.layer for cut in loaded.cuts] == layers
+
+
+def test_a_recipe_needs_what_every_cut_finds() -> None:
+    """8 leave and become 3 * 0.5 + 1 = 2 new ones, of 5 clustered; then 6 leave."""
+    cuts = [
+        {"layer": at, "drop": n, "site": "after_layer"} for at, n in ((0, 8), (1, 6))
+    ]
+    loaded = recipe.load_recipe(
+        changed(cuts=cuts, visual_tokens=12, recycle={"tau": 0.5, "theta": 0.3})
+    )
+    assert loaded.new_tokens(8) == 2
+    assert loaded.needed(12) == 8 - 2 + 6
+    assert loaded.tokens_per_layer(12, 2) == [6, 6 - 6 + 2]
+
+
+def test_recycling_asks_for_cuts_behind_layers() -> None:
+    with pytest.raises(RecipeError, match="field cuts: expected cuts after_layer"):
+        recipe.load_recipe(changed(recycle={"tau": 0.5, "theta": 0.3}))
 
 
 def test_a_seed_is_written_where_it_matters(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from rich.table import Table
 from vtprune_fx import recipe as recipes_module
 from vtprune_fx.cost import LLAVA_1_5_7B, Geometry, cost
 from vtprune_fx.errors import InputError, VtpruneError
+from vtprune_fx.methods import METHODS
 from vtprune_fx.reference import CHECKPOINT
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ def list_recipes(context: typer.Context) -> None:
     table = Table(
         box=SIMPLE_HEAD,
         pad_edge=False,
+        collapse_padding=True,
         caption="MACs saved: over the visual tokens alone, in layers of a 7B decoder.",
     )
     for title in ("name", "model"):
@@ -80,13 +82,18 @@ def list_recipes(context: typer.Context) -> None:
         table.add_column(title, justify="right", no_wrap=True)
     for name in recipes_module.names():
         table.add_row(*_summary(recipes_module.load_recipe(name)))
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    for method, about in METHODS.items():
+        console.print(f"\n[bold]{about.title}[/bold] ({method}, {about.source})")
+        console.print(about.explanation)
 
 
 def _summary(recipe: Recipe) -> list[str]:
     decoder = dataclasses.replace(LLAVA_1_5_7B, layers=recipe.layers)
     saved = cost(recipe, decoder, recipe.visual_tokens, text_tokens=0).visual.saved
-    dropped = sum(recipe.drops(recipe.visual_tokens).values())
+    left = recipe.tokens_per_layer(recipe.visual_tokens, recipe.layers)[-1]
+    dropped = recipe.visual_tokens - left
     counts = (recipe.layers, recipe.visual_tokens, dropped)
     return [recipe.name, recipe.provenance.model, *map(str, counts), f"{saved:.1%}"]
 
@@ -106,6 +113,7 @@ def show_recipe(
         return
     typer.echo(f"{recipe.name}: {recipe.method}, {recipe.positions} positions")
     typer.echo(f"{recipe.provenance.source}. {recipe.provenance.note}".rstrip())
+    typer.echo(METHODS[recipe.method].explanation)
     left = recipe.tokens_per_layer(recipe.visual_tokens, recipe.layers)
     drops = recipe.drops(recipe.visual_tokens)
     typer.echo("layer  drop  left")

@@ -1,0 +1,76 @@
+"""What each pruning method is, in a few lines, and where it is from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Method:
+    """A pruning method.
+
+    Attributes:
+        title: Its name.
+        source: Where it is published.
+        explanation: How it chooses and where it cuts.
+    """
+
+    title: str
+    source: str
+    explanation: str
+
+
+METHODS: dict[str, Method] = {
+    "fitprune": Method(
+        "FitPrune",
+        "arXiv:2409.10197",
+        "Behind the attention of nearly every layer a few tokens leave: those with the "
+        "least attention from the text behind the images, times the least from other "
+        "visual tokens, each the largest over heads.",
+    ),
+    "sparsevlm": Method(
+        "SparseVLM",
+        "arXiv:2410.04417, code of version 1.5",
+        "Behind three layers the tokens leave that get the least attention from the "
+        "text that the images call for. Some of them are clustered into new tokens. "
+        "Positions are compacted.",
+    ),
+    "sparsevlm-plus": Method(
+        "SparseVLM+",
+        "arXiv:2410.04417, code of version 2.0",
+        "SparseVLM with attention freed from its decay over rotary distance, over the "
+        "heads that look at images most; no new tokens, positions kept.",
+    ),
+    "fastv": Method(
+        "FastV",
+        "arXiv:2403.06764",
+        "Behind one early layer the tokens leave that the last token attends to least.",
+    ),
+    "pyramiddrop": Method(
+        "PyramidDrop",
+        "arXiv:2410.17247",
+        "Ahead of three layers half of the tokens leave: those that the last token "
+        "would attend to least in that layer. Positions are compacted.",
+    ),
+    "vtw": Method(
+        "VTW",
+        "arXiv:2405.05803",
+        "All visual tokens leave in the middle of the decoder.",
+    ),
+    "dart": Method(
+        "DART",
+        "arXiv:2502.11494",
+        "Behind one early layer the tokens leave whose keys are most like those of a "
+        "few pivots: duplicates. Needs no attention.",
+    ),
+    "baseline": Method(
+        "Baseline",
+        "for comparison",
+        "The cuts of another recipe, with tokens chosen at random, evenly spaced, or "
+        "the wrong way round.",
+    ),
+    "custom": Method(
+        "Custom", "a scorer of your own", "See vtprune_fx.register_scorer."
+    ),
+}
+"""Methods by the name that recipes use."""
