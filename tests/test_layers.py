@@ -16,8 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "vtprune_fx"
 # These may import everything; the facade __init__ hands out what they define.
 TOP = (
-    *("__init__", "accuracy", "answer", "api", "backend", "cli", "curve", "demo"),
-    *("evaluate", "generation"),
+    *("__init__", "accuracy", "answer", "api", "backend", "calibration", "cli"),
+    *("collect", "curve", "demo", "evaluate", "fitting", "generation"),
 )
 FRONT = tuple(f"{PACKAGE}.{name}" for name in ("api", "backend", "cli", "demo"))
 REFERENCE = f"{PACKAGE}.reference"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -25,7 +26,10 @@ from vtprune_fx.methods import METHODS
 from vtprune_fx.reference import CHECKPOINT
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from vtprune_fx.cost import Cost, Work
+    from vtprune_fx.fitting import Fitted
     from vtprune_fx.recipe import Recipe
 
 BAR_WIDTH = 40
@@ -111,6 +115,11 @@ def show_recipe(
     if as_json:
         typer.echo(recipe.to_json(), nl=False)
         return
+    _draw(recipe)
+
+
+def _draw(recipe: Recipe) -> None:
+    """What a recipe is, and a bar for the tokens left after each layer."""
     typer.echo(f"{recipe.name}: {recipe.method}, {recipe.positions} positions")
     typer.echo(f"{recipe.provenance.source}. {recipe.provenance.note}".rstrip())
     typer.echo(METHODS[recipe.method].explanation)
@@ -345,6 +354,133 @@ def evaluate(
         replace_file(output, text.encode())
     if plot is not None:
         draw_curve(result, plot)
+
+
+class Dtype(enum.StrEnum):
+    """Types of weights."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Count(enum.StrEnum):
+    """Whose MACs the budget of ``vtprune fit`` is a share of."""
+
+    all = "all"
+    visual = "visual"
+
+
+@app.command("fit")
+def fit(
+    model: ModelArgument,
+    data: Annotated[
+        str,
+        typer.Option(
+            help="A folder of images with a metadata.jsonl, a data set on disk or the "
+            "hub, or 'reference': the reference model's training questions."
+        ),
+    ],
+    budget: Annotated[
+        list[float],
+        typer.Option(
+            help="Share of the language model's prefill MACs to save, what "
+            "`vtprune cost` prints as saved: 0.6. As often as you like."
+        ),
+    ],
+    output: Annotated[Path, typer.Option(help="New folder, or an earlier fit's.")],
+    limit: Annotated[int, typer.Option(min=1, help="Samples at most.")] = 64,
+    exact: Annotated[
+        bool,
+        typer.Option(
+            "--exact",
+            help="As the published code: recompute attention on what is left.",
+        ),
+    ] = False,
+    count: Annotated[
+        Count,
+        typer.Option(help="MACs of all tokens, or of visual ones as the paper counts."),
+    ] = Count.all,
+    max_cuts: Annotated[
+        int | None,
+        typer.Option(min=1, help="Merge cuts until there are at most so many."),
+    ] = None,
+    statistics: Annotated[
+        Path | None, typer.Option(help="Statistics of an earlier fit to use.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda. Default: cuda if there is one.")
+    ] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Type of weights.")] = Dtype.float32,
+) -> None:
+    """Find FitPrune recipes for a model: how many tokens each layer drops.
+
+    From attention statistics of the unpruned model on a few prompts. They are kept in
+    the folder: a run that is cut short goes on where it was, and further budgets take
+    seconds. Under torchrun, processes share the samples.
+
+    Example: [bold]vtprune fit llava-hf/llava-1.5-7b-hf --data photos
+    --budget 0.6 --budget 0.5 --output llava-recipes[/bold]
+    """
+    import torch
+
+    from vtprune_fx import processes
+    from vtprune_fx.calibration import open_calibration
+    from vtprune_fx.fitting import Options, check_request, fit_recipes
+    from vtprune_fx.inputs import open_checkpoint
+
+    command = shlex.join(["vtprune", *sys.argv[1:]])
+    options = Options(
+        tuple(dict.fromkeys(budget)),
+        count.value,
+        exact,
+        max_cuts,
+        statistics,
+        model,
+        command,
+    )
+    # What can be refused is refused before anything slow.
+    check_request(output, options)
+    calibration = open_calibration(data, limit)
+    loaded, processor = open_checkpoint(model, getattr(torch, dtype.value))
+    with processes.joined():
+        on = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        loaded.to(torch.device(on))  # type: ignore[arg-type] # transformers' wrapper
+        fitted = fit_recipes(loaded, processor, calibration, output, options)
+        if processes.rank():
+            return
+    for one in fitted:
+        _draw(one.recipe)
+        typer.echo()
+    Console().print(_fitted_table(fitted))
+    first = output / f"{fitted[0].recipe.name}.json"
+    typer.echo(f"Wrote {output}. Try: vtprune cost --recipe {first}")
+
+
+def _fitted_table(fitted: Sequence[Fitted]) -> Table:
+    table = Table(box=SIMPLE_HEAD, caption="Saved: of the calibration prompts' MACs.")
+    table.add_column("recipe", overflow="fold")
+    titles = (
+        "budget",
+        "alpha",
+        "saved,\nall",
+        "saved,\nvisual",
+        "cuts",
+        "attention\nkept",
+    )
+    for title in titles:
+        table.add_column(title, justify="right", no_wrap=True)
+    for one in fitted:
+        shares = (one.saved, one.saved_visual)
+        table.add_row(
+            one.recipe.name,
+            f"{one.budget:.1%}",
+            f"{one.tolerance:.4f}",
+            *(f"{share:.1%}" for share in shares),
+            str(len(one.recipe.cuts)),
+            f"{one.kept:.1%}",
+        )
+    return table
 
 
 @app.command("demo")

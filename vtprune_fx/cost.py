@@ -25,15 +25,19 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, TypeVar
 
 from vtprune_fx import scorers
 from vtprune_fx.errors import InputError, PlanError
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedConfig
 
     from vtprune_fx.recipe import Recipe, Site
+
+Tokens = TypeVar("Tokens", int, "Tensor")
+"""A number of tokens, or several."""
 
 
 @dataclass(frozen=True)
@@ -81,12 +85,12 @@ class Geometry:
             kv_bytes=getattr(dtype, "itemsize", 2),
         )
 
-    def macs_before_cut(self, tokens: int) -> int:
+    def macs_before_cut(self, tokens: Tokens) -> Tokens:
         """MACs of one layer's query, key, value projections and attention."""
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
         return tokens * self.hidden * (queries + 2 * keys) + 2 * tokens**2 * queries
 
-    def macs_after_cut(self, tokens: int) -> int:
+    def macs_after_cut(self, tokens: Tokens) -> Tokens:
         """MACs of one layer's output projection and MLP."""
         return (
             tokens * self.hidden * (self.heads * self.head_dim + 3 * self.intermediate)

@@ -27,6 +27,7 @@ from vtprune_fx.cost import Cost, Geometry, cost
 from vtprune_fx.errors import InputError
 from vtprune_fx.export import load, write_onnx
 from vtprune_fx.generation import pruned
+from vtprune_fx.inputs import batch_inputs
 from vtprune_fx.recipe import Recipe
 from vtprune_fx.reference.questions import Sample
 
@@ -157,15 +158,16 @@ def inputs_of(
     processor: ProcessorMixin, samples: Sequence[Sample]
 ) -> dict[str, Tensor]:
     """The samples' first questions as one batch, padded on the left."""
-    texts = []
-    for sample in samples:
-        content = [{"type": "image"} for _ in sample.pictures]
-        text = {"type": "text", "text": sample.questions[0].text}
-        turn: Any = {"role": "user", "content": [*content, text]}
-        texts.append(processor.apply_chat_template([turn], add_generation_prompt=True))
-    images = [Image.fromarray(p.pixels) for sample in samples for p in sample.pictures]
-    inputs = processor(images=images, text=texts, return_tensors="pt", padding=True)
-    return {name: inputs[name] for name in inputs}
+    return batch_inputs(
+        processor,
+        [
+            (
+                sample.questions[0].text,
+                [Image.fromarray(p.pixels) for p in sample.pictures],
+            )
+            for sample in samples
+        ],
+    )
 
 
 @contextlib.contextmanager

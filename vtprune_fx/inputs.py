@@ -26,7 +26,7 @@ from transformers.utils import logging as transformers_logging
 from vtprune_fx.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 _EXPECTED = "a checkpoint folder or the id of a model on the hub"
 
@@ -127,6 +127,41 @@ def prompt_inputs(
     else:
         text = processor.apply_chat_template([turn], add_generation_prompt=True)
     inputs = processor(images=image, text=text, return_tensors="pt")
+    return {name: inputs[name] for name in inputs}
+
+
+def batch_inputs(
+    processor: ProcessorMixin,
+    prompts: Sequence[tuple[str, Sequence[Image.Image]]],
+) -> dict[str, torch.Tensor]:
+    """Questions about images as one batch, padded on the left.
+
+    Args:
+        processor: The model's processor.
+        prompts: What is asked, and the images that it is about, which stand ahead.
+
+    Returns:
+        What the model takes: ``input_ids`` and ``attention_mask`` [B, S],
+        ``pixel_values``.
+    """
+    texts = []
+    for text, images in prompts:
+        content = [{"type": "image"} for _ in images]
+        turn: Any = {"role": "user", "content": [*content, {"type": "text"}]}
+        turn["content"][-1]["text"] = text
+        if processor.chat_template is None:
+            texts.append(f"{image_token(processor)}\n" * len(images) + text)
+        else:
+            texts.append(
+                processor.apply_chat_template([turn], add_generation_prompt=True)
+            )
+    inputs = processor(
+        images=[image for _, images in prompts for image in images],
+        text=texts,
+        return_tensors="pt",
+        padding=True,
+        padding_side="left",
+    )
     return {name: inputs[name] for name in inputs}
 
 

@@ -8,13 +8,14 @@ from typing import Any
 from vtprune_fx.errors import MissingDependencyError
 
 
-def optional(module: str, package: str, what: str) -> Any:
-    """Import a module of the ``demo`` extra.
+def optional(module: str, package: str, what: str, extra: str = "demo") -> Any:
+    """Import a module of an extra.
 
     Args:
         module: Its full name.
         package: What pip calls the package that holds it.
         what: What needs it, for the error.
+        extra: The extra that holds the package.
 
     Raises:
         MissingDependencyError: The package is not installed.
@@ -26,5 +27,5 @@ def optional(module: str, package: str, what: str) -> Any:
             what,
             expected=f"the package {package}",
             found="it is not installed",
-            fix='Run `pip install "vtprune-fx[demo]"`.',
+            fix=f'Run `pip install "vtprune-fx[{extra}]"`.',
         ) from error

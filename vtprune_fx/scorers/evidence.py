@@ -51,7 +51,7 @@ def logits(seen: Evidence) -> Tensor:
     """[B, H, S, S] float32: what the layer's attention takes the softmax of."""
     key = per_query_head(seen)
     products = seen.query @ key.transpose(2, 3) * seen.scale
-    return products.float() + _attention_bias(seen)
+    return products.float() + attention_bias(seen.mask, seen.query)
 
 
 def last_row(seen: Evidence) -> Tensor:
@@ -59,7 +59,7 @@ def last_row(seen: Evidence) -> Tensor:
     samples, last = _last_tokens(seen.roles)
     query = seen.query.transpose(1, 2)[samples, last]
     products = (query[:, :, None] @ per_query_head(seen).transpose(2, 3)) * seen.scale
-    bias = _attention_bias(seen)
+    bias = attention_bias(seen.mask, seen.query)
     # Not len(): it would make a constant of a symbolic size.
     bias = bias.expand(seen.roles.shape[0], -1, -1, -1)[:, 0][samples, last]
     return (products[:, :, 0].float() + bias[:, None]).softmax(dim=2)
@@ -78,11 +78,15 @@ def per_query_head(seen: Evidence) -> Tensor:
     return seen.key if groups == 1 else seen.key.repeat_interleave(groups, dim=1)
 
 
-def _attention_bias(seen: Evidence) -> Tensor:
-    """The mask as float32 to add to logits, [B or 1, 1, S, S], at least ``_NEVER``."""
-    mask = seen.mask
+def attention_bias(mask: Tensor | None, query: Tensor) -> Tensor:
+    """A mask as float32 to add to logits, [B or 1, 1, S, S], at least ``_NEVER``.
+
+    Args:
+        mask: As in ``Evidence``.
+        query: [B, H, S, D].
+    """
     if mask is None:
-        order = torch.arange(seen.query.shape[2], device=seen.query.device)
+        order = torch.arange(query.shape[2], device=query.device)
         mask = (order[:, None] >= order)[None, None]
     if mask.dtype == torch.bool:
         return (~mask).float() * _NEVER

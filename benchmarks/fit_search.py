@@ -1,0 +1,348 @@
+"""FitPrune's recipe search: ours against the published procedure, on one model.
+
+    python benchmarks/fit_search.py [--models reference narrow] [--json FILE]
+
+``published`` below is written down from the published procedure: one sample at a time,
+every layer recomputed for every tolerance, attention maps whole, a Python loop over the
+candidates that may leave with a sum for each. In one respect it is ours, or there would
+be no common result: it returns the smallest tolerance whose recipe meets the budget
+rather than the last one tried, and counts what the recipe saves. Every recipe of the
+exact mode is compared with its own; a difference is an error.
+
+Times are of one run after the other, model and prompts loaded, vision tower included,
+statistics taken anew for each search of ours. Only ratios mean anything. ``reference``
+is the reference model; ``narrow`` has LLaVA-1.5's 32 layers and 576 visual tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+from transformers import LlavaForConditionalGeneration as Llava
+
+from vtprune_fx import oracle, oracle_scores
+from vtprune_fx.calibration import open_calibration
+from vtprune_fx.cost import Geometry
+from vtprune_fx.exact import Trials
+from vtprune_fx.fit import Account, Found, Prompts, search
+from vtprune_fx.inputs import open_checkpoint
+from vtprune_fx.observe import observed
+from vtprune_fx.reference import CHECKPOINT
+from vtprune_fx.statistics import Counts, Statistics, merged, observe
+
+BUDGETS = (0.3, 0.4, 0.5, 0.6, 0.7)
+FIRST = 0.6
+"""The budget that exact searches are compared on."""
+STEPS, EXACT_STEPS = 12, 7
+BATCH = 8
+
+Inputs = dict[str, Tensor]
+
+
+# ------------------------------------------------------- the published procedure
+
+
+@torch.no_grad()
+def published(
+    model: Llava, samples: Sequence[oracle.Sample], prompts: Prompts, budget: float
+) -> Found:
+    """The recipe for a budget, as the published code searches it.
+
+    Args:
+        model: A LLaVA whose decoder the oracle knows.
+        samples: Calibration prompts, without padding.
+        prompts: The same, for what they cost.
+        budget: Share of the MACs to save.
+    """
+    geometry = Geometry.from_config(model.config)
+    layers = geometry.layers
+    whole = [_sums(model, sample, layers) for sample in samples]
+    low, high = 0.0, 1.0
+    best: tuple[int, ...] = (prompts.usual,)
+    while high - low > 2.0**-EXACT_STEPS:
+        alpha = (low + high) / 2
+        drops = _scheme(model, samples, whole, alpha, prompts, budget)
+        if drops is None:
+            low = alpha
+        else:
+            high, best = alpha, drops
+    return Found(high, best)
+
+
+def _scheme(
+    model: Llava,
+    samples: Sequence[oracle.Sample],
+    whole: list[list[tuple[Tensor, Tensor]]],
+    alpha: float,
+    prompts: Prompts,
+    budget: float,
+) -> tuple[int, ...] | None:
+    """What layers drop at a tolerance until the budget is met, or None."""
+    account = Account(Geometry.from_config(model.config), prompts)
+    runs = [_Run(model, sample) for sample in samples]
+    drops: list[int] = []
+    for layer in range(model.config.get_text_config().num_hidden_layers):
+        counts = [
+            run.layer(layer, sums[layer], alpha)
+            for run, sums in zip(runs, whole, strict=True)
+        ]
+        drops.append(prompts.drop(torch.tensor(counts)))
+        account.cut(drops[-1])
+        if account.saved() >= budget:
+            return tuple(drops)
+    return None
+
+
+def _sums(
+    model: Llava, sample: oracle.Sample, layers: int
+) -> list[tuple[Tensor, Tensor]]:
+    """``Wc`` and ``Ws`` of each layer of the unpruned model."""
+    run = _Run(model, sample)
+    sums = []
+    for layer in range(layers):
+        attended, cross, own = run.attention(layer)
+        sums.append((cross.sum(), own.sum()))
+        run.finish(layer, attended)
+    return sums
+
+
+class _Run:
+    """One sample on its way through the decoder."""
+
+    def __init__(self, model: Llava, sample: oracle.Sample) -> None:
+        self.decoder, self.layers = oracle._decoder(model)
+        self.hidden = oracle._embed(model, sample)
+        self.visual = sample.input_ids == model.config.image_token_id
+        self.instruction = oracle._after_last(self.visual)
+        self.tables = oracle._rotary(self.decoder, self.hidden, sample.positions)
+
+    def attention(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Attention output, and what visual tokens receive, by both sums."""
+        layer = self.layers[index]
+        query, key, value = oracle._project(layer, self.hidden, *self.tables)
+        maps = oracle_scores.causal_attention(query, key, layer.self_attn.scaling)
+        largest = maps.amax(dim=0)[:, self.visual]
+        cross = largest[self.instruction].sum(dim=0) / self.instruction.sum()
+        own = largest[self.visual].sum(dim=0) / self.visual.sum().clamp(min=1)
+        return oracle._mix(maps, value), cross, own
+
+    def layer(self, index: int, whole: tuple[Tensor, Tensor], alpha: float) -> int:
+        """Run a layer and drop what it may lose."""
+        attended, cross, own = self.attention(index)
+        by_cross = _candidates(cross, whole[0] * (1 - alpha))
+        by_own = _candidates(own, whole[1] * (1 - alpha))
+        leaving = sorted(by_cross & by_own)
+        stay = torch.ones_like(self.visual)
+        stay[self.visual.nonzero()[:, 0][leaving]] = False
+        self.hidden, self.visual = self.hidden[stay], self.visual[stay]
+        self.instruction = self.instruction[stay]
+        self.tables = (self.tables[0][stay], self.tables[1][stay])
+        self.finish(index, attended[stay])
+        return len(leaving)
+
+    def finish(self, index: int, attended: Tensor) -> None:
+        """Output projection and MLP."""
+        self.hidden = oracle._finish(self.layers[index], attended, self.hidden)
+
+
+def _candidates(received: Tensor, least: Tensor) -> set[int]:
+    """The most of the weakest that may leave: one more at a time, summed anew."""
+    order = received.argsort()
+    total, count = received.sum(), 0
+    for more in range(1, len(order) + 1):
+        if total - received[order[:more]].sum() < least:
+            break
+        count = more
+    return set(order[:count].tolist())
+
+
+# ---------------------------------------------------------------------- ours
+
+
+@dataclass(frozen=True)
+class Task:
+    """A model and its calibration prompts.
+
+    Attributes:
+        name: What the table calls it.
+        model: The model.
+        batches: The prompts as the model takes them.
+    """
+
+    name: str
+    model: Llava
+    batches: list[Inputs]
+
+    def samples(self) -> list[oracle.Sample]:
+        """The same prompts without padding, images encoded."""
+        return [
+            sample
+            for inputs in self.batches
+            for sample in oracle.split_batch(self.model, **inputs)
+        ]
+
+    def published(self, budget: float) -> Found:
+        """The recipe for a budget, from the prompts on, as published."""
+        return published(self.model, self.samples(), self.prompts(), budget)
+
+    def statistics(self) -> list[Statistics]:
+        """One pass over the unpruned model."""
+        with observed(self.model):
+            return [observe(self.model, inputs) for inputs in self.batches]
+
+    def by_statistics(self, budgets: Sequence[float]) -> dict[float, Found]:
+        """Recipes, from the prompts on."""
+        found = merged(self.statistics())
+        prompts = Prompts(found.visual, found.text)
+        return search(Counts(found), self.geometry, prompts, budgets, STEPS)
+
+    def exactly(self, budgets: Sequence[float]) -> dict[float, Found]:
+        """The same, attention recomputed on what is left."""
+        parts = self.statistics()
+        found = merged(parts)
+        prompts, counts = Prompts(found.visual, found.text), Counts(found)
+
+        def estimate(saved: float) -> float:
+            near = search(counts, self.geometry, prompts, [saved], STEPS)
+            return near[saved].tolerance
+
+        with observed(self.model), tempfile.TemporaryDirectory() as scratch:
+            trials = Trials(self.model, Path(scratch))
+            for inputs, part in zip(self.batches, parts, strict=True):
+                cross, own = (s.double().sum(dim=2) for s in (part.cross, part.own))
+                trials.add(inputs, cross, own)
+            args = (self.geometry, prompts, budgets, EXACT_STEPS)
+            return search(trials, *args, estimate=estimate)
+
+    @property
+    def geometry(self) -> Geometry:
+        """Of the decoder."""
+        return Geometry.from_config(self.model.config)
+
+    def prompts(self) -> Prompts:
+        """What the samples cost."""
+        image = self.model.config.image_token_id
+        visual = torch.cat([(b["input_ids"] == image).sum(1) for b in self.batches])
+        lengths = torch.cat([b["attention_mask"].sum(1) for b in self.batches])
+        return Prompts(visual, lengths - visual)
+
+
+def reference_task(count: int) -> Task:
+    """The reference model, on questions of its training split."""
+    model, processor = open_checkpoint(CHECKPOINT)
+    assert isinstance(model, Llava)
+    data = open_calibration("reference", count)
+    device = torch.device("cpu")
+    batches = [data.inputs(processor, samples, device) for samples in data.batches()]
+    return Task("reference", model, batches)
+
+
+def narrow_task(count: int) -> Task:
+    """LLaVA-1.5's layers and visual tokens, 64 wide, with random weights."""
+    torch.manual_seed(0)
+    text = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=172,
+        num_hidden_layers=32,
+        num_attention_heads=8,
+        vocab_size=512,
+        # Queries and keys wide enough for attention to be far from uniform.
+        initializer_range=0.1,
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=336,
+        patch_size=14,
+        initializer_range=0.2,
+    )
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=500)
+    model = Llava(config)
+    model.train(mode=False)
+    ids = torch.randint(0, 499, (count, 35 + 576 + 40))
+    ids[:, 35 : 35 + 576] = 500
+    pixels = torch.randn(count, 3, 336, 336)
+    batches = [
+        {
+            "input_ids": ids[start : start + BATCH],
+            "attention_mask": torch.ones_like(ids[start : start + BATCH]),
+            "pixel_values": pixels[start : start + BATCH],
+        }
+        for start in range(0, count, BATCH)
+    ]
+    return Task("narrow", model, batches)
+
+
+# --------------------------------------------------------------------- the figures
+
+
+def timed(function: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds, and what came of it."""
+    start = time.perf_counter()
+    result = function()
+    return time.perf_counter() - start, result
+
+
+def measure(task: Task) -> dict[str, Any]:
+    """Seconds of each search, and ratios."""
+    one, expected = timed(lambda: {FIRST: task.published(FIRST)})
+    exact, found = timed(lambda: task.exactly([FIRST]))
+    assert found == expected, f"{found} instead of {expected}"
+    exact_all, exact_recipes = timed(lambda: task.exactly(BUDGETS))
+    statistics, _ = timed(lambda: task.by_statistics(BUDGETS))
+    five = one
+    for budget in BUDGETS:
+        if budget != FIRST:
+            seconds, recipe = timed(functools.partial(task.published, budget))
+            five += seconds
+            assert recipe == exact_recipes[budget], f"{recipe} at {budget}"
+    return {
+        "samples": len(task.prompts().visual),
+        "published, one budget": one,
+        "exact, one budget": exact,
+        "times faster, exact, one": one / exact,
+        "published, five budgets": five,
+        "exact, five budgets": exact_all,
+        "times faster, exact, five": five / exact_all,
+        "statistics, five budgets": statistics,
+        "times faster, statistics": five / statistics,
+    }
+
+
+def main() -> None:
+    """Measure, print a table, write JSON."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    makers = {"reference": (reference_task, 32), "narrow": (narrow_task, 8)}
+    parser.add_argument("--models", nargs="+", choices=makers, default=[*makers])
+    parser.add_argument("--samples", type=int, help="instead of 32 and 8")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    options = parser.parse_args()
+    results = {}
+    for name in options.models:
+        make, count = makers[name]
+        results[name] = measure(make(options.samples or count))
+    print(f"{'seconds':28}" + "".join(f"{name:>12}" for name in results))
+    for row in next(iter(results.values())):
+        cells = (f"{result[row]:12.2f}" for result in results.values())
+        print(f"{row:28}" + "".join(cells))
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""Take statistics batch by batch, so that a run that was cut short goes on.
+
+Each batch's statistics are a file of their own until all are there. Of several
+processes each takes every n-th batch; all see the same folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, ProcessorMixin
+
+from vtprune_fx import processes
+from vtprune_fx.calibration import Calibration
+from vtprune_fx.observe import observed
+from vtprune_fx.statistics import (
+    Statistics,
+    load_statistics,
+    merged,
+    observe,
+    save_statistics,
+)
+
+STATISTICS, PARTS = "statistics.safetensors", "statistics.parts"
+"""In a folder: the statistics, and those of single batches while they are taken."""
+
+_PROBED = 64
+"""Values of each weight that tell models apart."""
+
+
+def origin(model: PreTrainedModel, calibration: Calibration) -> dict[str, str]:
+    """Fingerprints of a model and its calibration prompts."""
+    return {"model": model_fingerprint(model), "data": calibration.fingerprint()}
+
+
+def model_fingerprint(model: PreTrainedModel) -> str:
+    """Tells a model from others, by a few values of each of its weights."""
+    told = hashlib.sha256()
+    for name, weight in model.state_dict().items():
+        told.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        values = weight.detach().flatten()
+        probed = values[:: max(1, len(values) // _PROBED)]
+        told.update(probed.to("cpu", torch.float32).numpy().tobytes())
+    return told.hexdigest()[:16]
+
+
+def collect(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    calibration: Calibration,
+    folder: Path,
+    advance: Callable[[int], None],
+) -> Statistics:
+    """Take a model's statistics, or read those that are in a folder.
+
+    Args:
+        model: An unmodified transformers model.
+        processor: Its processor.
+        calibration: The prompts.
+        folder: Where statistics are, go, or were begun.
+        advance: Told how many samples are done.
+
+    Raises:
+        InputError: What is there is broken, or of another model or data; the model's
+            attention cannot be observed; a prompt has no visual token.
+    """
+    file, source = folder / STATISTICS, origin(model, calibration)
+    if not file.exists():
+        _take(model, processor, calibration, folder / PARTS, source, advance)
+        processes.wait_for_all()
+        if processes.rank() == 0:
+            _finish(calibration, folder, source)
+        processes.wait_for_all()
+    advance(len(calibration))
+    return load_statistics(file, source)
+
+
+def _take(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    calibration: Calibration,
+    parts: Path,
+    source: Mapping[str, str],
+    advance: Callable[[int], None],
+) -> None:
+    with observed(model):
+        for samples in own_batches(calibration):
+            part = parts / f"{samples.start:08}.safetensors"
+            if part.exists():
+                load_statistics(part, source)
+            else:
+                inputs = calibration.inputs(processor, samples, model.device)
+                statistics = observe(model, inputs)
+                save_statistics(statistics, part, source)
+            advance(samples.stop)
+
+
+def own_batches(calibration: Calibration) -> list[range]:
+    """The batches of this process."""
+    return calibration.batches()[processes.rank() :: processes.count()]
+
+
+def _finish(calibration: Calibration, folder: Path, source: Mapping[str, str]) -> None:
+    parts = [
+        load_statistics(folder / PARTS / f"{samples.start:08}.safetensors", source)
+        for samples in calibration.batches()
+    ]
+    save_statistics(merged(parts), folder / STATISTICS, source)
+    shutil.rmtree(folder / PARTS)
