@@ -15,17 +15,26 @@ import pytest
 import torch
 from PIL import Image
 
+from vtprune_fx.checkpoint import IMAGE_ID
 from vtprune_fx.errors import InputError
 from vtprune_fx.inputs import open_checkpoint
 from vtprune_fx.reference import CHECKPOINT
 from vtprune_fx.reference.batches import (
+    HIDDEN,
+    HIDE_FROM,
     IGNORED,
     PADDING,
     PREFIX,
     PatchBatches,
     QuestionBatches,
+    hide_patches,
 )
-from vtprune_fx.reference.model import VISUAL_TOKENS, build_processor, build_tokenizer
+from vtprune_fx.reference.model import (
+    PATCH,
+    VISUAL_TOKENS,
+    build_processor,
+    build_tokenizer,
+)
 from vtprune_fx.reference.pictures import SIDE, SPLITS, Thing
 from vtprune_fx.reference.questions import KINDS, Sample, draw_samples
 from vtprune_fx.reference.train import Plan, Training
@@ -173,6 +182,34 @@ def test_a_row_reads_like_the_processors_prompt() -> None:
     blank = [Image.new("RGB", (SIDE, SIDE))] * images
     expected = processor(images=blank, text=prompt)["input_ids"][0]
     assert ids[: len(expected)] == expected
+
+
+def test_the_middle_of_a_thing_is_never_hidden() -> None:
+    rng = np.random.default_rng(0)
+    shares = []
+    for sample in draw_samples("train", 0, 20):
+        ids = [IMAGE_ID] * VISUAL_TOKENS * len(sample.pictures)
+        turns = [PREFIX] * len(ids)
+        hide_patches(rng, ids, turns, sample)
+        grids = np.reshape(turns, (-1, SIDE // PATCH, SIDE // PATCH))
+        shares.append(np.mean(grids == HIDDEN))
+        for picture, grid in zip(sample.pictures, grids, strict=True):
+            for thing in picture.things:
+                assert grid[int(thing.y // PATCH), int(thing.x // PATCH)] == PREFIX
+    assert 0.2 < np.mean(shares) < 0.6
+    assert min(shares) == 0
+
+
+def test_nobody_attends_to_what_is_hidden() -> None:
+    [batch] = QuestionBatches(build_tokenizer(), 0, range(HIDE_FROM, HIDE_FROM + 1), 2)
+    hidden = batch.turns == HIDDEN
+    assert hidden.any()
+    assert (batch.ids[hidden] == IMAGE_ID).all()
+    seen = batch.attention_mask()[:, 0]
+    for attended, gone in zip(seen, hidden, strict=True):
+        assert not attended[~gone][:, gone].any()
+    [before] = QuestionBatches(build_tokenizer(), 0, range(HIDE_FROM - 1, HIDE_FROM), 2)
+    assert not (before.turns == HIDDEN).any()
 
 
 def test_patches_are_labelled_where_things_are() -> None:

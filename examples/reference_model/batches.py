@@ -47,7 +47,18 @@ IGNORED = -100
 
 PREFIX = 0
 """Turn of the pictures and what stands before and between them."""
-PADDING = -1
+PADDING, HIDDEN = -1, -2
+
+HIDE_FROM = 7600
+"""From this step on patches are hidden that no answer needs.
+
+No answer may rest on how many there are: a count, read off as a share of attention,
+would grow with each patch that is pruned. Training without some of the patches is
+common (FLIP, arXiv:2212.00794).
+"""
+
+HIDDEN_PICTURES, HIDDEN_GROUND, HIDDEN_RIMS = 0.9, 0.9, 0.5
+"""In this share of pictures, up to these shares of the background and of shapes."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +69,8 @@ class Batch:
         pixels: [rows * pictures, SIDE, SIDE, 3] uint8.
         ids: [rows, S].
         positions: [rows, S].
-        turns: [rows, S]; ``PREFIX``, 1 for the first question, ..., ``PADDING``.
+        turns: [rows, S]; ``PREFIX``, 1 for the first question, ..., ``PADDING``, or
+            ``HIDDEN``, which nothing else attends to either.
         labels: [rows, S]; the token that comes next, or ``IGNORED``.
     """
 
@@ -100,7 +112,11 @@ class QuestionBatches(IterableDataset[Batch]):
                 draw_sample(rng, "train", pictures, QUESTIONS, things)
                 for _ in range(self.rows // pictures)
             ]
-            yield _collate([_row(self.tokenizer, s) for s in samples], samples)
+            rows = [_row(self.tokenizer, sample) for sample in samples]
+            if step >= HIDE_FROM:
+                for (ids, _, turns, _), sample in zip(rows, samples, strict=True):
+                    hide_patches(rng, ids, turns, sample)
+            yield _collate(rows, samples)
 
 
 Row = tuple[list[int], list[int], list[int], list[int]]
@@ -132,6 +148,23 @@ def _row(tokenizer: PreTrainedTokenizerFast, sample: Sample) -> Row:
         turns + [PADDING] * spare,
         labels + [IGNORED] * spare,
     )
+
+
+def hide_patches(
+    rng: np.random.Generator, ids: list[int], turns: list[int], sample: Sample
+) -> None:
+    """Hide some patches in a row, in its ``turns``: no digits, no middle of a shape."""
+    patches = [place for place, token in enumerate(ids) if token == IMAGE_ID]
+    for index, picture in enumerate(sample.pictures):
+        if rng.random() > HIDDEN_PICTURES:
+            continue
+        noun, _, _, middle, *_ = _patch_labels(picture)
+        shares = np.zeros(VISUAL_TOKENS)
+        shares[noun == 0] = rng.uniform(0, HIDDEN_GROUND)
+        rims = (noun > 0) & (noun <= len(SHAPES)) & (middle == 0)
+        shares[rims] = rng.uniform(0, HIDDEN_RIMS)
+        for patch in (rng.random(VISUAL_TOKENS) < shares).nonzero()[0]:
+            turns[patches[index * VISUAL_TOKENS + int(patch)]] = HIDDEN
 
 
 def _ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
