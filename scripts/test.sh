@@ -9,4 +9,5 @@ bin=${VTPRUNE_VENV:-.venv}/bin
 "$bin/ruff" check --quiet
 "$bin/ruff" format --check --quiet
 "$bin/mypy"
-"$bin/python" -m pytest "$@"
+# Two workers of one thread: most of the time goes to tracing, which uses no more.
+OMP_NUM_THREADS=1 "$bin/python" -m pytest -n 2 --dist loadfile "$@"
