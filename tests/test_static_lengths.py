@@ -39,6 +39,7 @@ def compiled(model: nn.Module, inner: Inner, **options: Any) -> Callable[..., An
         ((3, 6),),
         ((5, 9), (2, 4), (8, 3)),
         ((3, 2, 6), (0, 1, 20)),  # two images each
+        ((2,), (5, 9), (4,), (3,)),  # one image among four samples
         ((5, 11),),  # 32 tokens, as wide as the decoder, and heads times head width
         ((5, 11), (2, 4), (3, 9), (0, 1)),  # the same, and as many samples as heads
         ((0, 1),),  # 17: the vision tower's own length

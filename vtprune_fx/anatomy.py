@@ -144,12 +144,15 @@ def read(graph: Graph) -> Anatomy | None:
     for found in _attentions(graph, tokens):
         _check_sees_all(found)
     samples = size_hint(_shape(visual)[0])
-    each, rest = divmod(_rows(features), samples)
+    rows = _rows(features)
+    each, rest = divmod(rows, samples)
+    # Less than an image has: a sample is text alone, and the others have whole images.
+    each = max(each, _smallest_image(features))
     return Anatomy(
         tokens=tokens,
         batch=batch,
         visual=visual.name,
-        visual_tokens=_rows(features) if rest else each,
+        visual_tokens=rows if rest else each,
         layers=tuple(_decoder(graph, tokens)),
     )
 
@@ -225,6 +228,20 @@ def _rows(features: Node) -> int:
     # Not Size.numel: it would make constants of symbolic sizes.
     elements = math.prod(map(size_hint, sources[0]))
     return elements // size_hint(widest[-1])
+
+
+def _smallest_image(features: Node) -> int:
+    """Visual tokens of the smallest image, 0 where the graph does not show images.
+
+    transformers takes the images' features apart, one ``select`` each, and joins them.
+    """
+    *_, source = walk_back(features, _VIEWS_OF_A_MASK)
+    parts = source.args[0] if source.target == aten.cat.default else ()
+    assert isinstance(parts, (list, tuple))
+    images = [n for n in parts if isinstance(n, Node) and n.target == aten.select.int]
+    if len(images) < len(parts):
+        return 0
+    return min((size_hint(_shape(image)[0]) for image in images), default=0)
 
 
 def _shape(node: Node) -> torch.Size:
