@@ -156,9 +156,8 @@ def test_the_search_returns_what_meets_the_budget(trials: Trials) -> None:
     assert saved(LLAVA_1_5_7B, prompts, schemes[3]) >= 0.6  # alpha .1875
     assert saved(LLAVA_1_5_7B, prompts, schemes[4]) < 0.6  # alpha .15625
     assert saved(LLAVA_1_5_7B, prompts, recorded()["printed_scheme"].tolist()) < 0.6
-    estimate = lambda _: 0.11  # noqa: E731
-    again = search(trials, LLAVA_1_5_7B, prompts, [0.6], 7, estimate)[0.6]
-    assert again == found
+    again = search(trials, LLAVA_1_5_7B, prompts, [0.6], 7, estimate=lambda _: 0.11)
+    assert again[0.6] == found
 
 
 def saved(geometry: Geometry, prompts: Prompts, drops: Any) -> float:

@@ -102,8 +102,8 @@ class Anatomy:
         tokens: The symbol that is the prompt's length.
         batch: The number of samples.
         visual: Name of the mask of visual tokens, [B, S] or [B, S, 1].
-        visual_tokens: Visual tokens of a sample in the example the graph was traced
-            with; those of all samples where they cannot be alike.
+        visual_tokens: Visual tokens of a sample that has any, in the example the graph
+            was traced with; those of all samples where they cannot be alike.
         layers: The decoder layers' attentions, in order.
     """
 
