@@ -87,7 +87,8 @@ class OnnxModel(PreTrainedModel, GenerationMixin):
             The model's output: logits [B, tokens left, vocabulary], and the cache.
 
         Raises:
-            InputError: A sample holds fewer visual tokens than the cuts take.
+            InputError: A sample holds fewer visual tokens than the cuts take, or a
+                second prompt follows one that was cut ahead of the first layer.
         """
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         if attention_mask is None:
@@ -116,6 +117,18 @@ class OnnxModel(PreTrainedModel, GenerationMixin):
         cache: DynamicCache | None,
     ) -> Any:
         """One token after another: the decode graph takes one a step."""
+        if (
+            _filled(cache)
+            and input_ids.shape[1] > 1
+            and self.manifest.recipe.cuts_ahead
+        ):
+            raise InputError(
+                "past_key_values",
+                expected="one new token at a time",
+                found=f"{input_ids.shape[1]}, behind a prompt that was cut ahead of "
+                "the first layer: the cache does not tell how long it was",
+                fix="Start from an empty cache, with the whole conversation.",
+            )
         cache = self._empty_cache(input_ids) if not _filled(cache) else cache
         past = attention_mask.shape[1] - input_ids.shape[1]
         outputs = None

@@ -11,12 +11,17 @@ from typing import Any
 
 import sympy
 from torch.export import ExportedProgram
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule
 from torch.utils._sympy.value_ranges import ValueRanges
 
 from vtprune_fx.anatomy import read
-from vtprune_fx.errors import AnatomyError
-from vtprune_fx.graph import assume_at_least, fake_mode_of, uncached_fakes
+from vtprune_fx.errors import AnatomyError, PlanError
+from vtprune_fx.graph import (
+    assume_at_least,
+    fake_mode_of,
+    size_hint,
+    uncached_fakes,
+)
 from vtprune_fx.passes.async_checks import AsyncChecks
 from vtprune_fx.passes.base import Pass
 from vtprune_fx.passes.check_tokens import CheckTokens
@@ -73,7 +78,7 @@ def prune_graph(
         _say_default(recipe)
     plan = place(recipe, anatomy, module.graph)
     if plan.cuts:
-        assume_at_least(module.graph, plan.tokens, _shortest_prompt(plan))
+        _check_leaves_two(module.graph, plan)
     with uncached_fakes(fake_mode_of(module.graph)):
         records = default_pipeline(plan).run(module)
     return PruneReport(plan, records, before, len(module.graph.nodes))
@@ -115,6 +120,21 @@ def prune_program(
 def _shortest_prompt(plan: PrunePlan) -> int:
     """Two tokens are left: a length of 1 would be a size that broadcasts."""
     return plan.needed + 2
+
+
+def _check_leaves_two(graph: Graph, plan: PrunePlan) -> None:
+    """Let the graph know how long a prompt is at least."""
+    least = _shortest_prompt(plan)
+    mask = next(node for node in graph.nodes if node.name == plan.visual)
+    length = size_hint(mask.meta["val"].shape[1])
+    if length < least:
+        raise PlanError(
+            f"recipe {plan.recipe.name}",
+            expected=f"prompts of at least {least} tokens, of which two are left",
+            found=f"{length} tokens, {plan.needed} of which leave",
+            fix="Drop fewer, or prompt with more text.",
+        )
+    assume_at_least(graph, plan.tokens, least)
 
 
 def _longer_than_cuts(

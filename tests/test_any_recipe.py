@@ -38,7 +38,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
 def prompts(draw: st.DrawFn, dropped: int) -> list[tuple[int, ...]]:
     """Samples with one image or two anywhere, and of text alone where that fits."""
     texts = st.integers(0, 9)
-    behind = st.integers(1, 9)
+    behind = st.integers(1 if dropped < IMAGE else 2, 9)  # two tokens are left
     with_images = st.one_of(st.tuples(texts, behind), st.tuples(texts, texts, behind))
     samples: list[tuple[int, ...]] = [
         *draw(st.lists(with_images, min_size=1, max_size=3))

@@ -7,6 +7,7 @@ import json
 import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from transformers import LlavaForConditionalGeneration
 
 from tests.test_cli_recipes import Run, io, run
 from tests.test_distributed import in_two_processes
-from vtprune_fx import collect, statistics
+from vtprune_fx import collect, fitting, statistics
 from vtprune_fx.calibration import Calibration, open_calibration
 from vtprune_fx.checkpoint import CheckpointSpec, build_checkpoint
 from vtprune_fx.coalesce import coalesced, mean_kept
@@ -27,7 +28,7 @@ from vtprune_fx.collect import PARTS, STATISTICS
 from vtprune_fx.cost import Geometry, cost
 from vtprune_fx.errors import InputError, MissingDependencyError
 from vtprune_fx.fit import Account, Prompts
-from vtprune_fx.fitting import Fitted, Options, fit_recipes
+from vtprune_fx.fitting import Fitted, Options, enough_time, fit_recipes
 from vtprune_fx.inputs import open_checkpoint, open_image
 from vtprune_fx.oracle import prefill, split_batch
 from vtprune_fx.recipe import Recipe, load_recipe
@@ -105,6 +106,70 @@ def test_recipes_meet_their_budgets_and_fit_the_model(
     status, out, _ = run(*io, "recipes", "show", str(tmp_path / "out" / f"{name}.json"))
     assert status == 0
     assert "Alpha" in out
+
+
+def timed(root: Path, speed: float, per_cut: float) -> Callable[..., Fitted]:
+    """Stands for a machine on which MACs and cuts take so much time."""
+    [one] = fitted(root, root / "timed", 0.2)
+
+    def time(share: float, cuts: int | None) -> Fitted:
+        count = 10 if cuts is None else cuts
+        kept = 1 - share - 0.01 * (10 - count)
+        time = speed * share - per_cut * count
+        return replace(one, budget=share, kept=kept, saved_time=time)
+
+    return time
+
+
+def test_what_keeps_most_attention_of_what_is_fast_enough_is_chosen(root: Path) -> None:
+    dear = enough_time(timed(root, 1.0, 0.03), 0.3, (None, 6, 3))
+    free = enough_time(timed(root, 0.8, 0.0), 0.3, (None, 6, 3))
+    for chosen in (dear, free):
+        assert chosen.saved_time is not None
+        assert 0.3 <= chosen.saved_time <= 0.33
+        assert chosen.budget == 0.3
+    assert dear.kept == pytest.approx(0.93 - (0.31 + 0.09), abs=0.02)  # 3 cuts
+    assert free.kept == pytest.approx(1 - 0.31 / 0.8, abs=0.02)  # 10 cuts
+
+
+def test_time_that_no_recipe_saves_is_an_error(root: Path) -> None:
+    with pytest.raises(InputError, match=r"18\.0% saved by the fastest"):
+        enough_time(timed(root, 0.2, 0.0), 0.3, (None,))
+
+
+def test_time_is_not_measured_in_an_exact_search(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="an exact search"):
+        fitted(root, tmp_path / "out", 0.2, exact=True, latency="torch")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["torch", "onnx"])
+def test_recipes_are_timed_on_a_target(
+    root: Path, tmp_path: Path, io: Run, monkeypatch: pytest.MonkeyPatch, target: str
+) -> None:
+    shares: list[float] = []
+
+    def first(
+        timed: Callable[..., Fitted], budget: float, limits: Sequence[int | None]
+    ) -> Fitted:
+        assert (budget, limits) == (0.2, (2,))
+        one = timed(budget, 2)
+        assert one.saved_time is not None
+        shares.append(one.saved_time)
+        return one
+
+    # So small a model may well be slower pruned: whatever it takes is taken.
+    monkeypatch.setattr(fitting, "enough_time", first)
+    more = ("--budget", "0.2", "--latency", target, "--max-cuts", "2")
+    status, out, err = run(*io, *command(root, tmp_path / "out", *more))
+    assert status == 0, err
+    name = f"fitprune-checkpoint-20-{target}-2-cuts"
+    recipe = load_recipe(tmp_path / "out" / f"{name}.json")
+    assert len(recipe.cuts) <= 2
+    assert f"Measured: {shares[0]:.1%} of the time saved" in recipe.provenance.note
+    assert shares[0] < 1
+    assert name in out.replace("\n", "")
 
 
 def saved(model: Any, processor: Any, recipe: Recipe, data: Calibration) -> float:

@@ -31,6 +31,8 @@ from vtprune_fx.recipe import Recipe
 
 LAYERS = 3
 RECIPE = recipe_for(LAYERS, {0: 3, 1: 6})
+AHEAD = recipe_for(LAYERS, {0: 4, 1: 6}, site="before_layer")
+"""A recipe whose first layer does not see the whole prompt either."""
 NEW = 32
 
 PROMPTS = {
@@ -50,8 +52,10 @@ def model() -> Iterator[LlavaForConditionalGeneration]:
     vtprune_fx.undo(model)
 
 
-def compiled(model: LlavaForConditionalGeneration, **options: Any) -> Any:
-    return vtprune_fx.compile(model, RECIPE, **{"inner": "eager"} | options)
+def compiled(
+    model: LlavaForConditionalGeneration, recipe: Recipe = RECIPE, **options: Any
+) -> Any:
+    return vtprune_fx.compile(model, recipe, **{"inner": "eager"} | options)
 
 
 def generate(model: Any, inputs: Inputs, new: int = NEW, **options: Any) -> Tensor:
@@ -256,19 +260,20 @@ def test_streaming_tells_the_same_tokens(model: LlavaForConditionalGeneration) -
 # -------------------------------------------------------------------------- turns
 
 
+@pytest.mark.parametrize("recipe", [RECIPE, AHEAD], ids=["behind", "ahead"])
 @pytest.mark.parametrize("own", [True, False], ids=["own cache", "returned cache"])
 def test_a_second_turn_goes_on_from_the_first(
-    model: LlavaForConditionalGeneration, own: bool
+    model: LlavaForConditionalGeneration, own: bool, recipe: Recipe
 ) -> None:
     inputs = batch(model, (3, 6))
     more = torch.randint(1, 99, (1, 7), generator=torch.Generator().manual_seed(5))
     [sample] = split(model, inputs)
-    state = oracle.prefill(model, RECIPE, sample)
+    state = oracle.prefill(model, recipe, sample)
     first = follow(model, state, state.logits[-1], 8)
     expected = follow(model, state, fed(model, state, more[0].tolist()), 8)
 
     given: dict[str, Any] = {"past_key_values": DynamicCache()} if own else {}
-    turn = compiled(model).generate(
+    turn = compiled(model, recipe).generate(
         **inputs,
         **given,
         max_new_tokens=8,

@@ -24,9 +24,10 @@ from vtprune_fx import oracle
 from vtprune_fx.api import prune
 from vtprune_fx.checkpoint import CheckpointSpec, build_checkpoint
 from vtprune_fx.decoding import use_ragged_attention
-from vtprune_fx.errors import PlanError, RecipeError
-from vtprune_fx.export import export_onnx, write_onnx
-from vtprune_fx.inputs import open_checkpoint
+from vtprune_fx.errors import InputError, PlanError, RecipeError
+from vtprune_fx.export import export_onnx, load, write_onnx
+from vtprune_fx.inputs import batch_inputs, open_checkpoint
+from vtprune_fx.picture import sample_photo
 from vtprune_fx.recipe import load_recipe
 from vtprune_fx.scorers import register_scorer
 
@@ -61,6 +62,15 @@ METHODS: dict[str, Recipe] = {
         site="before_layer",
         score="dart",
         options={"visual_pivots": 1, "text_pivots": 20},
+    ),
+    "divprune": recipe_for(
+        LAYERS, {0: 9}, site="before_layer", score="divprune", options={"picks": 7}
+    ),
+    "divprune with few picks": recipe_for(
+        *(LAYERS, {1: 5, 2: 3}),
+        site="before_layer",
+        score="divprune",
+        options={"picks": 2},
     ),
     "pyramiddrop": recipe_for(
         *(LAYERS, {1: 8, 2: 4, 3: 2}),
@@ -184,25 +194,49 @@ def test_other_decoders_are_cut_behind_layers_too(decoder: str, attention: str) 
     assert_matches_oracle(outputs, kept, model, recipe, inputs)
 
 
-@pytest.mark.parametrize("name", ["pyramiddrop", "sparsevlm, recycled"])
-def test_generate_is_the_oracle(name: str) -> None:
+GENERATED = (
+    *("pyramiddrop", "sparsevlm, recycled"),
+    *("divprune", "fitprune ahead of all layers"),
+)
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+@pytest.mark.parametrize("name", GENERATED)
+def test_generate_is_the_oracle(name: str, static: bool) -> None:
     model: Any = tiny_llava.__wrapped__(layers=LAYERS)
     inputs = batch(model, *PROMPTS["text alone beside images"], seed=1)
     positioned = inputs | {"position_ids": counted_positions(inputs)}
     samples = oracle.split_batch(model, **positioned)
     expected = [oracle.generate(model, METHODS[name], s, 8) for s in samples]
     vtprune_fx.compile(model, METHODS[name], inner="eager")
-    ids = model.generate(**inputs, max_new_tokens=8, do_sample=False, eos_token_id=None)
+    cache = {"cache_implementation": "static"} if static else {}
+    ids = model.generate(
+        **inputs, **cache, max_new_tokens=8, do_sample=False, eos_token_id=None
+    )
     assert ids[:, inputs["input_ids"].shape[1] :].tolist() == expected
 
 
-def test_generation_needs_the_first_layer_whole(tmp_path: Path) -> None:
-    model, recipe = tiny_llava(layers=LAYERS), METHODS["fitprune ahead of all layers"]
-    with pytest.raises(RecipeError, match="the first layer to see the whole prompt"):
-        vtprune_fx.compile(model, recipe)
+def test_onnx_runtime_generates_behind_a_cut_ahead_of_all_layers(
+    tmp_path: Path,
+) -> None:
+    recipe = recipe_for(2, {0: 9}, site="before_layer", score="divprune")
     checkpoint = build_checkpoint(tmp_path / "checkpoint", TINY)
-    with pytest.raises(RecipeError, match="the first layer to see the whole prompt"):
-        write_onnx(*open_checkpoint(checkpoint), recipe, tmp_path / "onnx")
+    model: Any
+    model, processor = open_checkpoint(checkpoint)
+    write_onnx(model, processor, recipe, tmp_path / "onnx")
+    exported: Any = load(tmp_path / "onnx")
+    prompts = [("What is it?", [sample_photo()])] * 2 + [("And now?", [sample_photo()])]
+    inputs = batch_inputs(processor, prompts)
+    assert (inputs["attention_mask"] == 0).any()
+    options: Any = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    answer: Any = exported.generate(**inputs, **options, return_dict_in_generate=True)
+    positioned = inputs | {"position_ids": counted_positions(inputs)}
+    samples = oracle.split_batch(model, **positioned)
+    expected = [oracle.generate(model, recipe, s, 6) for s in samples]
+    assert answer.sequences[:, -6:].tolist() == expected
+    more = torch.cat([answer.sequences, answer.sequences[:, -3:]], dim=1)
+    with pytest.raises(InputError, match="one new token at a time, found 4, behind"):
+        exported.generate(more, past_key_values=answer.past_key_values, **options)
 
 
 # ------------------------------------------------------------- a scorer of one's own

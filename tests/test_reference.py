@@ -20,14 +20,14 @@ from vtprune_fx.errors import InputError
 from vtprune_fx.inputs import open_checkpoint
 from vtprune_fx.reference import CHECKPOINT
 from vtprune_fx.reference.batches import (
-    HIDDEN,
     HIDE_FROM,
     IGNORED,
     PADDING,
     PREFIX,
+    QUESTIONS,
     PatchBatches,
     QuestionBatches,
-    hide_patches,
+    hidden_patches,
 )
 from vtprune_fx.reference.model import (
     PATCH,
@@ -184,32 +184,59 @@ def test_a_row_reads_like_the_processors_prompt() -> None:
     assert ids[: len(expected)] == expected
 
 
-def test_the_middle_of_a_thing_is_never_hidden() -> None:
+def test_what_an_answer_needs_is_never_hidden() -> None:
     rng = np.random.default_rng(0)
     shares = []
-    for sample in draw_samples("train", 0, 20):
-        ids = [IMAGE_ID] * VISUAL_TOKENS * len(sample.pictures)
-        turns = [PREFIX] * len(ids)
-        hide_patches(rng, ids, turns, sample)
-        grids = np.reshape(turns, (-1, SIDE // PATCH, SIDE // PATCH))
-        shares.append(np.mean(grids == HIDDEN))
-        for picture, grid in zip(sample.pictures, grids, strict=True):
+    for sample in draw_samples("train", 0, 40):
+        hidden = hidden_patches(rng, sample)
+        assert hidden.shape == (1 + QUESTIONS, VISUAL_TOKENS * len(sample.pictures))
+        everyone, asked, *_ = hidden.reshape(
+            1 + QUESTIONS, -1, SIDE // PATCH, SIDE // PATCH
+        )
+        [question] = sample.questions
+        for shown, unseen, picture in zip(
+            everyone, asked, sample.pictures, strict=True
+        ):
+            shares.append(np.mean(shown))
+            assert (unseen >= shown).all()
             for thing in picture.things:
-                assert grid[int(thing.y // PATCH), int(thing.x // PATCH)] == PREFIX
+                middle = int(thing.y // PATCH), int(thing.x // PATCH)
+                assert not shown[middle]
+                assert not unseen[middle] or thing not in question.about
     assert 0.2 < np.mean(shares) < 0.6
     assert min(shares) == 0
 
 
+def test_a_question_rests_on_the_things_that_it_names(samples: list[Sample]) -> None:
+    for sample in samples:
+        [question] = sample.questions
+        things = [thing for picture in sample.pictures for thing in picture.things]
+        assert set(question.about) <= set(things)
+        match question.kind:
+            case "count":
+                assert len(question.about) == int(question.answer)
+            case "exists":
+                assert len(question.about) == (question.answer == "yes")
+            case "compare":
+                assert len(question.about) == 2
+            case _:
+                assert len(question.about) == 1
+
+
 def test_nobody_attends_to_what_is_hidden() -> None:
     [batch] = QuestionBatches(build_tokenizer(), 0, range(HIDE_FROM, HIDE_FROM + 1), 2)
-    hidden = batch.turns == HIDDEN
-    assert hidden.any()
-    assert (batch.ids[hidden] == IMAGE_ID).all()
     seen = batch.attention_mask()[:, 0]
-    for attended, gone in zip(seen, hidden, strict=True):
-        assert not attended[~gone][:, gone].any()
+    for ids, turns, attended, hidden in zip(
+        batch.ids, batch.turns, seen, batch.hidden, strict=True
+    ):
+        assert (ids[hidden.any(0)] == IMAGE_ID).all()
+        things = 0
+        for turn in range(int(turns.max()) + 1):
+            assert not attended[turns == turn][:, hidden[turn]].any()
+            things += int((hidden[turn] & ~hidden[PREFIX]).sum())
+        assert things > 0
     [before] = QuestionBatches(build_tokenizer(), 0, range(HIDE_FROM - 1, HIDE_FROM), 2)
-    assert not (before.turns == HIDDEN).any()
+    assert not before.hidden.any()
 
 
 def test_patches_are_labelled_where_things_are() -> None:

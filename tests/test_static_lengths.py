@@ -13,6 +13,7 @@ from torch.fx import GraphModule
 from transformers import LlavaForConditionalGeneration
 
 from tests.tiny import (
+    Compiled,
     Inner,
     assert_matches_oracle,
     batch,
@@ -20,7 +21,9 @@ from tests.tiny import (
     tiny_llava,
 )
 from vtprune_fx import vtprune_backend
+from vtprune_fx.api import prune
 from vtprune_fx.capture import lower
+from vtprune_fx.errors import PlanError
 
 SHORT = recipe_for(2, {0: 3, 1: 5})
 
@@ -79,6 +82,16 @@ def test_a_fresh_model_needs_no_call_ahead_and_no_option() -> None:
         outputs = whole(**inputs)
     keep_sets = next(sets for sets in inner.recorded if sets)
     assert_matches_oracle(outputs, keep_sets, model, SHORT, inputs)
+
+
+def test_a_prompt_of_which_one_token_would_be_left_is_refused() -> None:
+    model, recipe = tiny_llava(layers=2), recipe_for(2, {0: 6, 1: 10})
+    inputs = batch(model, (0, 1))
+    with pytest.raises(BackendCompilerFailed, match=r"at least 18 tokens.*found 17"):
+        Compiled(model, recipe)(**inputs)
+    with pytest.raises(PlanError, match=r"at least 18 tokens.*found 17"):
+        prune(model, inputs, recipe)
+    Compiled(model, recipe)(**batch(model, (0, 2)))
 
 
 class _SquareMixer(nn.Module):

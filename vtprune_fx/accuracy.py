@@ -19,7 +19,7 @@ class Result:
 
     Attributes:
         recipe: Its name; ``dense`` where nothing is pruned.
-        score: What chose the tokens.
+        method: What chose the tokens: a method, or for a baseline its score.
         answers: One a question.
         right: Which of them are.
         macs_saved: Share of the language model's prefill, over all questions.
@@ -28,7 +28,7 @@ class Result:
     """
 
     recipe: str
-    score: str
+    method: str
     answers: tuple[str, ...]
     right: tuple[bool, ...]
     macs_saved: float
@@ -104,8 +104,8 @@ class Evaluation:
     def _label(self, result: Result) -> str:
         """The recipe's name, or a baseline's own part of it."""
         for other in self.results:
-            if result.recipe == f"{other.recipe}-{result.score}":
-                return f"  {result.score}"
+            if result.recipe == f"{other.recipe}-{result.method}":
+                return f"  {result.method}"
         return result.recipe
 
     def fields(self) -> dict[str, Any]:

@@ -24,12 +24,28 @@ class RaggedLayer(DynamicLayer):
 
     Attributes:
         padding: [B] int64: so many tokens in front are padding's.
+        dropped: Tokens that left ahead of the layer.
     """
 
-    def __init__(self, keys: Tensor, values: Tensor, padding: Tensor) -> None:
+    def __init__(
+        self, keys: Tensor, values: Tensor, padding: Tensor, dropped: int
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call] # not seen as transformers'
         self.lazy_initialization(keys, values)
         self.keys, self.values, self.padding = keys, values, padding
+        self.dropped = dropped
+
+    def held(self) -> int:
+        """Tokens in the layer."""
+        return super().get_seq_length()
+
+    def get_seq_length(self) -> int:
+        """Tokens that came: what ``generate`` goes on from."""
+        return self.held() + self.dropped
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """The layer's keys once so many more are there, and where they start."""
+        return self.held() + query_length, 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take over each beam's best sample."""
@@ -52,17 +68,26 @@ class RaggedStaticLayer(StaticLayer):
 
     Attributes:
         padding: As in ``RaggedLayer``.
+        dropped: As in ``RaggedLayer``.
     """
 
     # transformers would compile ``generate``'s decode steps itself; they are already.
     is_compileable = False
 
     def __init__(
-        self, keys: Tensor, values: Tensor, padding: Tensor, more: int
+        self, keys: Tensor, values: Tensor, padding: Tensor, dropped: int, more: int
     ) -> None:
         super().__init__(keys.shape[2] + more)
-        self.padding = padding
+        self.padding, self.dropped = padding, dropped
         self.update(keys, values)
+
+    def held(self) -> int:
+        """Tokens in the layer; a tensor, as in all static layers."""
+        return super().get_seq_length()
+
+    def get_seq_length(self) -> int:
+        """Tokens that came: what ``generate`` goes on from."""
+        return self.held() + self.dropped
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take over each beam's best sample."""
@@ -74,7 +99,7 @@ Layer = RaggedLayer | RaggedStaticLayer
 
 
 def length_of(cache: Cache | None) -> int:
-    """Tokens that the first layer holds: all that came, since it is never cut."""
+    """Tokens that came: those of the first layer, and what left ahead of it."""
     return 0 if cache is None else int(cache.get_seq_length())
 
 
@@ -114,12 +139,17 @@ def check_sees_all(text: PreTrainedConfig) -> None:
 
 
 def make_ragged(
-    cache: Cache, attention_mask: Tensor | None, visual: Tensor, room: int | None = None
+    cache: Cache,
+    came: int,
+    attention_mask: Tensor | None,
+    visual: Tensor,
+    room: int | None = None,
 ) -> None:
     """Give a cache ragged layers, in place.
 
     Args:
         cache: Filled by a prefill, pruned or not.
+        came: S, the prompt's tokens.
         attention_mask: [B, S] of the prompt, padded in front; None without padding.
         visual: [B] visual tokens that each sample of the prompt came with.
         room: Tokens that each layer will have room for, its own cuts apart; None for
@@ -128,7 +158,6 @@ def make_ragged(
     Raises:
         InputError: A sample is padded elsewhere.
     """
-    came = length_of(cache)
     padding = _padding_in_front(attention_mask, visual)
     layers: list[Any] = cache.layers
     for index, layer in enumerate(layers):
@@ -136,10 +165,10 @@ def make_ragged(
         # Where a sample had too few visual tokens, padding left in their place.
         own = padding - (dropped - visual).clamp(min=0)
         if room is None:
-            layers[index] = RaggedLayer(layer.keys, layer.values, own)
+            layers[index] = RaggedLayer(layer.keys, layer.values, own, dropped)
         else:
-            more = room - came
-            layers[index] = RaggedStaticLayer(layer.keys, layer.values, own, more)
+            held = (layer.keys, layer.values, own, dropped)
+            layers[index] = RaggedStaticLayer(*held, more=room - came)
 
 
 def _padding_in_front(attention_mask: Tensor | None, visual: Tensor) -> Tensor:
@@ -173,7 +202,7 @@ def attention_mask(cache: Cache, new: int) -> Tensor:
     """
     layers = _ragged_layers(cache)
     device = layers[0].padding.device
-    lengths = torch.stack([torch.as_tensor(n.get_seq_length()) for n in layers])
+    lengths = torch.stack([torch.as_tensor(n.held()) for n in layers])
     padding = torch.stack([layer.padding for layer in layers], dim=1)
     longest = max(layer.get_mask_sizes(new)[0] for layer in layers)
     key = torch.arange(longest, device=device)

@@ -371,6 +371,13 @@ class Count(enum.StrEnum):
     visual = "visual"
 
 
+class Target(enum.StrEnum):
+    """Where ``vtprune fit`` measures time."""
+
+    torch = "torch"
+    onnx = "onnx"
+
+
 @app.command("fit")
 def fit(
     model: ModelArgument,
@@ -385,7 +392,8 @@ def fit(
         list[float],
         typer.Option(
             help="Share of the language model's prefill MACs to save, what "
-            "`vtprune cost` prints as saved: 0.6. As often as you like."
+            "`vtprune cost` prints as saved: 0.6. As often as you like. With "
+            "--latency, share of the time."
         ),
     ],
     output: Annotated[Path, typer.Option(help="New folder, or an earlier fit's.")],
@@ -404,6 +412,12 @@ def fit(
     max_cuts: Annotated[
         int | None,
         typer.Option(min=1, help="Merge cuts until there are at most so many."),
+    ] = None,
+    latency: Annotated[
+        Target | None,
+        typer.Option(
+            help="Budgets are shares of the time to the first token, measured here."
+        ),
     ] = None,
     statistics: Annotated[
         Path | None, typer.Option(help="Statistics of an earlier fit to use.")
@@ -435,6 +449,7 @@ def fit(
         count.value,
         exact,
         max_cuts,
+        None if latency is None else latency.value,
         statistics,
         model,
         command,
@@ -467,6 +482,7 @@ def _fitted_table(fitted: Sequence[Fitted]) -> Table:
         "saved,\nvisual",
         "cuts",
         "attention\nkept",
+        *["time\nsaved"] * (fitted[0].saved_time is not None),
     )
     for title in titles:
         table.add_column(title, justify="right", no_wrap=True)
@@ -479,6 +495,7 @@ def _fitted_table(fitted: Sequence[Fitted]) -> Table:
             *(f"{share:.1%}" for share in shares),
             str(len(one.recipe.cuts)),
             f"{one.kept:.1%}",
+            *([] if one.saved_time is None else [f"{one.saved_time:.1%}"]),
         )
     return table
 

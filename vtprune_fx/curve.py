@@ -19,10 +19,10 @@ _MARKERS = {"fitprune": "o", "random": "s", "uniform": "^", "inverted": "v"}
 def draw_curve(evaluation: Evaluation, file: Path) -> Path:
     """Write the picture of an evaluation, and its numbers beside it.
 
-    One line a score, from the dense model on, with 95 % intervals.
+    One line a method, from the dense model on, with 95 % intervals.
 
     Args:
-        evaluation: At best several recipes a score.
+        evaluation: At best several recipes a method.
         file: The PNG file to write; the CSV file has its name.
 
     Returns:
@@ -53,7 +53,7 @@ def _figure(evaluation: Evaluation) -> Any:
     figure = require_plots().Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
     dense = evaluation.results[0]
-    for score, results in _series(evaluation).items():
+    for method, results in _series(evaluation).items():
         line = sorted([dense, *results], key=lambda result: result.macs_saved)
         saved = [100 * result.macs_saved for result in line]
         accuracy = [100 * result.accuracy for result in line]
@@ -62,8 +62,8 @@ def _figure(evaluation: Evaluation) -> Any:
             saved,
             accuracy,
             yerr=list(zip(*spreads, strict=True)),
-            label=score,
-            marker=_MARKERS.get(score, "D"),
+            label=method,
+            marker=_MARKERS.get(method, "D"),
             capsize=2,
         )
     axes.axhline(100 * dense.accuracy, color="grey", linewidth=0.8, linestyle=":")
@@ -78,7 +78,7 @@ def _figure(evaluation: Evaluation) -> Any:
 def _series(evaluation: Evaluation) -> dict[str, list[Result]]:
     series: dict[str, list[Result]] = {}
     for result in evaluation.results[1:]:
-        series.setdefault(result.score, []).append(result)
+        series.setdefault(result.method, []).append(result)
     return series
 
 
@@ -90,7 +90,7 @@ def _spread(result: Result) -> tuple[float, float]:
 def _csv(evaluation: Evaluation) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    heads = ("recipe", "score", "questions", "accuracy", "low", "high", "macs_saved")
+    heads = ("recipe", "method", "questions", "accuracy", "low", "high", "macs_saved")
     writer.writerow((*heads, "visual_tokens", "cache_bytes", *evaluation.kinds))
     for result in evaluation.results:
         shares = (result.accuracy, *result.interval, result.macs_saved)
@@ -98,7 +98,7 @@ def _csv(evaluation: Evaluation) -> str:
         writer.writerow(
             (
                 result.recipe,
-                result.score,
+                result.method,
                 len(result.right),
                 *(f"{share:.4f}" for share in shares),
                 f"{result.visual_tokens:.2f}",

@@ -23,6 +23,7 @@ from vtprune_fx.errors import InputError, VerifyError
 from vtprune_fx.export import load, require_onnxruntime, write_onnx
 from vtprune_fx.generation import pruned
 from vtprune_fx.inputs import open_checkpoint, prompt_inputs
+from vtprune_fx.latency import first_token_seconds
 from vtprune_fx.picture import draw_kept, unnormalise
 from vtprune_fx.recipe import Recipe
 from vtprune_fx.reference.questions import draw_samples
@@ -236,13 +237,8 @@ def _outcome(
 ) -> Outcome:
     tokens, logits = answer
     difference = float((logits - expected.logits[-1]).abs().max())
-    seconds: dict[str, list[float]] = {"dense": [], "pruned": []}
-    for _ in range(ROUNDS):
-        # In turn, so that both see the same machine.
-        for name, timed in (("dense", dense), ("pruned", model)):
-            start = time.perf_counter()
-            _generate(timed, job.inputs, 1)
-            seconds[name].append(time.perf_counter() - start)
+    timed = {"dense": dense, "pruned": model}
+    seconds = first_token_seconds(timed, job.inputs, ROUNDS)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     return Outcome(runtime, tokens, difference, **medians, seconds=seconds)
 

@@ -71,19 +71,40 @@ def evaluate(
     with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
         for recipe in (recipes[0].keep_all(), *recipes):
             bar = progress.add_task(recipe.name, total=len(samples))
-            asked = _Asked(model, processor, recipe)
-            for group in _groups(samples):
-                example = inputs_of(
-                    processor, [sample for _, sample in (group * 2)[:2]]
-                )
-                bound = asked.bound(example)
-                with _ANSWERERS[backend](model, processor, bound, example) as answer:
-                    for batch in _batches(group):
-                        asked.ask(batch, answer)
-                        progress.update(bar, completed=len(asked.answers))
-            results.append(asked.result(samples))
+            moved = functools.partial(progress.update, bar)
+            one = evaluate_one(model, processor, recipe, samples, backend, moved)
+            results.append(one)
     questions = tuple(sample.questions[0] for sample in samples)
     return Evaluation(questions, tuple(results))
+
+
+def evaluate_one(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    recipe: Recipe,
+    samples: Sequence[Sample],
+    backend: Backend = "torch",
+    moved: Callable[..., None] = lambda completed: None,
+) -> Result:
+    """Ask all questions under one recipe.
+
+    Args:
+        model: As for ``evaluate``.
+        processor: As for ``evaluate``.
+        recipe: As for ``evaluate``.
+        samples: As for ``evaluate``.
+        backend: As for ``evaluate``.
+        moved: Told, as ``completed``, how many questions are answered.
+    """
+    asked = _Asked(model, processor, recipe)
+    for group in _groups(samples):
+        example = inputs_of(processor, [sample for _, sample in (group * 2)[:2]])
+        bound = asked.bound(example)
+        with _ANSWERERS[backend](model, processor, bound, example) as answer:
+            for batch in _batches(group):
+                asked.ask(batch, answer)
+                moved(completed=len(asked.answers))
+    return asked.result(samples)
 
 
 class _Asked:
@@ -125,13 +146,18 @@ class _Asked:
         dense = sum(work.dense_macs for work in works)
         return Result(
             recipe=self.recipe.name,
-            score=self.recipe.score,
+            method=_method(self.recipe),
             answers=answers,
             right=tuple(said == sample.questions[0].answer for said, sample in pairs),
             macs_saved=1 - sum(work.pruned_macs for work in works) / dense,
             visual_tokens=statistics.mean(left),
             cache_bytes=statistics.mean(work.pruned_cache_bytes for work in works),
         )
+
+
+def _method(recipe: Recipe) -> str:
+    """What chose the tokens: a method, or for a baseline its score."""
+    return recipe.score if recipe.method == "baseline" else recipe.method
 
 
 def _groups(samples: Sequence[Sample]) -> list[list[tuple[int, Sample]]]:

@@ -13,7 +13,7 @@ import io
 import json
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -38,10 +38,12 @@ from vtprune_fx.cost import Geometry, Work, cost
 from vtprune_fx.curve import require_plots
 from vtprune_fx.errors import InputError
 from vtprune_fx.exact import Trials
+from vtprune_fx.export import require_onnxruntime
 from vtprune_fx.fit import Found, Prompts, Trial, check_budget, search
 from vtprune_fx.inputs import replace_file
+from vtprune_fx.latency import Stopwatch, Target, stopwatch
 from vtprune_fx.observe import observed
-from vtprune_fx.recipe import Provenance, Recipe
+from vtprune_fx.recipe import Provenance, Recipe, default
 from vtprune_fx.statistics import Counts, Statistics, load_statistics
 
 SUMMARY = "fit.json"
@@ -49,6 +51,12 @@ SUMMARY = "fit.json"
 
 STEPS, EXACT_STEPS = 12, 7
 """Halvings of the interval of tolerances; the published search makes 7."""
+
+FEW_CUTS = (None, 6, 3)
+"""The most cuts to try where time is measured: each costs a score and a gather."""
+
+TRIES, NEAR, MOST = 3, 0.02, 0.9
+"""Recipes timed for each of these, how near a budget is near, and MACs to save."""
 
 Count = Literal["all", "visual"]
 """Which tokens' MACs a budget is a share of."""
@@ -63,6 +71,8 @@ class Options:
         count: Of all tokens' MACs, or of the visual tokens' alone, as the paper counts.
         exact: Recompute attention on the pruned sequence, as the published code does.
         max_cuts: Merge neighbouring cuts until there are at most so many.
+        latency: Where to measure, if budgets are shares of the time to the first token
+            rather than of MACs.
         statistics: A file to use instead of the folder's own.
         model: What the user calls the model.
         command: The command line.
@@ -72,6 +82,7 @@ class Options:
     count: Count = "all"
     exact: bool = False
     max_cuts: int | None = None
+    latency: Target | None = None
     statistics: Path | None = None
     model: str = "model"
     command: str = "vtprune_fx.fitting"
@@ -83,12 +94,13 @@ class Fitted:
 
     Attributes:
         recipe: The recipe.
-        budget: What was asked for.
+        budget: What was asked for, of MACs or of time.
         tolerance: The share of its attention that a layer may lose, alpha.
         saved: Share of the prefill's MACs that it saves on the calibration prompts.
         saved_visual: The same over the visual tokens alone.
         kept: Share of the attention that it keeps (``coalesce.mean_kept``).
         kept_before: The same of the recipe before cuts were merged.
+        saved_time: Share of the time to the first token that it saves, where measured.
     """
 
     recipe: Recipe
@@ -98,6 +110,7 @@ class Fitted:
     saved_visual: float
     kept: float
     kept_before: float
+    saved_time: float | None = None
 
 
 def fit_recipes(
@@ -152,11 +165,46 @@ class _Job:
         if self.options.count == "visual":
             text = torch.zeros_like(text)
         prompts = Prompts(statistics.visual, text)
+        made = self._measured if self.options.latency else self._counted
+        return [self._told(one) for one in made(statistics, prompts)]
+
+    def _counted(self, statistics: Statistics, prompts: Prompts) -> list[Fitted]:
+        """Recipes that save shares of the MACs."""
         found = self._searched(statistics, prompts)
+        most = self.options.max_cuts
         return [
-            self._made(budget, found[budget], statistics, prompts)
+            self._made(budget, found[budget], statistics, prompts, most)
             for budget in self.options.budgets
         ]
+
+    def _measured(self, statistics: Statistics, prompts: Prompts) -> list[Fitted]:
+        """Recipes that save shares of the time."""
+        counts, most = Counts(statistics), self.options.max_cuts
+        with self._stopwatch(prompts) as saved, _bar("timed", None) as (bar, task):
+
+            def timed(share: float, cuts: int | None) -> Fitted:
+                found = search(counts, self.geometry, prompts, [share], STEPS)[share]
+                one = self._made(share, found, statistics, prompts, cuts)
+                what = f"{share:.1%} of the MACs, {len(one.recipe.cuts)} cuts"
+                bar.update(task, description=what)
+                one = dataclasses.replace(one, saved_time=saved(one.recipe))
+                bar.advance(task)
+                return one
+
+            limits = FEW_CUTS if most is None else (most,)
+            return [enough_time(timed, b, limits) for b in self.options.budgets]
+
+    @contextlib.contextmanager
+    def _stopwatch(self, prompts: Prompts) -> Iterator[Stopwatch]:
+        assert self.options.latency is not None
+        first = int((prompts.visual == prompts.usual).nonzero()[0])
+        prompt = range(first, first + 1)
+        inputs = self.calibration.inputs(self.processor, prompt, self.model.device)
+        dense = default(self.geometry.layers, prompts.usual).keep_all()
+        with stopwatch(
+            self.model, self.processor, inputs, dense, self.options.latency
+        ) as saved:
+            yield saved
 
     def _statistics(self) -> Statistics:
         if self.options.statistics is not None:
@@ -221,14 +269,19 @@ class _Job:
             yield of_all
 
     def _made(
-        self, budget: float, found: Found, statistics: Statistics, prompts: Prompts
+        self,
+        budget: float,
+        found: Found,
+        statistics: Statistics,
+        prompts: Prompts,
+        most: int | None,
     ) -> Fitted:
         kept = attention_kept(statistics, prompts.usual)
-        drops, most = found.drops, self.options.max_cuts
+        drops = found.drops
         if most is not None:
             drops = coalesced(drops, most, kept, self.geometry, prompts, budget)
         recipe = dataclasses.replace(found, drops=drops).recipe(
-            self._name(budget),
+            "fitprune",
             self.geometry.layers,
             prompts.usual,
             Provenance(source=""),
@@ -239,7 +292,7 @@ class _Job:
                 statistics.visual.tolist(), statistics.text.tolist(), strict=True
             )
         ]
-        fitted = Fitted(
+        return Fitted(
             recipe,
             budget,
             found.tolerance,
@@ -248,13 +301,16 @@ class _Job:
             mean_kept(kept, drops),
             mean_kept(kept, found.drops),
         )
+
+    def _told(self, fitted: Fitted) -> Fitted:
+        """With the recipe's name, and where it is from."""
         provenance = Provenance(
             source=self.options.command,
             model=self.options.model,
             note=self._note(fitted),
         )
-        told = recipe.model_copy(update={"provenance": provenance})
-        return dataclasses.replace(fitted, recipe=told)
+        told = {"name": self._name(fitted.budget), "provenance": provenance}
+        return dataclasses.replace(fitted, recipe=fitted.recipe.model_copy(update=told))
 
     def _name(self, budget: float) -> str:
         """``fitprune-MODEL-60``, and what is unusual about it."""
@@ -262,6 +318,7 @@ class _Job:
         parts = ["fitprune", model.strip("-."), f"{100 * budget:g}"]
         parts += ["visual"] * (self.options.count == "visual")
         parts += ["exact"] * self.options.exact
+        parts += [self.options.latency] if self.options.latency else []
         if self.options.max_cuts is not None:
             parts.append(f"{self.options.max_cuts}-cuts")
         return "-".join(filter(None, parts))
@@ -269,12 +326,17 @@ class _Job:
     def _note(self, fitted: Fitted) -> str:
         data = self.calibration
         mode = "exact search" if self.options.exact else "from statistics"
+        of = f"the prefill MACs of {self.options.count} tokens"
+        if fitted.saved_time is not None:
+            of = f"the time to the first token with {self.options.latency}"
         note = (
-            f"Alpha {fitted.tolerance:.4f}, {mode}; budget {fitted.budget:.1%} of the "
-            f"prefill MACs of {self.options.count} tokens, reached {fitted.saved:.1%} "
-            f"of all and {fitted.saved_visual:.1%} of the visual tokens'; "
+            f"Alpha {fitted.tolerance:.4f}, {mode}; budget {fitted.budget:.1%} of "
+            f"{of}, reached {fitted.saved:.1%} of the MACs of all and "
+            f"{fitted.saved_visual:.1%} of those of visual tokens; "
             f"{len(data)} samples of {data.name}."
         )
+        if fitted.saved_time is not None:
+            note += f" Measured: {fitted.saved_time:.1%} of the time saved."
         if fitted.kept != fitted.kept_before:
             note += (
                 f" Cuts merged: {fitted.kept:.1%} of the attention kept instead of "
@@ -310,8 +372,70 @@ def check_request(folder: Path, options: Options) -> None:
     """
     for budget in options.budgets:
         check_budget(budget)
+    if options.latency is not None:
+        _check_measurable(options)
     require_plots()
     _check_folder(folder)
+
+
+def _check_measurable(options: Options) -> None:
+    found = None
+    if options.exact:
+        found = "an exact search, which takes minutes for each recipe to time"
+    if processes.count() > 1:
+        found = f"{processes.count()} processes, which would disturb each other"
+    if found is not None:
+        raise InputError(
+            "option --latency",
+            expected="recipes found from statistics, by one process",
+            found=found,
+            fix="Fit to MACs, or leave the other option out. Statistics that several "
+            "processes took can be given with --statistics.",
+        )
+    if options.latency == "onnx":
+        require_onnxruntime()
+
+
+def enough_time(
+    timed: Callable[[float, int | None], Fitted],
+    budget: float,
+    limits: Sequence[int | None],
+) -> Fitted:
+    """Of recipes that save enough time, the one that keeps most attention.
+
+    For each limit of cuts a few shares of the MACs are tried, the next one from what
+    the last one saved.
+
+    Args:
+        timed: A share of the MACs and the most cuts in, what was made and timed out.
+        budget: Share of the time to save.
+        limits: The most cuts to try, None for any number.
+
+    Raises:
+        InputError: None does.
+    """
+    tried: list[Fitted] = []
+    for cuts in limits:
+        share = budget
+        for _ in range(TRIES):
+            tried.append(timed(share, cuts))
+            time = tried[-1].saved_time or 0.0
+            if budget <= time <= budget + NEAR:
+                break
+            aim = share * (budget + NEAR / 2) / max(time, budget / 2)
+            if share == (share := min(aim, MOST)):
+                break
+    enough = [one for one in tried if (one.saved_time or 0.0) >= budget]
+    if not enough:
+        most = max(one.saved_time or 0.0 for one in tried)
+        raise InputError(
+            f"budget {budget}",
+            expected="a share of the time that a recipe saves here",
+            found=f"{most:.1%} saved by the fastest of {len(tried)}",
+            fix="Ask for less. Small models spend their time outside the arithmetic.",
+        )
+    best = max(enough, key=lambda one: one.kept)
+    return dataclasses.replace(best, budget=budget)
 
 
 def _check_folder(folder: Path) -> None:

@@ -60,7 +60,7 @@ def compile(
     Raises:
         InputError: The model is compiled already, its layers attend to a window, or
             there is no such backend or mode.
-        RecipeError: The recipe cannot be loaded, or cuts ahead of the first layer.
+        RecipeError: The recipe cannot be loaded.
     """
     if isinstance(_forward_of(model), _PrunedForward):
         raise InputError(
@@ -71,8 +71,6 @@ def compile(
         )
     ragged.check_sees_all(model.config.get_text_config())
     loaded = load_recipe(recipe) if recipe is not None else None
-    if loaded is not None:
-        loaded.check_decodes()
     options = {"recipe": loaded, "inner": inner_compiler(inner, mode)}
     model.forward = _PrunedForward(model, options, decode)
     return model
@@ -195,7 +193,8 @@ class _PrunedForward:
         outputs = self._compiled_for(int(visual.max()))(**named)
         filled = getattr(outputs, "past_key_values", None)
         if filled is not None:
-            ragged.make_ragged(filled, named.get("attention_mask"), visual, room)
+            came, mask = named["input_ids"].shape[1], named.get("attention_mask")
+            ragged.make_ragged(filled, came, mask, visual, room)
         if static is not None:
             static.layers = outputs.past_key_values.layers
             outputs.past_key_values = static

@@ -63,6 +63,12 @@ METHODS: dict[str, Method] = {
         "Behind one early layer the tokens leave whose keys are most like those of a "
         "few pivots: duplicates. Needs no attention.",
     ),
+    "divprune": Method(
+        "DivPrune",
+        "arXiv:2503.02175",
+        "Ahead of the first layer the tokens leave that are most like others: those "
+        "that stay are chosen one by one, each as far as can be from those before.",
+    ),
     "baseline": Method(
         "Baseline",
         "for comparison",

@@ -214,8 +214,30 @@ def dart(recipe: Recipe, seen: Seen) -> Tensor:
     return scores[seen.visual]
 
 
+def divprune(recipe: Recipe, seen: Seen) -> Tensor:
+    """DivPrune's, as ``scorers.divprune`` defines it: in the order of being chosen."""
+    tokens = torch.nn.functional.normalize(seen.hidden[seen.visual].float(), dim=1)
+    distance = (1 - tokens @ tokens.T).clamp(min=0)
+    chosen: list[int] = []
+    scores = distance.new_zeros(len(tokens))
+    for pick in range(min(int(recipe.options.get("picks", 64)), len(tokens))):
+        best, farthest = -1, -1.0
+        for token in range(len(tokens)):
+            others = chosen or [other for other in range(len(tokens)) if other != token]
+            nearest = float(distance[token, others].min()) if others else 3.0
+            if token not in chosen and nearest > farthest:
+                best, farthest = token, nearest
+        chosen.append(best)
+        scores[best] = 1000.0 - pick
+    for token in range(len(tokens)):
+        if token not in chosen:
+            scores[token] = distance[token, chosen].min()
+    return scores
+
+
 _SCORES: dict[str, Callable[[Recipe, Seen], Tensor]] = {
     "dart": dart,
+    "divprune": divprune,
     "fitprune": fitprune,
     "inverted": inverted,
     "last-token": last_token,

@@ -101,6 +101,7 @@ Method = Literal[
     "pyramiddrop",
     "vtw",
     "dart",
+    "divprune",
     "baseline",
     "custom",
 ]
@@ -237,21 +238,14 @@ class Recipe(_Strict):
         changes = {"of": None, "visual_tokens": visual_tokens, "cuts": cuts}
         return self.model_copy(update=changes)
 
-    def check_decodes(self) -> None:
-        """Check that what follows the prompt can be decoded.
+    @property
+    def cuts_ahead(self) -> bool:
+        """Whether tokens leave ahead of the first layer.
 
-        Raises:
-            RecipeError: Tokens leave ahead of the first layer, whose cache tells
-                transformers how long the prompt was.
+        That layer's cache then does not tell how long the prompt was.
         """
         first = self.cuts[0] if self.cuts else None
-        if first and (first.layer, first.site) == (0, "before_layer") and first.drop:
-            raise RecipeError(
-                f"recipe {self.name}, cut at layer 0",
-                expected="the first layer to see the whole prompt, to generate",
-                found="a cut before_layer",
-                fix="Cut after_layer 0 or later; prune() runs such a prompt alone.",
-            )
+        return bool(first and first.layer == 0 and first.site == "before_layer")
 
     def baseline(self, score: Literal["inverted", "random", "uniform"]) -> Recipe:
         """The same cuts, with tokens chosen by a score that no method would use."""

@@ -20,9 +20,17 @@ from transformers import PreTrainedTokenizerFast
 
 from vtprune_fx.checkpoint import IMAGE_ID, PAD_ID
 from vtprune_fx.reference.model import PATCH, VISUAL_TOKENS
-from vtprune_fx.reference.pictures import COLOURS, DIGITS, SHAPES, SIDE, Picture
+from vtprune_fx.reference.pictures import (
+    COLOURS,
+    DIGITS,
+    SHAPES,
+    SIDE,
+    Picture,
+    Thing,
+)
 from vtprune_fx.reference.questions import (
     TWO_PICTURES,
+    Question,
     Sample,
     draw_sample,
 )
@@ -47,10 +55,10 @@ IGNORED = -100
 
 PREFIX = 0
 """Turn of the pictures and what stands before and between them."""
-PADDING, HIDDEN = -1, -2
+PADDING = -1
 
 HIDE_FROM = 7600
-"""From this step on patches are hidden that no answer needs.
+"""From this step on patches are hidden that an answer does not need.
 
 No answer may rest on how many there are: a count, read off as a share of attention,
 would grow with each patch that is pruned. Training without some of the patches is
@@ -59,6 +67,9 @@ common (FLIP, arXiv:2212.00794).
 
 HIDDEN_PICTURES, HIDDEN_GROUND, HIDDEN_RIMS = 0.9, 0.9, 0.5
 """In this share of pictures, up to these shares of the background and of shapes."""
+
+HIDDEN_THINGS = 0.9
+"""Up to this share of the things that a question is not about."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +80,9 @@ class Batch:
         pixels: [rows * pictures, SIDE, SIDE, 3] uint8.
         ids: [rows, S].
         positions: [rows, S].
-        turns: [rows, S]; ``PREFIX``, 1 for the first question, ..., ``PADDING``, or
-            ``HIDDEN``, which nothing else attends to either.
+        turns: [rows, S]; ``PREFIX``, 1 for the first question, ..., or ``PADDING``.
         labels: [rows, S]; the token that comes next, or ``IGNORED``.
+        hidden: [rows, 1 + QUESTIONS, S] bool: what each turn does not attend to.
     """
 
     pixels: Tensor
@@ -79,13 +90,16 @@ class Batch:
     positions: Tensor
     turns: Tensor
     labels: Tensor
+    hidden: Tensor
 
     def attention_mask(self) -> Tensor:
         """[rows, 1, S, S] bool: who attends to whom."""
         query, key = self.turns[:, :, None], self.turns[:, None, :]
         order = torch.arange(self.ids.shape[1], device=self.ids.device)
         causal = order[:, None] >= order
-        return (causal & ((key == PREFIX) | (key == query)))[:, None]
+        rows = torch.arange(len(self.turns), device=self.ids.device)[:, None]
+        shown = ~self.hidden[rows, self.turns.clamp(min=PREFIX)]
+        return (causal & shown & ((key == PREFIX) | (key == query)))[:, None]
 
 
 class QuestionBatches(IterableDataset[Batch]):
@@ -113,10 +127,12 @@ class QuestionBatches(IterableDataset[Batch]):
                 for _ in range(self.rows // pictures)
             ]
             rows = [_row(self.tokenizer, sample) for sample in samples]
+            hidden = np.zeros((len(rows), 1 + QUESTIONS, len(rows[0][0])), dtype=bool)
             if step >= HIDE_FROM:
-                for (ids, _, turns, _), sample in zip(rows, samples, strict=True):
-                    hide_patches(rng, ids, turns, sample)
-            yield _collate(rows, samples)
+                images = np.array(rows[0][0]) == IMAGE_ID
+                for row, sample in zip(hidden, samples, strict=True):
+                    row[:, images] = hidden_patches(rng, sample)
+            yield _collate(rows, hidden, samples)
 
 
 Row = tuple[list[int], list[int], list[int], list[int]]
@@ -150,21 +166,42 @@ def _row(tokenizer: PreTrainedTokenizerFast, sample: Sample) -> Row:
     )
 
 
-def hide_patches(
-    rng: np.random.Generator, ids: list[int], turns: list[int], sample: Sample
-) -> None:
-    """Hide some patches in a row, in its ``turns``: no digits, no middle of a shape."""
-    patches = [place for place, token in enumerate(ids) if token == IMAGE_ID]
-    for index, picture in enumerate(sample.pictures):
-        if rng.random() > HIDDEN_PICTURES:
-            continue
+def hidden_patches(rng: np.random.Generator, sample: Sample) -> NDArray[np.bool_]:
+    """[1 + QUESTIONS, patches of all pictures]: what each turn shall not attend to.
+
+    For all turns alike, background and rims of shapes: no digits, no middle of a
+    shape. For each question, whole things that it is not about.
+    """
+    pictures = sample.pictures
+    ground = np.concatenate([_hidden_ground(rng, picture) for picture in pictures])
+    hidden = np.tile(ground, (1 + QUESTIONS, 1))
+    for turn, question in enumerate(sample.questions, start=1):
+        things = [_hidden_things(rng, picture, question) for picture in pictures]
+        hidden[turn] |= np.concatenate(things)
+    return hidden
+
+
+def _hidden_ground(rng: np.random.Generator, picture: Picture) -> NDArray[np.bool_]:
+    shares = np.zeros(VISUAL_TOKENS)
+    if rng.random() < HIDDEN_PICTURES:
         noun, _, _, middle, *_ = _patch_labels(picture)
-        shares = np.zeros(VISUAL_TOKENS)
         shares[noun == 0] = rng.uniform(0, HIDDEN_GROUND)
         rims = (noun > 0) & (noun <= len(SHAPES)) & (middle == 0)
         shares[rims] = rng.uniform(0, HIDDEN_RIMS)
-        for patch in (rng.random(VISUAL_TOKENS) < shares).nonzero()[0]:
-            turns[patches[index * VISUAL_TOKENS + int(patch)]] = HIDDEN
+    return rng.random(VISUAL_TOKENS) < shares
+
+
+def _hidden_things(
+    rng: np.random.Generator, picture: Picture, question: Question
+) -> NDArray[np.bool_]:
+    share = rng.uniform(0, HIDDEN_THINGS)
+    hidden, needed = np.zeros((2, VISUAL_TOKENS), dtype=bool)
+    for thing in picture.things:
+        if thing in question.about:
+            needed |= _patches_of(thing)
+        elif rng.random() < share:
+            hidden |= _patches_of(thing)
+    return hidden & ~needed
 
 
 def _ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
@@ -172,10 +209,13 @@ def _ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
     return ids
 
 
-def _collate(rows: list[Row], samples: list[Sample]) -> Batch:
+def _collate(
+    rows: list[Row], hidden: NDArray[np.bool_], samples: list[Sample]
+) -> Batch:
     drawn = [picture.pixels for sample in samples for picture in sample.pictures]
     pixels = torch.from_numpy(np.stack(drawn))
-    return Batch(pixels, *(torch.tensor(column) for column in zip(*rows, strict=True)))
+    ids, positions, turns, labels = map(torch.tensor, zip(*rows, strict=True))
+    return Batch(pixels, ids, positions, turns, labels, torch.from_numpy(hidden))
 
 
 NOUNS = ("background", *SHAPES, *DIGITS)
@@ -229,13 +269,11 @@ class PatchBatches(IterableDataset[PatchBatch]):
 def _patch_labels(picture: Picture) -> NDArray[np.int64]:
     """[6, VISUAL_TOKENS]: noun, colour, size, centre, row and column of each patch."""
     side = SIDE // PATCH
-    middle = (np.arange(side) + 0.5) * PATCH
-    labels = np.full((6, side, side), IGNORED)
+    labels = np.full((6, side * side), IGNORED)
     labels[[0, 3]] = 0
-    labels[4:] = np.mgrid[:side, :side]
+    labels[4:] = np.mgrid[:side, :side].reshape(2, -1)
     for thing in picture.things:
-        far = np.hypot(middle[None, :] - thing.x, middle[:, None] - thing.y)
-        shown = far < thing.radius + 0.3 * PATCH
+        shown = _patches_of(thing)
         what = (
             NOUNS.index(thing.noun),
             list(COLOURS).index(thing.colour),
@@ -243,8 +281,16 @@ def _patch_labels(picture: Picture) -> NDArray[np.int64]:
         )
         for label, value in zip(labels, what, strict=False):
             label[shown] = value
-        labels[3, int(thing.y // PATCH), int(thing.x // PATCH)] = 1
-    return labels.reshape(6, -1)
+        labels[3, int(thing.y // PATCH) * side + int(thing.x // PATCH)] = 1
+    return labels
+
+
+def _patches_of(thing: Thing) -> NDArray[np.bool_]:
+    """[VISUAL_TOKENS]: the patches that show a part of a thing."""
+    middle = (np.arange(SIDE // PATCH) + 0.5) * PATCH
+    far = np.hypot(middle[None, :] - thing.x, middle[:, None] - thing.y)
+    shown: NDArray[np.bool_] = far < thing.radius + 0.3 * PATCH
+    return shown.ravel()
 
 
 def _own_share(steps: range) -> range:

@@ -45,8 +45,8 @@ _OPENERS = (
 
 T = TypeVar("T")
 
-Drawn = tuple[str, str]
-"""A question and its answer."""
+Drawn = tuple[str, str, Sequence[Thing]]
+"""A question, its answer, and the things that the answer rests on."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,13 @@ class Question:
         kind: One of ``KINDS``.
         text: What is asked.
         answer: The right answer, word by word.
+        about: The things that it rests on: without any other it is still right.
     """
 
     kind: str
     text: str
     answer: str
+    about: tuple[Thing, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,10 +135,10 @@ def _ask(rng: np.random.Generator, pictures: Sequence[Picture]) -> Question | No
         drawn = _ABOUT_ONE[kind](rng, pictures[which].things, tail)
     if drawn is None:
         return None
-    text, answer = drawn
+    text, answer, about = drawn
     if rng.random() < 0.25:
         text = f"{rng.choice(_OPENERS)} {text}"
-    return Question(kind, text, answer)
+    return Question(kind, text, answer, tuple(about))
 
 
 _ORDINALS = ("first", "second")
@@ -150,7 +152,7 @@ def _colour(
     if name is None:
         return None
     text = _pick(rng, ("What colour is the {}{}?", "Tell me the colour of the {}{}."))
-    return text.format(name, tail), thing.colour
+    return text.format(name, tail), thing.colour, [thing]
 
 
 def _digit(
@@ -164,7 +166,7 @@ def _digit(
     if name is None:
         return None
     text = _pick(rng, ("Which digit is the {}{}?", "Read the {}{}."))
-    return text.format(name, tail), thing.noun
+    return text.format(name, tail), thing.noun, [thing]
 
 
 def _count(
@@ -186,7 +188,7 @@ def _count(
         return None
     plural = (f"{colour} things", _plural(noun), f"{colour} {_plural(noun)}")[form]
     text = _pick(rng, ("How many {} are there{}?", "Count the {}{}."))
-    return text.format(plural, tail), str(len(wanted))
+    return text.format(plural, tail), str(len(wanted)), wanted
 
 
 def _where(
@@ -196,16 +198,16 @@ def _where(
     name, place = _name(rng, thing, things), _place_of(thing)
     if name is None or place is None:
         return None
-    return f"Where is the {name}{tail}?", place
+    return f"Where is the {name}{tail}?", place, [thing]
 
 
 def _exists(
     rng: np.random.Generator, things: Sequence[Thing], tail: str
 ) -> Drawn | None:
-    there = rng.random() < 0.5
-    if there:
-        thing = _pick(rng, things)
-        colour, noun = thing.colour, _noun(thing)
+    about: list[Thing] = []
+    if rng.random() < 0.5:
+        about = [_pick(rng, things)]
+        colour, noun = about[0].colour, _noun(about[0])
     else:
         # Both words fit something in the picture, but no one thing.
         colours, nouns = {t.colour for t in things}, {_noun(t) for t in things}
@@ -215,7 +217,8 @@ def _exists(
             return None
         colour, noun = absent[rng.integers(len(absent))]
     text = _pick(rng, ("Is there {}{}?", "Can you see {}{}?"))
-    return text.format(_with_article(f"{colour} {noun}"), tail), _YES_NO[not there]
+    wanted = _with_article(f"{colour} {noun}")
+    return text.format(wanted, tail), _YES_NO[not about], about
 
 
 def _compare(
@@ -232,7 +235,8 @@ def _compare(
     )
     if first is None or second is None:
         return None
-    return f"Is the {first} larger than the {second}{tail}?", _YES_NO[turned]
+    text = f"Is the {first} larger than the {second}{tail}?"
+    return text, _YES_NO[turned], pair
 
 
 def _what(rng: np.random.Generator, things: Sequence[Thing], tail: str) -> Drawn | None:
@@ -245,7 +249,7 @@ def _what(rng: np.random.Generator, things: Sequence[Thing], tail: str) -> Drawn
     thing = inside[0]
     answer = f"a {thing.size} {thing.colour} {thing.noun}"
     text = _pick(rng, ("What is in the {}{}?", "What do you see in the {}{}?"))
-    return text.format(place, tail), answer
+    return text.format(place, tail), answer, inside
 
 
 def _picture(rng: np.random.Generator, pictures: Sequence[Picture]) -> Drawn | None:
@@ -255,7 +259,7 @@ def _picture(rng: np.random.Generator, pictures: Sequence[Picture]) -> Drawn | N
     if any((t.colour, _noun(t)) == pair for t in pictures[1 - which].things):
         return None
     wanted = _with_article(" ".join(pair))
-    return f"Which picture shows {wanted}?", f"the {_ORDINALS[which]}"
+    return f"Which picture shows {wanted}?", f"the {_ORDINALS[which]}", [thing]
 
 
 _ABOUT_ONE: dict[

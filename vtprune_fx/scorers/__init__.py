@@ -63,8 +63,10 @@ class Scorer:
 
 
 _BUILT_IN: dict[str, int | None] = {
-    # The module of that name in this package, and ``Scorer.rows`` (of keys for dart).
+    # The module of that name in this package, and ``Scorer.rows`` (of keys for dart,
+    # of the residual stream for divprune).
     "dart": 8,
+    "divprune": None,
     "fitprune": None,
     "inverted": None,
     "last-token": 1,

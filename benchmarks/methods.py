@@ -1,0 +1,183 @@
+"""Accuracy against saved MACs: every method, one model, the same questions.
+
+    python benchmarks/methods.py RUN [--limit 2000] [--seed 1000] [--jobs 2]
+
+Each method cuts where its authors cut, at the same relative depth of the reference
+model. How much it cuts there follows from the budget: where the published recipe leaves
+a share s of the visual tokens, this one leaves s ** p, with the p that saves as much as
+was asked for. VTW, which leaves none, has only its depth to choose, and gets as near as
+whole layers allow. FitPrune has the recipes that ship for this model (set by hand) and
+those that ``vtprune fit`` finds.
+
+RUN holds a file for each recipe that is done; the same command goes on from there. At
+the end it holds ``methods.json``, ``methods.png`` and ``methods.csv``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from transformers import AutoConfig
+
+from vtprune_fx.accuracy import Evaluation, Result
+from vtprune_fx.cost import Geometry, cost
+from vtprune_fx.curve import draw_curve
+from vtprune_fx.evaluate import evaluate_one
+from vtprune_fx.inputs import open_checkpoint, replace_file
+from vtprune_fx.recipe import Cut, Recipe, load_recipe
+from vtprune_fx.reference import CHECKPOINT
+from vtprune_fx.reference.questions import draw_samples
+
+BUDGETS = (0.3, 0.45, 0.55, 0.65, 0.75)
+"""Shares of the language model's prefill MACs to save."""
+
+PUBLISHED = (
+    "sparsevlm-llava-1.5-7b-64",
+    "sparsevlm-plus-llava-1.5-7b-64",
+    "fastv-llava-1.5-7b",
+    "pyramiddrop-llava-1.5-7b",
+    "dart-llava-1.5-7b-64",
+    "vtw-llava-1.5-7b",
+)
+"""A recipe of each method, whose cuts are stretched to the reference model's depth."""
+
+VISUAL, TEXT = 144, 28
+"""Tokens of a usual prompt, for which a budget is met."""
+
+
+def recipes(geometry: Geometry, fitted: Iterable[Path]) -> Iterator[Recipe]:
+    """All recipes to compare.
+
+    Args:
+        geometry: Of the model.
+        fitted: Files that ``vtprune fit`` wrote.
+    """
+    for budget in BUDGETS:
+        shipped = load_recipe(f"fitprune-reference-{100 * budget:.0f}")
+        yield shipped
+        yield shipped.baseline("random")
+        for name in PUBLISHED:
+            yield at_budget(load_recipe(name), geometry, budget)
+    for file in fitted:
+        found = load_recipe(file)
+        yield found.model_copy(update={"name": f"fitted-{found.name}"})
+
+
+def at_budget(published: Recipe, geometry: Geometry, budget: float) -> Recipe:
+    """A published recipe, stretched to a model and set to save a share of its MACs."""
+    name = f"{published.method}-{100 * budget:.0f}"
+    start = published.model_copy(update={"name": name, "options": _options(published)})
+    scale = geometry.layers / published.layers
+    depths = [max(1, round(scale * _depth(cut))) for cut in published.cuts]
+    left = _shares_left(published)
+    if left == [0.0]:
+        choices = [
+            _stretched(start, geometry, left, [d]) for d in range(1, geometry.layers)
+        ]
+        return min(choices, key=lambda each: abs(saved(each, geometry) - budget))
+    low, high = 0.0, 16.0
+    while high - low > 1e-6:
+        power = (low + high) / 2
+        tried = _stretched(start, geometry, [share**power for share in left], depths)
+        low, high = (power, high) if saved(tried, geometry) < budget else (low, power)
+    return _stretched(start, geometry, [share**high for share in left], depths)
+
+
+def saved(recipe: Recipe, geometry: Geometry) -> float:
+    """Share of a usual prompt's MACs."""
+    return cost(recipe, geometry, VISUAL, TEXT).total.saved
+
+
+def _options(published: Recipe) -> dict[str, int | float]:
+    # 14 of 32 heads is 2 of the reference model's 4.
+    return {"heads": 2} if "heads" in published.options else dict(published.options)
+
+
+def _depth(cut: Cut) -> int:
+    """Layers ahead of a cut."""
+    return cut.layer if cut.site == "before_layer" else cut.layer + 1
+
+
+def _shares_left(recipe: Recipe) -> list[float]:
+    """Share of the visual tokens that stay at each cut, new tokens left out."""
+    present, shares = recipe.visual_tokens, []
+    for cut in recipe.cuts:
+        shares.append((present - cut.drop) / recipe.visual_tokens)
+        present -= cut.drop - recipe.new_tokens(cut.drop)
+    return shares
+
+
+def _stretched(
+    recipe: Recipe, geometry: Geometry, shares: Sequence[float], depths: Sequence[int]
+) -> Recipe:
+    """The same method with other shares left, behind other numbers of layers."""
+    present, cuts = VISUAL, []
+    for cut, share, depth in zip(recipe.cuts, shares, depths, strict=True):
+        drop = present - round(share * VISUAL)
+        if drop <= 0:
+            continue
+        layer = depth if cut.site == "before_layer" else depth - 1
+        cuts.append(Cut(layer=layer, drop=drop, site=cut.site))
+        present -= drop - recipe.new_tokens(drop)
+    sizes = {"layers": geometry.layers, "visual_tokens": VISUAL, "of": VISUAL}
+    return recipe.model_copy(update=sizes | {"cuts": tuple(cuts)})
+
+
+# ------------------------------------------------------------------------- answering
+
+
+def answered(recipe: Recipe, run: Path, seed: int, limit: int) -> Result:
+    """All questions under one recipe, or what an earlier call wrote down."""
+    file = run / f"{recipe.name}.json"
+    asked = {"seed": seed, "limit": limit, "recipe": json.loads(recipe.to_json())}
+    if file.is_file() and (told := json.loads(file.read_text()))["asked"] == asked:
+        fields = told["result"]
+        return Result(**fields | {k: tuple(fields[k]) for k in ("answers", "right")})
+    torch.set_num_threads(1)
+    samples = list(draw_samples("test", seed, limit))
+    result = evaluate_one(*open_checkpoint(CHECKPOINT), recipe, samples)
+    done = {"asked": asked, "result": dataclasses.asdict(result)}
+    replace_file(file, (json.dumps(done) + "\n").encode())
+    return result
+
+
+def main() -> None:
+    """Answer, then draw."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="folder for what is done")
+    parser.add_argument("--limit", type=int, default=2000, help="questions")
+    parser.add_argument("--seed", type=int, default=1000, help="seed of the questions")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
+    parser.add_argument(
+        "--fitted", type=Path, nargs="*", default=[], help="recipes of vtprune fit"
+    )
+    told = parser.parse_args()
+    told.run.mkdir(parents=True, exist_ok=True)
+    geometry = Geometry.from_config(AutoConfig.from_pretrained(CHECKPOINT))
+    compared = list(recipes(geometry, told.fitted))
+    ask = partial(answered, run=told.run, seed=told.seed, limit=told.limit)
+    with ProcessPoolExecutor(told.jobs) as pool:
+        results = pool.map(ask, [compared[0].keep_all(), *compared])
+        done = list(track(results, "recipes", len(compared) + 1))
+    questions = (s.questions[0] for s in draw_samples("test", told.seed, told.limit))
+    evaluation = Evaluation(tuple(questions), tuple(done))
+    Console().print(*evaluation.tables())
+    numbers = json.dumps(evaluation.fields(), indent=1) + "\n"
+    replace_file(told.run / "methods.json", numbers.encode())
+    draw_curve(evaluation, told.run / "methods.png")
+
+
+if __name__ == "__main__":
+    main()
