@@ -36,7 +36,7 @@ from vtprune_fx.evaluate import evaluate_one
 from vtprune_fx.inputs import open_checkpoint, replace_file
 from vtprune_fx.recipe import Cut, Recipe, load_recipe
 from vtprune_fx.reference import CHECKPOINT
-from vtprune_fx.reference.questions import draw_samples
+from vtprune_fx.reference.questions import TWO_PICTURES, draw_samples
 
 BUDGETS = (0.3, 0.45, 0.55, 0.65, 0.75)
 """Shares of the language model's prefill MACs to save."""
@@ -47,12 +47,16 @@ PUBLISHED = (
     "fastv-llava-1.5-7b",
     "pyramiddrop-llava-1.5-7b",
     "dart-llava-1.5-7b-64",
+    "divprune-llava-1.5-7b-64",
     "vtw-llava-1.5-7b",
 )
 """A recipe of each method, whose cuts are stretched to the reference model's depth."""
 
-VISUAL, TEXT = 144, 28
-"""Tokens of a usual prompt, for which a budget is met."""
+VISUAL = 144
+"""Visual tokens of a picture."""
+
+PROMPTS = ((1 - TWO_PICTURES, VISUAL, 17), (TWO_PICTURES, 2 * VISUAL, 21))
+"""Share of prompts, visual tokens, and other tokens: what a budget is met for."""
 
 
 def recipes(geometry: Geometry, fitted: Iterable[Path]) -> Iterator[Recipe]:
@@ -78,7 +82,8 @@ def at_budget(published: Recipe, geometry: Geometry, budget: float) -> Recipe:
     name = f"{published.method}-{100 * budget:.0f}"
     start = published.model_copy(update={"name": name, "options": _options(published)})
     scale = geometry.layers / published.layers
-    depths = [max(1, round(scale * _depth(cut))) for cut in published.cuts]
+    # Behind the first layer at least, but for what is cut ahead of all.
+    depths = [d and max(1, round(scale * d)) for d in map(_depth, published.cuts)]
     left = _shares_left(published)
     if left == [0.0]:
         choices = [
@@ -90,12 +95,20 @@ def at_budget(published: Recipe, geometry: Geometry, budget: float) -> Recipe:
         power = (low + high) / 2
         tried = _stretched(start, geometry, [share**power for share in left], depths)
         low, high = (power, high) if saved(tried, geometry) < budget else (low, power)
-    return _stretched(start, geometry, [share**high for share in left], depths)
+    found = _stretched(start, geometry, [share**high for share in left], depths)
+    if "picks" not in found.options:
+        return found
+    stay = 2 * found.tokens_per_layer(VISUAL, 1)[0]  # of two pictures
+    return found.model_copy(update={"options": {"picks": stay}})
 
 
 def saved(recipe: Recipe, geometry: Geometry) -> float:
-    """Share of a usual prompt's MACs."""
-    return cost(recipe, geometry, VISUAL, TEXT).total.saved
+    """Share of the MACs of prompts with one picture and with two."""
+    works = [
+        (share, cost(recipe, geometry, *tokens).total) for share, *tokens in PROMPTS
+    ]
+    spent = sum(share * work.pruned_macs for share, work in works)
+    return 1 - spent / sum(share * work.dense_macs for share, work in works)
 
 
 def _options(published: Recipe) -> dict[str, int | float]:

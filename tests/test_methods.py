@@ -225,7 +225,9 @@ def test_onnx_runtime_generates_behind_a_cut_ahead_of_all_layers(
     model, processor = open_checkpoint(checkpoint)
     write_onnx(model, processor, recipe, tmp_path / "onnx")
     exported: Any = load(tmp_path / "onnx")
-    prompts = [("What is it?", [sample_photo()])] * 2 + [("And now?", [sample_photo()])]
+    prompts = [("What is it?", [sample_photo()])] * 2 + [
+        ("And what is behind it?", [sample_photo()])
+    ]
     inputs = batch_inputs(processor, prompts)
     assert (inputs["attention_mask"] == 0).any()
     options: Any = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
@@ -235,7 +237,7 @@ def test_onnx_runtime_generates_behind_a_cut_ahead_of_all_layers(
     expected = [oracle.generate(model, recipe, s, 6) for s in samples]
     assert answer.sequences[:, -6:].tolist() == expected
     more = torch.cat([answer.sequences, answer.sequences[:, -3:]], dim=1)
-    with pytest.raises(InputError, match="one new token at a time, found 4, behind"):
+    with pytest.raises(InputError, match=r"one new token at a time, found \d+, behind"):
         exported.generate(more, past_key_values=answer.past_key_values, **options)
 
 

@@ -221,14 +221,11 @@ def divprune(recipe: Recipe, seen: Seen) -> Tensor:
     chosen: list[int] = []
     scores = distance.new_zeros(len(tokens))
     for pick in range(min(int(recipe.options.get("picks", 64)), len(tokens))):
-        best, farthest = -1, -1.0
-        for token in range(len(tokens)):
-            others = chosen or [other for other in range(len(tokens)) if other != token]
-            nearest = float(distance[token, others].min()) if others else 3.0
-            if token not in chosen and nearest > farthest:
-                best, farthest = token, nearest
-        chosen.append(best)
-        scores[best] = 1000.0 - pick
+        to_others = distance.clone().fill_diagonal_(3.0)
+        nearest = (distance[:, chosen] if chosen else to_others).amin(dim=1)
+        nearest[chosen] = -1.0
+        chosen.append(int(nearest.argmax()))
+        scores[chosen[-1]] = 1000.0 - pick
     for token in range(len(tokens)):
         if token not in chosen:
             scores[token] = distance[token, chosen].min()

@@ -68,8 +68,9 @@ common (FLIP, arXiv:2212.00794).
 HIDDEN_PICTURES, HIDDEN_GROUND, HIDDEN_RIMS = 0.9, 0.9, 0.5
 """In this share of pictures, up to these shares of the background and of shapes."""
 
-HIDDEN_THINGS = 0.9
-"""Up to this share of the things that a question is not about."""
+HIDDEN_THINGS, ALONE = 0.9, 0.3
+"""Up to this share of the things that a question is not about; and in this share of
+questions everything: pruned deep, little but what was asked for is left."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ def hidden_patches(rng: np.random.Generator, sample: Sample) -> NDArray[np.bool_
     """[1 + QUESTIONS, patches of all pictures]: what each turn shall not attend to.
 
     For all turns alike, background and rims of shapes: no digits, no middle of a
-    shape. For each question, whole things that it is not about.
+    shape. For each question, things that it is not about, or all but those that it is.
     """
     pictures = sample.pictures
     ground = np.concatenate([_hidden_ground(rng, picture) for picture in pictures])
@@ -194,14 +195,14 @@ def _hidden_ground(rng: np.random.Generator, picture: Picture) -> NDArray[np.boo
 def _hidden_things(
     rng: np.random.Generator, picture: Picture, question: Question
 ) -> NDArray[np.bool_]:
-    share = rng.uniform(0, HIDDEN_THINGS)
+    share, alone = rng.uniform(0, HIDDEN_THINGS), rng.random() < ALONE
     hidden, needed = np.zeros((2, VISUAL_TOKENS), dtype=bool)
     for thing in picture.things:
         if thing in question.about:
             needed |= _patches_of(thing)
         elif rng.random() < share:
             hidden |= _patches_of(thing)
-    return hidden & ~needed
+    return (hidden | alone) & ~needed
 
 
 def _ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
