@@ -39,7 +39,7 @@ from vtprune_fx.curve import require_plots
 from vtprune_fx.errors import InputError
 from vtprune_fx.exact import Trials
 from vtprune_fx.export import require_onnxruntime
-from vtprune_fx.fit import Found, Prompts, Trial, check_budget, search
+from vtprune_fx.fit import Account, Found, Prompts, Trial, check_budget, search
 from vtprune_fx.inputs import replace_file
 from vtprune_fx.latency import Stopwatch, Target, stopwatch
 from vtprune_fx.observe import observed
@@ -55,8 +55,9 @@ STEPS, EXACT_STEPS = 12, 7
 FEW_CUTS = (None, 6, 3)
 """The most cuts to try where time is measured: each costs a score and a gather."""
 
-TRIES, NEAR, MOST = 3, 0.02, 0.9
-"""Recipes timed for each of these, how near a budget is near, and MACs to save."""
+TRIES, NEAR, MOST, LEAST = 3, 0.02, 0.9, 0.1
+"""Recipes timed for each of these, how near a budget is near, the most MACs to save,
+and the least time that a share of them is taken to save."""
 
 Count = Literal["all", "visual"]
 """Which tokens' MACs a budget is a share of."""
@@ -180,9 +181,11 @@ class _Job:
     def _measured(self, statistics: Statistics, prompts: Prompts) -> list[Fitted]:
         """Recipes that save shares of the time."""
         counts, most = Counts(statistics), self.options.max_cuts
+        reach = Account(self.geometry, prompts).at_most()
         with self._stopwatch(prompts) as saved, _bar("timed", None) as (bar, task):
 
             def timed(share: float, cuts: int | None) -> Fitted:
+                share = min(share, reach)
                 found = search(counts, self.geometry, prompts, [share], STEPS)[share]
                 one = self._made(share, found, statistics, prompts, cuts)
                 what = f"{share:.1%} of the MACs, {len(one.recipe.cuts)} cuts"
@@ -403,8 +406,8 @@ def enough_time(
 ) -> Fitted:
     """Of recipes that save enough time, the one that keeps most attention.
 
-    For each limit of cuts a few shares of the MACs are tried, the next one from what
-    the last one saved.
+    For each limit of cuts a few shares of the MACs are tried: one as large as the
+    budget, one larger by what that misses, and then along the line through both.
 
     Args:
         timed: A share of the MACs and the most cuts in, what was made and timed out.
@@ -416,15 +419,17 @@ def enough_time(
     """
     tried: list[Fitted] = []
     for cuts in limits:
-        share = budget
+        share, slope = budget, 1.0
+        before: tuple[float, float] | None = None
         for _ in range(TRIES):
             tried.append(timed(share, cuts))
             time = tried[-1].saved_time or 0.0
             if budget <= time <= budget + NEAR:
                 break
-            aim = share * (budget + NEAR / 2) / max(time, budget / 2)
-            if share == (share := min(aim, MOST)):
-                break
+            if before is not None and share != before[0]:
+                slope = max(LEAST, (time - before[1]) / (share - before[0]))
+            before = (share, time)
+            share = min(share + (budget + NEAR / 2 - time) / slope, MOST)
     enough = [one for one in tried if (one.saved_time or 0.0) >= budget]
     if not enough:
         most = max(one.saved_time or 0.0 for one in tried)

@@ -92,7 +92,7 @@ class Plan:
     """
 
     see_steps: int = 1500
-    talk_steps: int = 13400
+    talk_steps: int = 13100
     see_rows: int = 64
     talk_rows: int = 12
     rate: float = 4e-3
