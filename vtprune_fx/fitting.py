@@ -14,6 +14,7 @@ import json
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -197,17 +198,14 @@ class _Job:
             limits = FEW_CUTS if most is None else (most,)
             return [enough_time(timed, b, limits) for b in self.options.budgets]
 
-    @contextlib.contextmanager
-    def _stopwatch(self, prompts: Prompts) -> Iterator[Stopwatch]:
+    def _stopwatch(self, prompts: Prompts) -> AbstractContextManager[Stopwatch]:
         assert self.options.latency is not None
         first = int((prompts.visual == prompts.usual).nonzero()[0])
         prompt = range(first, first + 1)
         inputs = self.calibration.inputs(self.processor, prompt, self.model.device)
         dense = default(self.geometry.layers, prompts.usual).keep_all()
-        with stopwatch(
-            self.model, self.processor, inputs, dense, self.options.latency
-        ) as saved:
-            yield saved
+        target = self.options.latency
+        return stopwatch(self.model, self.processor, inputs, dense, target)
 
     def _statistics(self) -> Statistics:
         if self.options.statistics is not None:
