@@ -40,6 +40,7 @@ SIMPLE = {
     "dart-llava-1.5-7b-192": (192, [1]),
     "dart-llava-1.5-7b-128": (128, [1]),
     "dart-llava-1.5-7b-64": (64, [1]),
+    "divprune-llava-1.5-7b-64": (64, [0]),
     "fastv-llava-1.5-7b": (288, [1]),
     "pyramiddrop-llava-1.5-7b": (72, [8, 16, 24]),
     "vtw-llava-1.5-7b": (0, [14]),
