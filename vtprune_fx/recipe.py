@@ -244,8 +244,8 @@ class Recipe(_Strict):
 
         That layer's cache then does not tell how long the prompt was.
         """
-        first = self.cuts[0] if self.cuts else None
-        return bool(first and first.layer == 0 and first.site == "before_layer")
+        ahead = (0, "before_layer")
+        return any((cut.layer, cut.site) == ahead and cut.drop for cut in self.cuts)
 
     def baseline(self, score: Literal["inverted", "random", "uniform"]) -> Recipe:
         """The same cuts, with tokens chosen by a score that no method would use."""
