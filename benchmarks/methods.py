@@ -17,12 +17,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -37,7 +37,7 @@ from vtprune_fx.evaluate import evaluate_one
 from vtprune_fx.inputs import open_checkpoint, replace_file
 from vtprune_fx.recipe import Cut, Recipe, load_recipe
 from vtprune_fx.reference import CHECKPOINT
-from vtprune_fx.reference.questions import TWO_PICTURES, draw_samples
+from vtprune_fx.reference.questions import TWO_PICTURES, Sample, draw_samples
 
 BUDGETS = (0.3, 0.45, 0.55, 0.65, 0.75)
 """Shares of the language model's prefill MACs to save."""
@@ -155,11 +155,16 @@ def answered(recipe: Recipe, run: Path, seed: int, limit: int) -> Result:
         fields = told["result"]
         return Result(**fields | {k: tuple(fields[k]) for k in ("answers", "right")})
     torch.set_num_threads(1)
-    samples = list(draw_samples("test", seed, limit))
-    result = evaluate_one(*open_checkpoint(CHECKPOINT), recipe, samples)
+    result = evaluate_one(*open_checkpoint(CHECKPOINT), recipe, _asked(seed, limit))
     done = {"asked": asked, "result": dataclasses.asdict(result)}
     replace_file(file, (json.dumps(done) + "\n").encode())
     return result
+
+
+@functools.cache
+def _asked(seed: int, limit: int) -> list[Sample]:
+    """The questions: drawn once a process, which costs as much as answering them."""
+    return list(draw_samples("test", seed, limit))
 
 
 def main() -> None:
@@ -175,11 +180,11 @@ def main() -> None:
     told.run.mkdir(parents=True, exist_ok=True)
     geometry = Geometry.from_config(AutoConfig.from_pretrained(CHECKPOINT))
     compared = list(recipes(geometry))
-    ask = partial(answered, run=told.run, seed=told.seed, limit=told.limit)
+    ask = functools.partial(answered, run=told.run, seed=told.seed, limit=told.limit)
     with ProcessPoolExecutor(told.jobs) as pool:
         results = pool.map(ask, [compared[0].keep_all(), *compared])
         done = list(track(results, "recipes", len(compared) + 1))
-    questions = (s.questions[0] for s in draw_samples("test", told.seed, told.limit))
+    questions = (sample.questions[0] for sample in _asked(told.seed, told.limit))
     evaluation = Evaluation(tuple(questions), tuple(done))
     Console().print(*evaluation.tables())
     numbers = json.dumps(evaluation.fields(), indent=1) + "\n"
