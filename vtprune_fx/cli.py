@@ -94,12 +94,15 @@ def list_recipes(context: typer.Context) -> None:
 
 
 def _summary(recipe: Recipe) -> list[str]:
+    sizes = (str(recipe.layers), str(recipe.visual_tokens))
+    if recipe.adaptive:
+        return [recipe.name, recipe.provenance.model, *sizes, "by rank", ""]
     decoder = dataclasses.replace(LLAVA_1_5_7B, layers=recipe.layers)
     saved = cost(recipe, decoder, recipe.visual_tokens, text_tokens=0).visual.saved
     left = recipe.tokens_per_layer(recipe.visual_tokens, recipe.layers)[-1]
     dropped = recipe.visual_tokens - left
-    counts = (recipe.layers, recipe.visual_tokens, dropped)
-    return [recipe.name, recipe.provenance.model, *map(str, counts), f"{saved:.1%}"]
+    told = (str(dropped), f"{saved:.1%}")
+    return [recipe.name, recipe.provenance.model, *sizes, *told]
 
 
 @recipes_app.command("show")
@@ -123,6 +126,11 @@ def _draw(recipe: Recipe) -> None:
     typer.echo(f"{recipe.name}: {recipe.method}, {recipe.positions} positions")
     typer.echo(f"{recipe.provenance.source}. {recipe.provenance.note}".rstrip())
     typer.echo(METHODS[recipe.method].explanation)
+    if recipe.adaptive:
+        typer.echo("layer  of v visual tokens, with r the rank of their attention")
+        for cut in recipe.cuts:
+            typer.echo(f"{cut.layer:5}  {cut.by_rank}")
+        return
     left = recipe.tokens_per_layer(recipe.visual_tokens, recipe.layers)
     drops = recipe.drops(recipe.visual_tokens)
     typer.echo("layer  drop  left")
