@@ -16,7 +16,7 @@ becomes::
 
 Where the best of the dropped tokens become C new ones, these are made here too::
 
-    vtprune_new_3: "f32[B, C, E]"                 # means of clusters
+    vtprune_new_3: "f32[B, C, E]"                 # of clusters
     vtprune_keep_3: "i64[B, S - 36 + C]"          # -C to -1 are the new tokens
     vtprune_stand_in_3: "i64[B, S - 36 + C]"      # the position that each passes for
 
@@ -43,6 +43,7 @@ from vtprune_fx.errors import PlanError, VtpruneError
 from vtprune_fx.graph import Inserter, Stamp, set_value, value_at_full_length
 from vtprune_fx.passes.base import Pass
 from vtprune_fx.plan import PlannedCut, PrunePlan
+from vtprune_fx.recipe import Recipe
 from vtprune_fx.scorers import rate_of, scorer
 from vtprune_fx.scoring import lowest_first, token_roles
 
@@ -101,7 +102,7 @@ class InsertScores(Pass):
             order = inserter.trace(anchor, stamp, lowest_first, rated, roles)
             staying = _insert_staying(insert, order, cut)
             if cut.new:
-                new = _New(inserter, anchor, cut)
+                new = _New(inserter, anchor, cut, plan.recipe)
                 new.insert(seen.node(cut.hidden), order, roles, staying)
             else:
                 keep = insert(getitem, insert(aten.sort.default, staying, 1), 0)
@@ -221,11 +222,14 @@ def _insert_staying(insert: Insert, lowest_first: Node, cut: PlannedCut) -> Node
 class _New:
     """Inserts the new tokens of one cut, and the keep set that holds them."""
 
-    def __init__(self, inserter: Inserter, anchor: Node, cut: PlannedCut) -> None:
+    def __init__(
+        self, inserter: Inserter, anchor: Node, cut: PlannedCut, recipe: Recipe
+    ) -> None:
         stamp = Stamp("keep", cut.attention.layer)
         self._trace = partial(inserter.trace, anchor, stamp)
         self._call = partial(inserter.call, anchor, stamp)
         self._cut = cut
+        self._paper = recipe.recycle is not None and recipe.recycle.form == "paper"
 
     def insert(
         self, hidden: Node | None, order: Node, roles: Node, staying: Node
@@ -234,7 +238,7 @@ class _New:
         cut, layer = self._cut, self._cut.attention.layer
         assert hidden is not None, "the edge of such a cut is the residual stream"
         counts = (cut.drop, cut.clustered, cut.new)
-        merged = self._trace(recycling.merge, hidden, order, *counts)
+        merged = self._trace(recycling.merge, hidden, order, *counts, self._paper)
         merged._rename(f"{NEW_PREFIX}{layer}")
         last = self._trace(recycling.last_keys, order, roles, cut.new)
         stays = self._call(aten.mul.Tensor, staying, cut.new + 1)

@@ -155,6 +155,26 @@ class SparseCase(GoldenCase):
             }
         )
 
+    def by_rank(self) -> Recipe:
+        """The same counts, as they follow from the rank that every layer has.
+
+        One for each rater: the recorded attention has full rank.
+        """
+        counted, raters = self.recipe(), len(self.arrays["raters"])
+        cuts = [
+            {
+                "layer": cut.layer,
+                "site": cut.site,
+                "by_rank": {
+                    "rule": "keep",
+                    "scale": 1,
+                    "bias": int(self.tensor(f"L{cut.layer}_keep").sum()) - raters,
+                },
+            }
+            for cut in counted.cuts
+        ]
+        return load_recipe(counted.model_dump() | {"cuts": cuts})
+
     def kept(self, layer: int) -> list[int]:
         """What is present behind a pruning layer: positions, -1 for new tokens."""
         source, stays = (

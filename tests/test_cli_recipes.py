@@ -144,7 +144,24 @@ def test_unknown_recipe_is_one_message(io: Run, command: tuple[str, str]) -> Non
     assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize("command", [[], ["recipes"], ["recipes", "show"], ["cost"]])
+def test_rules_are_shown_and_have_no_cost(io: Run) -> None:
+    by_rank = "sparsevlm-rank-llava-1.5-7b-128"
+    status, out, _ = run(*io, "recipes", "show", by_rank)
+    assert status == 0
+    rows = [line.split(maxsplit=1) for line in out.splitlines()[4:]]
+    rule = "int(9 r + 6) stay, v - 1 at most"
+    assert rows == [[layer, rule] for layer in ("2", "6", "15", "19")]
+    status, out, err = run(*io, "cost", "--recipe", by_rank)
+    assert (status, out) == (1, "")
+    assert err.startswith(f"vtprune: recipe {by_rank}: expected a number of tokens")
+    assert "Calibrate it first: `vtprune calibrate MODEL" in err
+    assert err.count("\n") == 1
+
+
+COMMANDS = [[], ["recipes"], ["recipes", "show"], ["cost"], ["calibrate"]]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_gives_an_example(io: Run, command: list[str]) -> None:
     status, out, _ = run(*io, *command, "--help")
     assert status == 0

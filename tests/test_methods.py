@@ -85,6 +85,12 @@ METHODS: dict[str, Recipe] = {
         positions="compacted",
         recycle={"tau": 0.5, "theta": 0.4},
     ),
+    "recycled as in the paper": recipe_for(
+        *(LAYERS, {0: 9, 1: 4}),
+        site="after_layer",
+        score="sparsevlm",
+        recycle={"tau": 0.9, "theta": 0.3, "form": "paper"},
+    ),
     "recycled, positions kept": recipe_for(
         LAYERS, {1: 15, 2: 3}, site="after_layer", recycle={"tau": 0.9, "theta": 0.3}
     ),

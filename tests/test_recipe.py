@@ -9,10 +9,15 @@ from typing import TYPE_CHECKING
 import pytest
 
 from vtprune_fx import recipe
+from vtprune_fx.by_rank import DropByRank, KeepByRank
+from vtprune_fx.cost import LLAVA_1_5_7B, cost
 from vtprune_fx.errors import RecipeError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
+
+    from vtprune_fx.recipe import Recipe
 
 Fields = dict[str, object]
 
@@ -45,8 +50,14 @@ SIMPLE = {
     "pyramiddrop-llava-1.5-7b": (72, [8, 16, 24]),
     "vtw-llava-1.5-7b": (0, [14]),
 }
+BY_RANK = {
+    f"sparsevlm-rank-llava-1.5-7b-{mean}": rule
+    for mean, rule in ((192, (13.5, 0)), (128, (9, 6)), (64, (0.8, 0)))
+}
+"""Tokens that stay for each rank and beside them, in version 1.0 of the code."""
 OTHERS = {
     *SPARSE,
+    *BY_RANK,
     *SIMPLE,
     "fitprune-llava-hr-7b-40",
     "fitprune-llava-hr-7b-60",
@@ -65,6 +76,14 @@ VALID: Fields = {
     "cuts": [{"layer": 1, "drop": 3}, {"layer": 2, "drop": 4}],
     "provenance": {"source": "a test"},
 }
+
+
+KEEP: Fields = {"rule": "keep", "scale": 1}
+
+
+def drop_by_rank(factor: float) -> DropByRank:
+    """The paper's rule; its lambda is no name in Python."""
+    return DropByRank.model_validate({"lambda": factor})
 
 
 def write(path: Path, fields: Fields) -> Path:
@@ -93,6 +112,69 @@ def test_recycling_leaves_what_was_recorded() -> None:
     """The published code at "64" has 576, 82, 32 and 18 visual tokens."""
     left = recipe.load_recipe("sparsevlm-llava-1.5-7b-64").tokens_per_layer(576, 32)
     assert [left[layer] for layer in (1, 2, 6, 15)] == [576, 82, 32, 18]
+
+
+@pytest.mark.parametrize("name", BY_RANK)
+def test_version_1_0_counts_by_rank(name: str) -> None:
+    loaded = recipe.load_recipe(name)
+    assert loaded.adaptive
+    assert [cut.layer for cut in loaded.cuts] == [2, 6, 15, 19]
+    for rule in (cut.by_rank for cut in loaded.cuts):
+        assert isinstance(rule, KeepByRank)
+        assert (rule.scale, rule.bias) == BY_RANK[name]
+
+
+@pytest.mark.parametrize(
+    ("rule", "rank", "visual", "dropped"),
+    [
+        (KeepByRank(scale=13.5), 23, 576, 576 - 310),  # 310.5
+        (KeepByRank(scale=9, bias=6), 23, 576, 576 - 213),
+        (KeepByRank(scale=9, bias=6), 23, 213, 1),  # all but one stay at most
+        (KeepByRank(scale=0.8), 1, 576, 576),  # 0.8
+        (KeepByRank(scale=1, bias=-5), 3, 20, 20),
+        (KeepByRank(scale=1), 3, 0, 0),
+        (drop_by_rank(0.5), 23, 576, 276),  # 276.5
+        (drop_by_rank(1), 23, 576, 553),
+        (drop_by_rank(0.5), 22, 23, 0),
+        (drop_by_rank(1), 23, 23, 0),
+    ],
+)
+def test_counts_follow_the_rank(
+    rule: KeepByRank | DropByRank, rank: int, visual: int, dropped: int
+) -> None:
+    assert rule.drop(rank, visual) == dropped
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        lambda r: r.drops(576),
+        lambda r: r.needed(576),
+        lambda r: r.tokens_per_layer(576, 32),
+        lambda r: r.bound(576),
+        lambda r: cost(r, LLAVA_1_5_7B, 576, 75),
+    ],
+)
+def test_counts_by_rank_are_no_numbers(asked: Callable[[Recipe], object]) -> None:
+    loaded = recipe.load_recipe("sparsevlm-rank-llava-1.5-7b-64")
+    message = r"rank of each sample's attention\. Calibrate it first: `vtprune calib"
+    with pytest.raises(RecipeError, match=message):
+        asked(loaded)
+
+
+def test_recycling_as_in_the_paper() -> None:
+    """Of 100 dropped int(0.3 * 100) = 30 form int(0.1 * 30) = 3 clusters."""
+    fields = {"tau": 0.3, "theta": 0.1, "form": "paper"}
+    cuts = [{"layer": 0, "drop": 100, "site": "after_layer"}]
+    mine = changed(visual_tokens=200, cuts=cuts, recycle=fields)
+    loaded = recipe.load_recipe(mine)
+    assert loaded.recycle is not None
+    assert loaded.recycle.counts(100) == (30, 3)
+    assert loaded.recycle.counts(2) == (1, 1)  # one at least
+    assert recipe.load_recipe(json.loads(loaded.to_json())) == loaded
+    published = recipe.load_recipe("sparsevlm-llava-1.5-7b-64").recycle
+    assert published is not None
+    assert published.counts(100) == (31, 4)  # int(30) + 1, int(3.1) + 1
 
 
 @pytest.mark.parametrize("name", SIMPLE)
@@ -270,6 +352,66 @@ WRONG: dict[str, tuple[Fields, str, str, str]] = {
         "field cuts",
         "cuts that drop at most the 10 visual tokens there are",
         "11 dropped",
+    ),
+    "an unknown rule": (
+        changed(cuts=[{"layer": 1, "by_rank": {"rule": "halve"}}]),
+        "field cuts.0.by_rank",
+        "a field 'rule' that is 'keep' or 'drop'",
+        "'halve'",
+    ),
+    "a rule without its name": (
+        changed(cuts=[{"layer": 1, "by_rank": {"lambda": 0.5}}]),
+        "field cuts.0.by_rank",
+        "a field 'rule' that is 'keep' or 'drop'",
+        "{'lambda': 0.5}",
+    ),
+    "lambda out of range": (
+        changed(cuts=[{"layer": 1, "by_rank": {"rule": "drop", "lambda": 1.5}}]),
+        "field cuts.0.by_rank.drop.lambda",
+        "less than or equal to 1",
+        "1.5",
+    ),
+    "lambda that drops none": (
+        changed(cuts=[{"layer": 1, "by_rank": {"rule": "drop", "lambda": 0}}]),
+        "field cuts.0.by_rank.drop.lambda",
+        "greater than 0",
+        "0",
+    ),
+    "a scale that is no number": (
+        changed(cuts=[{"layer": 1, "by_rank": KEEP | {"scale": "nan"}}]),
+        "field cuts.0.by_rank.keep.scale",
+        "finite number",
+        "'nan'",
+    ),
+    "a count and a rule": (
+        changed(cuts=[{"layer": 1, "drop": 1, "by_rank": KEEP}]),
+        "field cuts.0",
+        "a number 'drop' or a rule 'by_rank'",
+        "both",
+    ),
+    "no count": (
+        changed(cuts=[{"layer": 1}]),
+        "field cuts.0",
+        "a number 'drop' or a rule 'by_rank'",
+        "neither",
+    ),
+    "counts and rules": (
+        changed(cuts=[{"layer": 1, "drop": 1}, {"layer": 2, "by_rank": KEEP}]),
+        "field cuts",
+        "either counts or rules by rank",
+        "both",
+    ),
+    "shares and rules": (
+        changed(of=10, cuts=[{"layer": 2, "by_rank": KEEP}]),
+        "field cuts",
+        "either counts or rules by rank",
+        "'of' is 10",
+    ),
+    "an unknown form of recycling": (
+        changed(recycle={"tau": 0.3, "theta": 0.1, "form": "cosine"}),
+        "field recycle.form",
+        "'code' or 'paper'",
+        "'cosine'",
     ),
     "more dropped than the share's whole": (
         changed(of=5),

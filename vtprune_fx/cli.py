@@ -12,6 +12,7 @@ import json
 import shlex
 import sys
 from pathlib import Path
+from statistics import fmean, median
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
     from vtprune_fx.cost import Cost, Work
     from vtprune_fx.fitting import Fitted
+    from vtprune_fx.rank_counts import Counted
     from vtprune_fx.recipe import Recipe
 
 BAR_WIDTH = 40
@@ -94,12 +96,15 @@ def list_recipes(context: typer.Context) -> None:
 
 
 def _summary(recipe: Recipe) -> list[str]:
+    sizes = (str(recipe.layers), str(recipe.visual_tokens))
+    if recipe.adaptive:
+        return [recipe.name, recipe.provenance.model, *sizes, "by rank", ""]
     decoder = dataclasses.replace(LLAVA_1_5_7B, layers=recipe.layers)
     saved = cost(recipe, decoder, recipe.visual_tokens, text_tokens=0).visual.saved
     left = recipe.tokens_per_layer(recipe.visual_tokens, recipe.layers)[-1]
     dropped = recipe.visual_tokens - left
-    counts = (recipe.layers, recipe.visual_tokens, dropped)
-    return [recipe.name, recipe.provenance.model, *map(str, counts), f"{saved:.1%}"]
+    told = (str(dropped), f"{saved:.1%}")
+    return [recipe.name, recipe.provenance.model, *sizes, *told]
 
 
 @recipes_app.command("show")
@@ -123,6 +128,11 @@ def _draw(recipe: Recipe) -> None:
     typer.echo(f"{recipe.name}: {recipe.method}, {recipe.positions} positions")
     typer.echo(f"{recipe.provenance.source}. {recipe.provenance.note}".rstrip())
     typer.echo(METHODS[recipe.method].explanation)
+    if recipe.adaptive:
+        typer.echo("layer  of v visual tokens, with r the rank of their attention")
+        for cut in recipe.cuts:
+            typer.echo(f"{cut.layer:5}  {cut.by_rank}")
+        return
     left = recipe.tokens_per_layer(recipe.visual_tokens, recipe.layers)
     drops = recipe.drops(recipe.visual_tokens)
     typer.echo("layer  drop  left")
@@ -378,16 +388,19 @@ class Target(enum.StrEnum):
     onnx = "onnx"
 
 
+DataOption = Annotated[
+    str,
+    typer.Option(
+        help="A folder of images with a metadata.jsonl, a data set on disk or the "
+        "hub, or 'reference': the reference model's training questions."
+    ),
+]
+
+
 @app.command("fit")
 def fit(
     model: ModelArgument,
-    data: Annotated[
-        str,
-        typer.Option(
-            help="A folder of images with a metadata.jsonl, a data set on disk or the "
-            "hub, or 'reference': the reference model's training questions."
-        ),
-    ],
+    data: DataOption,
     budget: Annotated[
         list[float],
         typer.Option(
@@ -498,6 +511,72 @@ def _fitted_table(fitted: Sequence[Fitted]) -> Table:
             *([] if one.saved_time is None else [f"{one.saved_time:.1%}"]),
         )
     return table
+
+
+@app.command("calibrate")
+def calibrate(
+    model: ModelArgument,
+    recipe: RecipeOption,
+    data: DataOption,
+    output: Annotated[Path, typer.Option(help="Recipe file to write.")],
+    limit: Annotated[int, typer.Option(min=1, help="Samples at most.")] = 64,
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda. Default: cuda if there is one.")
+    ] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Type of weights.")] = Dtype.float32,
+) -> None:
+    """Fix the counts of a recipe whose counts follow the rank of attention.
+
+    Each prompt is pruned by its own ranks. A layer of the new recipe keeps the mean of
+    what stayed there, rounded.
+
+    Example: [bold]vtprune calibrate llava-hf/llava-1.5-7b-hf --data photos
+    --recipe sparsevlm-rank-llava-1.5-7b-64 --output rank-64.json[/bold]
+    """
+    import torch
+
+    from vtprune_fx import rank_counts
+    from vtprune_fx.calibration import open_calibration
+    from vtprune_fx.inputs import open_checkpoint, replace_file
+    from vtprune_fx.recipe import Provenance
+
+    # What can be refused is refused before anything slow.
+    loaded = recipes_module.load_recipe(recipe)
+    rank_counts.check_adaptive(loaded, output)
+    calibration = open_calibration(data, limit)
+    opened, processor = open_checkpoint(model, getattr(torch, dtype.value))
+    on = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    opened.to(torch.device(on))  # type: ignore[arg-type] # transformers' wrapper
+    provenance = Provenance(
+        source=shlex.join(["vtprune", *sys.argv[1:]]),
+        model=model,
+        note=f"The rank rule's mean over {len(calibration)} samples, rounded.",
+    )
+    static, counted = rank_counts.calibrate(
+        opened, processor, loaded, calibration, provenance
+    )
+    replace_file(output, static.to_json().encode())
+    Console().print(_counted_table(counted, len(calibration)))
+    typer.echo(f"Wrote {output}. Try: vtprune cost --recipe {output}")
+
+
+def _counted_table(counted: Sequence[Counted], samples: int) -> Table:
+    table = Table(box=SIMPLE_HEAD, caption=f"Over {samples} samples.")
+    titles = ("layer", "rank\nmin / median / max", "stay\nmin / median / max")
+    for title in (*titles, "mean", "stay,\nfixed", "drop,\nfixed"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for one in counted:
+        table.add_row(
+            str(one.layer),
+            *map(_spread, (one.ranks, one.stayed)),
+            f"{fmean(one.stayed):.1f}",
+            *map(str, (one.stay, one.drop)),
+        )
+    return table
+
+
+def _spread(counts: Sequence[int]) -> str:
+    return f"{min(counts)} / {median(counts):g} / {max(counts)}"
 
 
 @app.command("demo")

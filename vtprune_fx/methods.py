@@ -30,10 +30,11 @@ METHODS: dict[str, Method] = {
     ),
     "sparsevlm": Method(
         "SparseVLM",
-        "arXiv:2410.04417, code of version 1.5",
+        "arXiv:2410.04417, code of versions 1.0 and 1.5",
         "Behind three layers the tokens leave that get the least attention from the "
         "text that the images call for. Some of them are clustered into new tokens. "
-        "Positions are compacted.",
+        "Positions are compacted. In the paper and in version 1.0 how many leave "
+        "follows the rank of that attention.",
     ),
     "sparsevlm-plus": Method(
         "SparseVLM+",

@@ -39,6 +39,7 @@ from vtprune_fx.oracle_recycling import merge
 from vtprune_fx.oracle_scores import (
     Seen,
     attention_logits,
+    attention_rank,
     causal_attention,
     rate,
     raters,
@@ -97,6 +98,7 @@ class Prefill:
             all, or with compacted positions less in layers that hold fewer tokens.
         scores: For each layer with a cut, the recipe's scores of the visual tokens
             that were present before it, in order. [v present]
+        ranks: For each layer whose count follows it, the rank of the attention.
     """
 
     logits: Tensor
@@ -106,6 +108,7 @@ class Prefill:
     values: list[Tensor]
     next_positions: list[int]
     scores: dict[int, Tensor] = field(default_factory=dict)
+    ranks: dict[int, int] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -172,7 +175,7 @@ def prefill(
     present = torch.arange(len(hidden), device=hidden.device)
     rating = raters(recipe, hidden, visual, _after_last(visual)) if cuts else visual
     row = _Row(hidden, present, visual, rating, sample.positions)
-    kept, keys, values, scores = [], [], [], {}
+    kept, keys, values, scores, ranks = [], [], [], {}, {}
     for index, layer in enumerate(layers):
         cut = cuts.get(index)
         row, key, value, rated = _run_layer(decoder, layer, row, recipe, cut)
@@ -180,11 +183,13 @@ def prefill(
         keys.append(key)
         values.append(value)
         if rated is not None:
-            scores[index] = rated
+            scores[index] = rated.scores
+            if rated.rank is not None:
+                ranks[index] = rated.rank
     hidden = _call(decoder.norm, row.hidden)
     logits = _call(model.lm_head, hidden)
     ends = _next_positions(recipe, sample, keys)
-    return Prefill(logits, hidden, kept, keys, values, ends, scores)
+    return Prefill(logits, hidden, kept, keys, values, ends, scores, ranks)
 
 
 def _next_positions(recipe: Recipe, sample: Sample, keys: list[Tensor]) -> list[int]:
@@ -271,44 +276,61 @@ class _Row:
     positions: Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class _Rated:
+    """What a cut went by.
+
+    Attributes:
+        scores: Of the visual tokens. [v present]
+        rank: Of the attention, where the count follows it.
+    """
+
+    scores: Tensor
+    rank: int | None
+
+
 def _run_layer(
     decoder: Any, layer: LlamaDecoderLayer, row: _Row, recipe: Recipe, cut: Cut | None
-) -> tuple[_Row, Tensor, Tensor, Tensor | None]:
+) -> tuple[_Row, Tensor, Tensor, _Rated | None]:
     """One layer, and its cut.
 
     Returns:
-        The tokens left, the layer's rotated keys and its values [K, m, d], and the
-        scores of its cut [v present].
+        The tokens left, the layer's rotated keys and its values [K, m, d], and what its
+        cut went by.
     """
     site = None if cut is None else cut.site
     scale = layer.self_attn.scaling
     cos, sin = _rotary(decoder, row.hidden, row.positions)
     query, key, value = _project(layer, row.hidden, cos, sin)
     seen = Seen(query, key, scale, row.hidden, cos, sin, row.visual, row.instruction)
-    scores = None
+    rated = None
     if cut is not None and site == "before_layer":
-        row, _, scores = _cut(recipe, cut, row, seen)
+        row, _, rated = _cut(recipe, cut, row, seen)
         cos, sin = _rotary(decoder, row.hidden, row.positions)
         query, key, value = _project(layer, row.hidden, cos, sin)
     attended = _mix(causal_attention(query, key, scale), value)
     if cut is not None and site == "after_attention":
-        row, stay, scores = _cut(recipe, cut, row, seen)
+        row, stay, rated = _cut(recipe, cut, row, seen)
         attended = attended[stay]
     row = replace(row, hidden=_finish(layer, attended, row.hidden))
     if cut is not None and site == "after_layer":
-        row, _, scores = _cut(recipe, cut, row, replace(seen, hidden=row.hidden))
-    return row, key, value, scores
+        row, _, rated = _cut(recipe, cut, row, replace(seen, hidden=row.hidden))
+    return row, key, value, rated
 
 
 def _cut(
     recipe: Recipe, cut: Cut, row: _Row, seen: Seen
-) -> tuple[_Row, Tensor, Tensor]:
+) -> tuple[_Row, Tensor, _Rated]:
     """Let the lowest rated visual tokens leave.
 
     Returns:
-        Who is left, which of the tokens those are [m] bool, and the scores [v present].
+        Who is left, which of the tokens those are [m] bool, and what that went by.
     """
-    scores = rate(recipe, seen)
+    scores, rank = rate(recipe, seen), None
+    if cut.by_rank is not None:
+        rank = attention_rank(seen)
+        drop = cut.by_rank.drop(rank, seen.count)
+        cut = cut.model_copy(update={"drop": drop})
     stay = _stay(scores, row.visual, cut.drop)
     left = _Row(
         row.hidden[stay],
@@ -317,11 +339,11 @@ def _cut(
         row.instruction[stay],
         row.positions[stay],
     )
-    if recipe.recycle is not None:
+    if recipe.recycle is not None and cut.drop:
         left = _recycled(recipe.recycle, cut, row, left, scores)
     if recipe.positions == "compacted":
         left = replace(left, positions=row.positions[: len(left.positions)])
-    return left, stay, scores
+    return left, stay, _Rated(scores, rank)
 
 
 def _recycled(
@@ -335,7 +357,7 @@ def _recycled(
     places = before.visual.nonzero()[:, 0]
     dropped = torch.argsort(scores, stable=True)[: cut.drop]
     best_first = places[dropped.flip(0)[:chosen]]
-    new = merge(before.hidden[best_first], clusters)
+    new = merge(before.hidden[best_first], clusters, paper=recycle.form == "paper")
     last = int(places[-1])
     # Where the new tokens go: behind all of those left that stood up to there.
     stood = torch.arange(len(before.visual), device=places.device)
@@ -381,10 +403,11 @@ def _after_last(visual: Tensor) -> Tensor:
 
 
 def _cuts(recipe: Recipe, visual_tokens: int, layers: int) -> dict[int, Cut]:
-    """The recipe's cuts of this sample by layer, as plain counts, checked."""
+    """The recipe's cuts of this sample by layer, checked: plain counts, or rules."""
     if visual_tokens == 0:
         return {}
-    cuts, left = recipe.bound(visual_tokens).cuts, visual_tokens
+    bound = recipe if recipe.adaptive else recipe.bound(visual_tokens)
+    cuts, left = bound.cuts, visual_tokens
     for cut in cuts:
         _check_cut(recipe, cut.layer, layers, cut.drop, left)
         left -= cut.drop - recipe.new_tokens(cut.drop)

@@ -1,6 +1,6 @@
 """The oracle's recycling: dropped tokens clustered into new ones, written out in loops.
 
-SparseVLM (arXiv:2410.04417), code of version 1.5; ``recycling`` says what differs.
+SparseVLM (arXiv:2410.04417); ``recycling`` says what differs.
 Shapes: m tokens, h hidden size, C clusters.
 """
 
@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 
-def merge(tokens: Tensor, clusters: int) -> Tensor:
-    """Density-peak clusters' means, in the order of their centres. [m, h] -> [C, h].
+def merge(tokens: Tensor, clusters: int, *, paper: bool) -> Tensor:
+    """New tokens of density-peak clusters, in the order of centres. [m, h] -> [C, h].
 
     Args:
         tokens: Hidden states of the clustered tokens, the best scored first.
         clusters: C.
+        paper: Tokens join by cosine, and are added up; else by distance, and the mean
+            is taken, as in the published code.
     """
     exact = tokens.double()
     apart = torch.cdist(exact, exact, compute_mode="donot_use_mm_for_euclid_dist")
@@ -31,7 +33,14 @@ def merge(tokens: Tensor, clusters: int) -> Tensor:
     centres = sorted(range(count), key=lambda i: (-products[i], i))[:clusters]
     members: list[list[int]] = [[] for _ in centres]
     for i in range(count):
-        own = centres.index(i) if i in centres else int(apart[i, centres].argmin())
+        if i in centres:
+            own = centres.index(i)
+        elif paper:
+            likeness = torch.cosine_similarity(exact[i][None], exact[centres])
+            own = int(likeness.argmax())
+        else:
+            own = int(apart[i, centres].argmin())
         members[own].append(i)
-    means = [tokens[of].float().mean(dim=0) for of in members]
-    return torch.stack(means).to(tokens.dtype)
+    joined = [tokens[of].float() for of in members]
+    new = [each.sum(dim=0) if paper else each.mean(dim=0) for each in joined]
+    return torch.stack(new).to(tokens.dtype)

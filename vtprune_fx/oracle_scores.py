@@ -181,6 +181,12 @@ def sparsevlm(_: Recipe, seen: Seen) -> Tensor:
     return seen.probabilities[:, seen.instruction].mean(dim=(0, 1))[seen.visual]
 
 
+def attention_rank(seen: Seen) -> int:
+    """Rank of the raters' attention to visual tokens, mean over heads (``by_rank``)."""
+    attended = seen.probabilities.mean(dim=0)[seen.instruction][:, seen.visual]
+    return int(torch.linalg.matrix_rank(attended)) if attended.numel() else 0
+
+
 def sparsevlm_plus(recipe: Recipe, seen: Seen) -> Tensor:
     """SparseVLM+'s: divided by the rotary decay, the best heads alone."""
     half = seen.cos.shape[1] // 2

@@ -7,6 +7,9 @@ every sample drops there. ``of`` decides what that number means:
 * ``"of": null``: counts. The cut drops ``drop`` visual tokens, whatever came in.
 * ``"of": 2880``: shares. A sample that came with ``v`` visual tokens drops
   ``floor(drop * v / 2880)`` (FitPrune's rule for any-resolution models).
+
+Instead of ``drop`` all cuts may have a rule, ``by_rank``: the number then depends on
+the sample (SparseVLM).
 """
 
 from __future__ import annotations
@@ -16,12 +19,21 @@ import json
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from vtprune_fx import scorers
+from vtprune_fx.by_rank import ByRank, not_counted
 from vtprune_fx.errors import RecipeError
 
 SCHEMA_VERSION = 1
@@ -52,31 +64,54 @@ class Cut(_Strict):
             ``after_layer``: the whole layer runs first. ``before_layer``: what enters
             the layer is cut, rated by the queries and keys that the layer would have
             had.
+        by_rank: The rule that decides instead of ``drop``, which is then left out.
     """
 
     layer: Count
-    drop: Count
+    drop: Count = 0
     site: Site = "after_attention"
+    by_rank: ByRank | None = None
+
+    @model_validator(mode="after")
+    def _check_counts_once(self) -> Self:
+        by_rank = self.by_rank is not None
+        if ("drop" in self.model_fields_set) == by_rank:
+            found = "both" if by_rank else "neither"
+            raise _wrong("drop", "a number 'drop' or a rule 'by_rank'", found)
+        return self
+
+    @model_serializer(mode="wrap")
+    def _write_one(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = handler(self)
+        del fields["drop" if self.by_rank else "by_rank"]
+        return fields
 
 
 class Recycle(_Strict):
     """Dropped tokens are clustered into a few new ones, as SparseVLM does.
 
-    Of n dropped tokens the best scored ``int(tau n) + 1`` form
-    ``int(theta (int(tau n) + 1)) + 1`` clusters.
+    Of n dropped tokens the best scored m form C clusters.
 
     Attributes:
         tau: The share of the dropped tokens that is clustered.
         theta: Clusters, as a share of those.
+        form: ``code``: m is ``int(tau n) + 1`` and C ``int(theta m) + 1``, tokens join
+            the centre nearest to them, and a new token is the mean of its cluster.
+            ``paper``: m is ``int(tau n)`` and C ``int(theta m)``, both at least 1,
+            tokens join the centre most like them by cosine, and a new token is the sum.
     """
 
     tau: Annotated[float, Field(ge=0, le=1)]
     theta: Annotated[float, Field(ge=0, le=1)]
+    form: Literal["code", "paper"] = "code"
 
     def counts(self, dropped: int) -> tuple[int, int]:
         """How many of the dropped tokens are clustered, and into how many new ones."""
-        chosen = min(int(self.tau * dropped) + 1, dropped)
-        return chosen, min(int(self.theta * chosen) + 1, chosen)
+        chosen = min(self._rounded(self.tau * dropped), dropped)
+        return chosen, min(self._rounded(self.theta * chosen), chosen)
+
+    def _rounded(self, share: float) -> int:
+        return int(share) + 1 if self.form == "code" else max(int(share), 1)
 
 
 class Provenance(_Strict):
@@ -173,16 +208,24 @@ class Recipe(_Strict):
                 f"cuts in layers 0 to {self.layers - 1} ('layers' is {self.layers})",
                 f"a cut in layer {layers[-1]}",
             )
+        sites = {cut.site for cut in self.cuts}
+        if self.recycle and not sites <= {"after_layer"}:
+            raise _wrong("cuts", "cuts after_layer, to recycle", " and ".join(sites))
+        return self
+
+    @model_validator(mode="after")
+    def _check_counts(self) -> Self:
         most = self.of or self.visual_tokens
-        if (total := self.needed(most)) > most:
+        if self.adaptive:
+            if self.of is not None or not all(cut.by_rank for cut in self.cuts):
+                found = "both" if self.of is None else f"'of' is {self.of}"
+                raise _wrong("cuts", "either counts or rules by rank", found)
+        elif (total := self.needed(most)) > most:
             raise _wrong(
                 "cuts",
                 f"cuts that drop at most the {most} visual tokens there are",
                 f"{total} dropped",
             )
-        sites = {cut.site for cut in self.cuts}
-        if self.recycle and not sites <= {"after_layer"}:
-            raise _wrong("cuts", "cuts after_layer, to recycle", " and ".join(sites))
         return self
 
     def __hash__(self) -> int:
@@ -192,7 +235,12 @@ class Recipe(_Strict):
         """Visual tokens that a sample with ``visual_tokens`` of them drops, by layer.
 
         Layers that drop none are left out. New tokens do not count.
+
+        Raises:
+            RecipeError: Counts follow the rank of each sample's attention.
         """
+        if self.adaptive:
+            raise not_counted(self.name)
         counts = {
             cut.layer: cut.drop
             if self.of is None
@@ -239,13 +287,22 @@ class Recipe(_Strict):
         return self.model_copy(update=changes)
 
     @property
+    def adaptive(self) -> bool:
+        """Whether counts follow the rank of each sample's attention.
+
+        Whatever needs counts ahead of all samples raises a RecipeError then.
+        """
+        return any(cut.by_rank is not None for cut in self.cuts)
+
+    @property
     def cuts_ahead(self) -> bool:
         """Whether tokens leave ahead of the first layer.
 
         That layer's cache then does not tell how long the prompt was.
         """
         ahead = (0, "before_layer")
-        return any((cut.layer, cut.site) == ahead and cut.drop for cut in self.cuts)
+        cuts = (cut for cut in self.cuts if cut.drop or cut.by_rank)
+        return any((cut.layer, cut.site) == ahead for cut in cuts)
 
     def baseline(self, score: Literal["inverted", "random", "uniform"]) -> Recipe:
         """The same cuts, with tokens chosen by a score that no method would use."""
@@ -263,8 +320,10 @@ class Recipe(_Strict):
     def to_json(self) -> str:
         """The recipe as the text of a recipe file."""
         # Only recipes that draw at random have to tell a seed.
-        unused = {"seed"} if self.score != "random" else set()
-        unused |= {name for name in ("options", "recycle") if not getattr(self, name)}
+        unused: dict[str, Any] = {"seed": True} if self.score != "random" else {}
+        unused |= {n: True for n in ("options", "recycle") if not getattr(self, n)}
+        if self.recycle and self.recycle.form == "code":
+            unused["recycle"] = {"form"}
         return self.model_dump_json(indent=2, exclude=unused) + "\n"
 
 
@@ -388,6 +447,7 @@ def _validate(fields: object, where: str) -> Recipe:
         place = ".".join(map(str, first["loc"])) or context.get("place")
         found = "nothing" if kind == "missing" else repr(first["input"])
         found = context["found"] if kind == "vtprune" else found
+        found = repr(context["tag"]) if kind == "union_tag_invalid" else found
         raise RecipeError(
             f"{where}, field {place}" if place else where,
             expected=_expected(kind, first["msg"]),
@@ -399,4 +459,6 @@ def _validate(fields: object, where: str) -> Recipe:
 def _expected(kind: str, message: str) -> str:
     if kind == "extra_forbidden":
         return "no such field"
+    if kind.startswith("union_tag"):
+        return "a field 'rule' that is 'keep' or 'drop'"
     return message[0].lower() + message[1:]

@@ -1,4 +1,4 @@
-"""Dropped tokens clustered into a few new ones (SparseVLM, arXiv:2410.04417, code 1.5).
+"""Dropped tokens clustered into a few new ones (SparseVLM, arXiv:2410.04417).
 
 Of the n tokens that a cut drops the best scored m form C clusters, density peaks with
 the nearest neighbours as kernel (DPC-KNN): with ``d(i, j) = |x_i - x_j| / sqrt(E)``,
@@ -7,9 +7,10 @@ the nearest neighbours as kernel (DPC-KNN): with ``d(i, j) = |x_i - x_j| / sqrt(
 * its distance to the nearest denser token, or the largest distance if none is denser;
 * centres are the C largest products of the two, every other token joins the nearest.
 
-A cluster becomes one new token, the mean of its tokens' hidden states. (The paper joins
-by cosine, and takes the sum.) The published code adds noise of 1e-6 to densities so
-that none are equal; here the better scored of two equal tokens is the denser one.
+A cluster becomes one new token, the mean of its tokens' hidden states. The paper joins
+by cosine, and takes the sum (``Recycle.form``). The published code adds noise of 1e-6
+to densities so that none are equal; here the better scored of two equal tokens is the
+denser one.
 
 New tokens stand behind the last visual token. Keep sets hold them as negative numbers,
 -C to -1, which index what is put behind the tokens to gather from.
@@ -26,7 +27,12 @@ from vtprune_fx.scoring import VISUAL
 
 
 def merge(
-    hidden: Tensor, lowest_first: Tensor, drop: int, chosen: int, clusters: int
+    hidden: Tensor,
+    lowest_first: Tensor,
+    drop: int,
+    chosen: int,
+    clusters: int,
+    paper: bool,
 ) -> Tensor:
     """[B, C, E]: the new tokens, in the order of their centres.
 
@@ -36,13 +42,18 @@ def merge(
         drop: n, how many leave.
         chosen: m, how many of these are clustered.
         clusters: C.
+        paper: Join by cosine and add up, instead of by distance and take the mean.
     """
     best_first = lowest_first[:, drop - chosen : drop].flip(1)
     samples = torch.arange(hidden.shape[0], device=hidden.device)[:, None]
     tokens = hidden[samples, best_first].float()
-    members = _members(_distances(tokens), clusters).float()
-    mean = members @ tokens / members.sum(dim=2, keepdim=True)
-    return mean.to(hidden.dtype)
+    distances = _distances(tokens)
+    apart = _cosine_distances(tokens) if paper else distances
+    members = _members(_centres(distances, clusters), apart).float()
+    new = members @ tokens
+    if not paper:
+        new = new / members.sum(dim=2, keepdim=True)
+    return new.to(hidden.dtype)
 
 
 def _distances(tokens: Tensor) -> Tensor:
@@ -57,8 +68,15 @@ def _distances(tokens: Tensor) -> Tensor:
     return (found.clamp(min=0) / tokens.shape[2]).sqrt().masked_fill(own, 0)
 
 
-def _members(distances: Tensor, clusters: int) -> Tensor:
-    """[B, C, m] bool: which tokens a cluster holds."""
+def _cosine_distances(tokens: Tensor) -> Tensor:
+    """[B, m, m]."""
+    lengths: Tensor = tokens.norm(dim=2, keepdim=True)
+    directions = tokens / lengths.clamp(min=1e-12)
+    return 1 - directions @ directions.transpose(1, 2)
+
+
+def _centres(distances: Tensor, clusters: int) -> Tensor:
+    """[B, C]: which tokens are centres."""
     nearest = distances.sort(dim=2).values[:, :, :clusters]
     density = (-nearest.square().mean(dim=2)).exp()
     order = torch.arange(density.shape[1], device=density.device)
@@ -69,13 +87,18 @@ def _members(distances: Tensor, clusters: int) -> Tensor:
     farthest = distances.amax(dim=(1, 2), keepdim=True)
     apart = torch.where(denser, distances, farthest).amin(dim=2)
     ranked = (apart * density).sort(dim=1, descending=True, stable=True)
-    centres = ranked.indices[:, :clusters]
+    return ranked.indices[:, :clusters]
+
+
+def _members(centres: Tensor, distances: Tensor) -> Tensor:
+    """[B, C, m] bool: which tokens a cluster holds."""
     samples = torch.arange(centres.shape[0], device=centres.device)[:, None]
+    order = torch.arange(distances.shape[1], device=centres.device)
     to_centres = distances[samples, centres]
     # A centre is its own, whoever else stands in the same place.
     to_centres = to_centres.masked_fill(centres[:, :, None] == order, -1)
     joined = to_centres.argmin(dim=1)
-    numbers = torch.arange(clusters, device=centres.device)
+    numbers = torch.arange(centres.shape[1], device=centres.device)
     return joined[:, None] == numbers[:, None]
 
 
