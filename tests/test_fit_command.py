@@ -406,10 +406,17 @@ def test_prompts_that_are_not_usable(
 def test_limit_takes_the_first_samples(root: Path) -> None:
     few = open_calibration(str(root / "data"), 3)
     assert len(few) == 3
-    assert [len(batch) for batch in open_calibration("reference", 20).batches()] == [
-        *(8, 8, 4)
-    ]
     assert few.fingerprint() != open_calibration(str(root / "data"), 4).fingerprint()
+
+
+def test_prompts_of_like_length_run_together() -> None:
+    """No prompt with one image is padded to the length of one with two."""
+    data = open_calibration("reference", 20)
+    batches = data.batches()
+    assert sorted(itertools.chain(*batches)) == list(range(20))
+    images = [{len(data.openers[i]()[1]) for i in batch} for batch in batches]
+    assert images == [{1}, {1}, {2}]
+    assert max(map(len, batches)) == 8
 
 
 def test_a_data_set_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:

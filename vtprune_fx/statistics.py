@@ -51,6 +51,11 @@ class Statistics:
         """[N, V] bool: where a visual token is."""
         return torch.arange(self.cross.shape[2]) < self.visual[:, None]
 
+    def rows(self, samples: Tensor) -> Statistics:
+        """Statistics of some samples, by their [N'] numbers, in that order."""
+        fields = (f.name for f in dataclasses.fields(self))
+        return Statistics(**{name: getattr(self, name)[samples] for name in fields})
+
 
 _PER_TOKEN = ("cross", "own", "cross_share", "own_share")
 
@@ -230,11 +235,13 @@ class _Layer:
 
 
 def ranked(received: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
-    """Values in float64 from the smallest on, and whose they are; [N, V] all.
+    """Values in float64 from the largest on, and whose they are; [N, V] all.
 
-    Tokens that are not there come last.
+    Tokens that are not there come first; of equals the later one does.
     """
-    return received.double().masked_fill(~present, torch.inf).sort(dim=1, stable=True)
+    absent = received.double().masked_fill(~present, torch.inf)
+    values, order = absent.sort(dim=1, stable=True)
+    return values.flip(1), order.flip(1)
 
 
 def lightest(ranked: Tensor, order: Tensor, left: Tensor, least: Tensor) -> Tensor:
@@ -253,7 +260,7 @@ def lightest(ranked: Tensor, order: Tensor, left: Tensor, least: Tensor) -> Tens
     """
     present = left.gather(1, order)
     values = ranked.masked_fill(~present, 0)
-    # From the end, so that nothing is left of the sum behind the last token, exactly.
-    remains = values.flip(1).cumsum(dim=1).flip(1) - values
+    # What is larger; exactly nothing for the largest.
+    remains = values.cumsum(dim=1) - values
     fits = present & (remains >= least[:, None])
     return torch.zeros_like(left).scatter(1, order, fits)
