@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 import sys
@@ -14,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import pad
 from transformers import LlavaForConditionalGeneration
 
@@ -143,6 +145,25 @@ def test_time_is_not_measured_in_an_exact_search(root: Path, tmp_path: Path) -> 
     assert not (tmp_path / "out").exists()
 
 
+def test_time_is_not_measured_on_a_target_that_is_not_there(
+    root: Path, tmp_path: Path, io: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused ahead of everything: data and model are not even looked for."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, package=None: None if name == "onnx" else find(name, package),
+    )
+    arguments = command(root / "nowhere", tmp_path / "out", "--budget", "0.2")
+    status, _, err = run(*io, *arguments, "--latency", "onnx")
+    assert status == 1
+    err = " ".join(err.split())
+    assert "expected the package onnx, found it is not installed" in err
+    assert "vtprune-fx[onnxruntime]" in err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["torch", "onnx"])
 def test_recipes_are_timed_on_a_target(
@@ -203,16 +224,7 @@ def test_a_run_that_was_cut_short_goes_on(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = fitted(root, tmp_path / "whole", 0.3)
-    observe = statistics.observe
-    calls: list[int] = []
-
-    def dying(*arguments: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return observe(*arguments)
-
-    monkeypatch.setattr(collect, "observe", dying)
+    calls = interrupted(monkeypatch, 3)
     with pytest.raises(KeyboardInterrupt):
         fitted(root, tmp_path / "out", 0.3)
     parts = tmp_path / "out" / PARTS
@@ -222,6 +234,35 @@ def test_a_run_that_was_cut_short_goes_on(
     assert again == whole
     assert not parts.exists()
     assert_same_folders(tmp_path / "out", tmp_path / "whole")
+
+
+def interrupted(monkeypatch: pytest.MonkeyPatch, batch: int) -> list[int]:
+    """Stop the first run while it takes a batch; an entry for each that was begun."""
+    observe, calls = statistics.observe, list[int]()
+
+    def dying(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == batch:
+            raise KeyboardInterrupt
+        return observe(*arguments)
+
+    monkeypatch.setattr(collect, "observe", dying)
+    return calls
+
+
+def test_what_another_run_began_is_not_gone_on_with(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its batches stay: the other run may still go on with them."""
+    interrupted(monkeypatch, 3)
+    with pytest.raises(KeyboardInterrupt):
+        fitted(root, tmp_path / "out", 0.3)
+    begun = sorted((tmp_path / "out" / PARTS).iterdir())
+    few = open_calibration(str(root / "data"), SAMPLES - 1)
+    opened = open_checkpoint(root / "checkpoint")
+    with pytest.raises(InputError, match=r"those of data .* or another folder"):
+        fit_recipes(*opened, few, tmp_path / "out", Options([0.3]))
+    assert sorted((tmp_path / "out" / PARTS).iterdir()) == begun
 
 
 def assert_same_folders(one: Path, other: Path) -> None:
@@ -234,17 +275,51 @@ def assert_same_folders(one: Path, other: Path) -> None:
         assert torch.equal(value, theirs[name]), name
 
 
-@pytest.mark.parametrize("content", [b"", b"no statistics", None])
+def short(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def flipped(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-100] ^= 1
+    file.write_bytes(content)
+
+
+def reshaped(file: Path) -> None:
+    """One sample less, and everything else as it was."""
+    with safe_open(file, framework="pt") as opened:
+        told = opened.metadata()
+    save_file({k: v[1:] for k, v in load_file(file).items()}, file, told)
+
+
+def incomplete(file: Path) -> None:
+    with safe_open(file, framework="pt") as opened:
+        told = opened.metadata()
+    left = {k: v for k, v in load_file(file).items() if k != "own"}
+    save_file(left, file, told)
+
+
+@pytest.mark.parametrize(
+    ("harm", "found"),
+    [
+        (lambda file: file.write_bytes(b""), "found "),
+        (lambda file: file.write_bytes(b"no statistics"), "found "),
+        (short, "found "),
+        (incomplete, "own"),
+        (flipped, "other contents"),
+        (reshaped, "other contents"),
+    ],
+)
 def test_broken_statistics_are_one_message(
-    root: Path, tmp_path: Path, content: bytes | None
+    root: Path, tmp_path: Path, harm: Callable[[Path], None], found: str
 ) -> None:
-    """``None``: cut off in the middle."""
     fitted(root, tmp_path / "out", 0.3)
     file = tmp_path / "out" / STATISTICS
-    file.write_bytes(file.read_bytes()[:-100] if content is None else content)
-    with pytest.raises(InputError, match="Delete it"):
+    harm(file)
+    message = rf"statistics .*{STATISTICS}: expected .*{found}.*Delete it"
+    with pytest.raises(InputError, match=message):
         fitted(root, tmp_path / "out", 0.3)
-    with pytest.raises(InputError, match="Delete it"):
+    with pytest.raises(InputError, match=message):
         fitted(root, tmp_path / "new", 0.3, statistics=file)
 
 
@@ -406,10 +481,17 @@ def test_prompts_that_are_not_usable(
 def test_limit_takes_the_first_samples(root: Path) -> None:
     few = open_calibration(str(root / "data"), 3)
     assert len(few) == 3
-    assert [len(batch) for batch in open_calibration("reference", 20).batches()] == [
-        *(8, 8, 4)
-    ]
     assert few.fingerprint() != open_calibration(str(root / "data"), 4).fingerprint()
+
+
+def test_prompts_of_like_length_run_together() -> None:
+    """No prompt with one image is padded to the length of one with two."""
+    data = open_calibration("reference", 20)
+    batches = data.batches()
+    assert sorted(itertools.chain(*batches)) == list(range(20))
+    images = [{len(data.openers[i]()[1]) for i in batch} for batch in batches]
+    assert images == [{1}, {1}, {2}]
+    assert max(map(len, batches)) == 8
 
 
 def test_a_data_set_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -54,22 +55,38 @@ class Calibration:
 
     def fingerprint(self) -> str:
         """Tells these prompts and images from others."""
-        told = hashlib.sha256()
+        return self._looked_at[0]
+
+    def batches(self) -> list[list[int]]:
+        """The samples of each batch, whoever runs it.
+
+        A batch is as long as its longest prompt, and images are most of a prompt: those
+        of a batch have as many, and texts of like length.
+        """
+        sizes = self._looked_at[1]
+        batches: list[list[int]] = []
+        order = sorted(range(len(self)), key=sizes.__getitem__)
+        for _, group in itertools.groupby(order, lambda index: sizes[index][0]):
+            alike = list(group)
+            starts = range(0, len(alike), BATCH)
+            batches += [alike[start : start + BATCH] for start in starts]
+        return batches
+
+    @functools.cached_property
+    def _looked_at(self) -> tuple[str, list[tuple[int, int]]]:
+        """The fingerprint, and of each sample how many images and letters it has."""
+        told, sizes = hashlib.sha256(), list[tuple[int, int]]()
         for opener in self.openers:
             text, images = opener()
+            sizes.append((len(images), len(text)))
             told.update(f"{len(text)} {text}".encode())
             for image in images:
                 told.update(f"{image.size}".encode())
                 told.update(image.tobytes())
-        return told.hexdigest()[:16]
-
-    def batches(self) -> list[range]:
-        """The samples of each batch, whoever runs it."""
-        starts = range(0, len(self), BATCH)
-        return [range(start, min(start + BATCH, len(self))) for start in starts]
+        return told.hexdigest()[:16], sizes
 
     def inputs(
-        self, processor: ProcessorMixin, samples: range, device: torch.device
+        self, processor: ProcessorMixin, samples: Sequence[int], device: torch.device
     ) -> dict[str, Tensor]:
         """Some samples as a model on a device takes them, padded on the left."""
         placeholder = image_token(processor)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -87,27 +87,35 @@ def _take(
     source: Mapping[str, str],
     advance: Callable[[int], None],
 ) -> None:
+    done = 0
     with observed(model):
         for samples in own_batches(calibration):
-            part = parts / f"{samples.start:08}.safetensors"
+            part, its = _part(parts, samples, source)
             if part.exists():
-                load_statistics(part, source)
+                load_statistics(part, its)
             else:
                 inputs = calibration.inputs(processor, samples, model.device)
-                statistics = observe(model, inputs)
-                save_statistics(statistics, part, source)
-            advance(samples.stop)
+                save_statistics(observe(model, inputs), part, its)
+            done += len(samples)
+            advance(done)
 
 
-def own_batches(calibration: Calibration) -> list[range]:
+def own_batches(calibration: Calibration) -> list[list[int]]:
     """The batches of this process."""
     return calibration.batches()[processes.rank() :: processes.count()]
 
 
+def _part(
+    parts: Path, samples: Sequence[int], source: Mapping[str, str]
+) -> tuple[Path, dict[str, str]]:
+    """A batch's file, and what its statistics are taken from."""
+    told = {"samples": " ".join(map(str, samples))}
+    return parts / f"{samples[0]:08}.safetensors", {**source, **told}
+
+
 def _finish(calibration: Calibration, folder: Path, source: Mapping[str, str]) -> None:
-    parts = [
-        load_statistics(folder / PARTS / f"{samples.start:08}.safetensors", source)
-        for samples in calibration.batches()
-    ]
-    save_statistics(merged(parts), folder / STATISTICS, source)
+    batches = calibration.batches()
+    parts = [load_statistics(*_part(folder / PARTS, s, source)) for s in batches]
+    order = torch.tensor([index for samples in batches for index in samples])
+    save_statistics(merged(parts).rows(order.argsort()), folder / STATISTICS, source)
     shutil.rmtree(folder / PARTS)

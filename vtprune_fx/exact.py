@@ -155,15 +155,15 @@ def _without(state: State, drop: Tensor) -> State:
     width = int(stay.sum(dim=1).max())
     order = stay.long().argsort(dim=1, stable=True)[:, -width:]
     gone = ~stay.gather(1, order)
-    rows = torch.arange(len(order), device=order.device)[:, None, None]
-    mask = state["mask"][rows, 0, order[:, :, None], order[:, None, :]]
+    rows = torch.arange(len(order), device=order.device)[:, None]
+    mask = state["mask"][rows[:, None], 0, order[:, :, None], order[:, None, :]]
     return {
-        "hidden": state["hidden"].take_along_dim(order[:, :, None], dim=1),
+        "hidden": state["hidden"][rows, order],
         "mask": (mask & ~gone[:, None, :])[:, None],
-        "roles": state["roles"].gather(1, order).masked_fill(gone, PADDING),
-        "cos": state["cos"].take_along_dim(order[:, :, None], dim=-2),
-        "sin": state["sin"].take_along_dim(order[:, :, None], dim=-2),
-        "positions": state["positions"].take_along_dim(order, dim=-1),
+        "roles": state["roles"][rows, order].masked_fill(gone, PADDING),
+        "cos": state["cos"][..., rows, order, :],
+        "sin": state["sin"][..., rows, order, :],
+        "positions": state["positions"][..., rows, order],
     }
 
 

@@ -67,8 +67,9 @@ class Account:
 
     def __init__(self, geometry: Geometry, prompts: Prompts) -> None:
         self._geometry, self._prompts = geometry, prompts
-        self._left = prompts.visual
+        self._left, self._none = prompts.visual, torch.zeros_like(prompts.visual)
         self._dense = geometry.layers * self._layer(self._left, self._left)
+        self._empty = self._layer(self._none, self._none)
         self._spent, self._layers = 0, geometry.layers
 
     def cut(self, drop: int) -> None:
@@ -87,10 +88,7 @@ class Account:
         """Share of the MACs that is saved if all tokens leave in the next layer."""
         if self._layers == 0:
             return self.saved()
-        none = torch.zeros_like(self._left)
-        rest = self._layer(self._left, none) + (self._layers - 1) * self._layer(
-            none, none
-        )
+        rest = self._layer(self._left, self._none) + (self._layers - 1) * self._empty
         return 1 - (self._spent + rest) / self._dense
 
     def _layer(self, before: Tensor, after: Tensor) -> int:

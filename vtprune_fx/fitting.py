@@ -255,8 +255,7 @@ class _Job:
             for samples in own:
                 device = self.model.device
                 inputs = self.calibration.inputs(self.processor, samples, device)
-                rows = slice(samples.start, samples.stop)
-                trials.add(inputs, cross[rows], received[rows])
+                trials.add(inputs, cross[samples], received[samples])
             mine = [index for samples in own for index in samples]
 
             def of_all(tolerance: float) -> Iterator[Tensor]:

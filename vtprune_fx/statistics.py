@@ -6,6 +6,7 @@ Shapes: N samples, L layers, V visual tokens (of the sample that has most).
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,11 @@ class Statistics:
     def present(self) -> Tensor:
         """[N, V] bool: where a visual token is."""
         return torch.arange(self.cross.shape[2]) < self.visual[:, None]
+
+    def rows(self, samples: Tensor) -> Statistics:
+        """Statistics of some samples, by their [N'] numbers, in that order."""
+        fields = (f.name for f in dataclasses.fields(self))
+        return Statistics(**{name: getattr(self, name)[samples] for name in fields})
 
 
 _PER_TOKEN = ("cross", "own", "cross_share", "own_share")
@@ -132,7 +138,20 @@ def save_statistics(
     tensors = {
         f.name: getattr(statistics, f.name) for f in dataclasses.fields(statistics)
     }
-    replace_file(file, save(tensors, metadata=dict(origin)))
+    metadata = {**origin, _CONTENTS: _checksum(tensors)}
+    replace_file(file, save(tensors, metadata=metadata))
+
+
+_CONTENTS = "contents"
+"""Of a file's metadata: tells whether its tensors are those that were written."""
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    told = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        told.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        told.update(value.contiguous().numpy().tobytes())
+    return told.hexdigest()[:16]
 
 
 def load_statistics(file: Path, origin: Mapping[str, str]) -> Statistics:
@@ -143,7 +162,7 @@ def load_statistics(file: Path, origin: Mapping[str, str]) -> Statistics:
         origin: What it has to be taken from.
 
     Raises:
-        InputError: It cannot be read, or is of something else.
+        InputError: It cannot be read, is of something else, or was changed.
     """
     try:
         with safe_open(file, framework="pt") as opened:
@@ -151,14 +170,20 @@ def load_statistics(file: Path, origin: Mapping[str, str]) -> Statistics:
             names = [f.name for f in dataclasses.fields(Statistics)]
             values = {name: opened.get_tensor(name) for name in names}
     except (OSError, SafetensorError) as error:
-        raise InputError(
-            f"statistics {file}",
-            expected="a safetensors file that `vtprune fit` wrote",
-            found=str(error).splitlines()[0],
-            fix="Delete it, and `vtprune fit` will make it anew.",
-        ) from error
+        raise _broken(file, str(error).splitlines()[0]) from error
     _check_origin(file, found, origin)
+    if found.get(_CONTENTS) != _checksum(values):
+        raise _broken(file, "other contents than its checksum tells of")
     return Statistics(**values)
+
+
+def _broken(file: Path, found: str) -> InputError:
+    return InputError(
+        f"statistics {file}",
+        expected="a safetensors file as `vtprune fit` wrote it",
+        found=found,
+        fix="Delete it, and `vtprune fit` will make it anew.",
+    )
 
 
 def _check_origin(
@@ -230,11 +255,13 @@ class _Layer:
 
 
 def ranked(received: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
-    """Values in float64 from the smallest on, and whose they are; [N, V] all.
+    """Values in float64 from the largest on, and whose they are; [N, V] all.
 
-    Tokens that are not there come last.
+    Tokens that are not there come first; of equals the later one does.
     """
-    return received.double().masked_fill(~present, torch.inf).sort(dim=1, stable=True)
+    absent = received.double().masked_fill(~present, torch.inf)
+    values, order = absent.sort(dim=1, stable=True)
+    return values.flip(1), order.flip(1)
 
 
 def lightest(ranked: Tensor, order: Tensor, left: Tensor, least: Tensor) -> Tensor:
@@ -253,7 +280,7 @@ def lightest(ranked: Tensor, order: Tensor, left: Tensor, least: Tensor) -> Tens
     """
     present = left.gather(1, order)
     values = ranked.masked_fill(~present, 0)
-    # From the end, so that nothing is left of the sum behind the last token, exactly.
-    remains = values.flip(1).cumsum(dim=1).flip(1) - values
+    # What is larger; exactly nothing for the largest.
+    remains = values.cumsum(dim=1) - values
     fits = present & (remains >= least[:, None])
     return torch.zeros_like(left).scatter(1, order, fits)
