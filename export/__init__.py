@@ -10,11 +10,13 @@ if __name__ != "vtprune_fx.export":
     raise ImportError("import vtprune_fx.export: a bare `export` makes second classes")
 
 from vtprune_fx.export.manifest import is_export
-from vtprune_fx.export.onnx_model import OnnxModel, load, require_onnxruntime
-from vtprune_fx.export.to_onnx import export_onnx, write_onnx
+from vtprune_fx.export.onnx_model import OnnxModel, require_onnxruntime
+from vtprune_fx.export.runtime import load
+from vtprune_fx.export.to_onnx import OnnxOptions, export_onnx, write_onnx
 
 __all__ = [
     "OnnxModel",
+    "OnnxOptions",
     "export_onnx",
     "is_export",
     "load",

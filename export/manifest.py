@@ -1,4 +1,10 @@
-"""``vtprune.json``: what an exported folder holds, and how to tell that it is whole."""
+"""``vtprune.json``: what an exported folder holds, and how to tell that it is whole.
+
+A manifest comes with its folder, so it is read with suspicion: its file names are plain
+names, the files it lists are files and hash to what it says, and beside them there is
+nothing that a loader would read. A manifest cannot vouch for itself; what must not be
+trusted in the files themselves is checked by whoever opens them.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +12,9 @@ import hashlib
 import importlib.metadata
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 
 from vtprune_fx import __version__
 from vtprune_fx.errors import ExportError
@@ -17,7 +23,18 @@ from vtprune_fx.recipe import Recipe
 FILE = "vtprune.json"
 """Name of the manifest in an exported folder."""
 
+Precision = Literal["float32", "float16", "bfloat16"]
+"""Type of an export's weights, as PyTorch names it."""
+
+FileName = Annotated[str, StringConstraints(pattern=r"^\w[\w.-]*$")]
+"""A name and no path: it starts with no dot and holds no separator."""
+
+Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+
 _PACKAGES = ("torch", "transformers", "onnx", "onnxscript")
+
+_PASSED_OVER = ("README.md", "LICENSE")
+"""What a model's repository has beside its files, and no loader reads."""
 
 
 class Manifest(BaseModel):
@@ -26,24 +43,42 @@ class Manifest(BaseModel):
     Attributes:
         schema_version: Version of this file's format.
         target: What the graphs run on.
+        source: The model that was exported: a folder, a hub id, or nothing where it
+            was made in memory.
         recipe: What was cut.
         visual_tokens: Visual tokens of a sample in the example that was traced.
         tokens_per_layer: Visual tokens left after each decoder layer.
         image_token_id: Id of the placeholder that marks a visual token.
+        precision: Type of weights and caches.
+        quantize: What the decoder's matrices were rounded to, if anything.
+        tolerance: How far logits and caches may be from the oracle's, as a share of
+            the largest of them.
+        opset: Version of the ONNX operators, where there are any.
+        batch: Number of samples, where it is fixed.
+        prompt: Length of a prompt, where it is fixed.
+        keep_sets: Whether the prefill returns its keep sets.
         packages: Versions of what wrote the folder.
         files: SHA-256 of every other file in it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    schema_version: Literal[1] = 1
-    target: Literal["onnx"]
+    schema_version: Literal[2] = 2
+    target: Literal["onnx", "tensorrt"]
+    source: str
     recipe: Recipe
     visual_tokens: int
     tokens_per_layer: list[int]
     image_token_id: int
+    precision: Precision
+    quantize: Literal["int8", "int4"] | None = None
+    tolerance: float
+    opset: int | None = None
+    batch: int | None = None
+    prompt: int | None = None
+    keep_sets: bool = False
     packages: dict[str, str]
-    files: dict[str, str]
+    files: dict[FileName, Digest]
 
     def write(self, folder: Path) -> None:
         """Write the manifest into ``folder``."""
@@ -66,28 +101,51 @@ def read(folder: Path) -> Manifest:
         fields = json.loads((folder / FILE).read_text(encoding="utf-8"))
         return Manifest.model_validate(fields)
     except (OSError, ValueError) as error:
-        raise ExportError(
-            f"export {folder}",
-            expected=f"a readable {FILE}",
-            found=str(error).splitlines()[0],
-            fix="Write it again with `vtprune export onnx`.",
-        ) from error
+        raise refused(folder, f"a readable {FILE}", _told(error)) from error
+
+
+def _told(error: Exception) -> str:
+    """What is wrong with a manifest, in one line."""
+    if not isinstance(error, ValidationError):
+        return str(error).splitlines()[0]
+    first = error.errors(include_url=False, include_context=False)[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
 
 
 def check_whole(folder: Path, contents: Manifest) -> None:
-    """Check that every file that the manifest lists is there.
+    """Check that a folder holds the files that the manifest lists, and no others.
 
     Raises:
-        ExportError: One is missing.
+        ExportError: A file is missing, is a link, hashes to something else, or is not
+            listed.
     """
-    missing = [name for name in contents.files if not (folder / name).is_file()]
-    if missing:
-        raise ExportError(
-            f"export {folder}",
-            expected=missing[0],
-            found="no such file",
-            fix="Write it again with `vtprune export onnx`.",
+    for name, digest in contents.files.items():
+        path = folder / name
+        if path.is_symlink():
+            raise refused(folder, f"{name} to be a file", "a link", _COPY)
+        if not path.is_file():
+            raise refused(folder, name, "no such file")
+        if _digest(path) != digest:
+            raise refused(folder, f"{name} as it was written", "another content")
+    there = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    strange = sorted(there - {FILE, *contents.files, *_PASSED_OVER})
+    if strange:
+        raise refused(
+            folder, f"nothing but what {FILE} lists", strange[0], "Take it out."
         )
+
+
+_COPY = "Copy what it points to into its place, if you trust that."
+
+
+def refused(
+    folder: Path,
+    expected: str,
+    found: str,
+    fix: str = "Write it again with `vtprune export`.",
+) -> ExportError:
+    """The error for an export that is not as it should be."""
+    return ExportError(f"export {folder}", expected=expected, found=found, fix=fix)
 
 
 def versions() -> dict[str, str]:
@@ -98,8 +156,9 @@ def versions() -> dict[str, str]:
 
 def hashes(folder: Path) -> dict[str, str]:
     """SHA-256 of every file in ``folder``, by name."""
-    found: dict[str, str] = {}
-    for path in sorted(folder.iterdir()):
-        with path.open("rb") as file:
-            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
+    return {path.name: _digest(path) for path in sorted(folder.iterdir())}
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

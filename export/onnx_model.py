@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
-from transformers.exporters import ExportedModel
+from transformers.exporters import ExportedModel, ExportMetadata, OnnxExporter
+from transformers.exporters.runners.runner_onnx import OnnxModelRunner
 
 from vtprune_fx.errors import ExportError, InputError, MissingDependencyError
 from vtprune_fx.export import manifest
 from vtprune_fx.export.manifest import Manifest
+from vtprune_fx.report import in_prompt
+
+KEEP_SETS = "keep_sets."
+"""Name of a keep set's value in a prefill graph, ahead of its layer's number."""
+
+_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
+"""ONNX Runtime's option for graphs that do not come from a file."""
 
 
 def require_onnxruntime() -> None:
@@ -54,6 +65,46 @@ class OnnxModel(PreTrainedModel, GenerationMixin):
         self.generation_config = exported.generation_config
         self.manifest = contents
         self._exported = exported
+        runner = exported.runners["prefill"]
+        self._prefill = _Prefill(runner.metadata, runner.session)
+
+    def show_keep_sets(self, folder: Path) -> None:
+        """Make keep sets outputs of a prefill that was exported without ``keep_sets``.
+
+        Args:
+            folder: Where the model was loaded from.
+
+        Raises:
+            ExportError: The graph has none.
+        """
+        if self.manifest.keep_sets:
+            return
+        program = OnnxExporter.load_program(folder / "prefill.onnx")
+        made = {v.name: v for node in program.graph for v in node.outputs}
+        drops = self.manifest.recipe.drops(self.manifest.visual_tokens)
+        names = [f"{KEEP_SETS}{layer}" for layer in sorted(drops)]
+        for name in names:
+            if name not in made:
+                raise manifest.refused(
+                    folder, f"a value {name} in prefill.onnx", "none"
+                )
+        program.graph.outputs[:0] = [made[name] for name in names]
+        # Without a file of its own a session asks where the weights lie.
+        del program.meta["path"]
+        options = session_options()
+        options.add_session_config_entry(_WEIGHTS_FOLDER, str(folder.resolve()))
+        self._prefill = _Prefill.from_program(
+            program, self._prefill.metadata, self.device, session_options=options
+        )
+
+    @property
+    def keep_sets(self) -> dict[int, Tensor]:
+        """What the last prompt with images kept at each cut, if the prefill tells.
+
+        For each layer with a cut, [B, K]: positions in the prompt as it came, -1 for
+        tokens made of dropped ones.
+        """
+        return in_prompt(self._prefill.keep_sets)
 
     @property
     def device(self) -> torch.device:
@@ -77,7 +128,7 @@ class OnnxModel(PreTrainedModel, GenerationMixin):
         """Run one step: a prompt with images, or what follows.
 
         Args:
-            input_ids: [B, S] with images, else [B, Q].
+            input_ids: [B, S].
             attention_mask: [B, past + S], left padding; all ones if left out.
             position_ids: [B, S]; counted from the mask if left out.
             past_key_values: The ragged cache, or an empty one.
@@ -87,9 +138,11 @@ class OnnxModel(PreTrainedModel, GenerationMixin):
             The model's output: logits [B, tokens left, vocabulary], and the cache.
 
         Raises:
-            InputError: A sample holds fewer visual tokens than the cuts take, or a
-                second prompt follows one that was cut ahead of the first layer.
+            InputError: A sample holds fewer visual tokens than the cuts take, a prompt
+                with an image follows another, a second prompt follows one that was cut
+                ahead of the first layer, or the export takes other sizes.
         """
+        self._check_sizes(input_ids, pixel_values)
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         if attention_mask is None:
             samples, new = input_ids.shape
@@ -101,8 +154,15 @@ class OnnxModel(PreTrainedModel, GenerationMixin):
             return self._decode(
                 input_ids, attention_mask, position_ids, past_key_values
             )
+        if past:
+            raise InputError(
+                "pixel_values",
+                expected="images in the first prompt alone",
+                found="a prompt with images on a filled cache",
+                fix="Start from an empty cache, with the whole conversation.",
+            )
         self._check_visual_tokens(input_ids)
-        return self._exported.runners["prefill"](
+        return self._prefill(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -116,7 +176,7 @@ class OnnxModel(PreTrainedModel, GenerationMixin):
         position_ids: Tensor,
         cache: DynamicCache | None,
     ) -> Any:
-        """One token after another: the decode graph takes one a step."""
+        """What is not pruned: a step, a further turn, a prompt of text alone."""
         if (
             _filled(cache)
             and input_ids.shape[1] > 1
@@ -129,18 +189,12 @@ class OnnxModel(PreTrainedModel, GenerationMixin):
                 "the first layer: the cache does not tell how long it was",
                 fix="Start from an empty cache, with the whole conversation.",
             )
-        cache = self._empty_cache(input_ids) if not _filled(cache) else cache
-        past = attention_mask.shape[1] - input_ids.shape[1]
-        outputs = None
-        for step in range(input_ids.shape[1]):
-            outputs = self._exported.runners["decode"](
-                input_ids=input_ids[:, step : step + 1],
-                attention_mask=attention_mask[:, : past + step + 1],
-                position_ids=position_ids[:, step : step + 1],
-                past_key_values=cache,
-            )
-            cache = outputs.past_key_values
-        return outputs
+        return self._exported.runners["decode"](
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=cache if _filled(cache) else self._empty_cache(input_ids),
+        )
 
     def _empty_cache(self, input_ids: Tensor) -> DynamicCache:
         text = self.config.get_text_config()
@@ -152,6 +206,22 @@ class OnnxModel(PreTrainedModel, GenerationMixin):
             keys, values = torch.zeros(2, *shape, dtype=self.dtype, device=self.device)
             cache.update(keys, values, layer)
         return cache
+
+    def _check_sizes(self, input_ids: Tensor, pixel_values: Tensor | None) -> None:
+        """Check the sizes that were fixed when the folder was written."""
+        batch, prompt = self.manifest.batch, self.manifest.prompt
+        expected = [
+            input_ids.shape[0] if batch is None else batch,
+            input_ids.shape[1] if prompt is None or pixel_values is None else prompt,
+        ]
+        if list(input_ids.shape) != expected:
+            raise InputError(
+                "input_ids",
+                expected=f"shape {expected}, which the folder was exported for",
+                found=str(list(input_ids.shape)),
+                fix="Pad in front (processor(..., padding='max_length', max_length=N)),"
+                " or export without --batch and --prompt.",
+            )
 
     def _check_visual_tokens(self, input_ids: Tensor) -> None:
         contents = self.manifest
@@ -170,11 +240,31 @@ class OnnxModel(PreTrainedModel, GenerationMixin):
             )
 
 
+class _Prefill(OnnxModelRunner):
+    """Runs the prefill, and notes what it tells ahead of the model's own outputs.
+
+    Attributes:
+        keep_sets: For each layer with a cut, [B, K]: positions among what was left.
+    """
+
+    def __init__(self, metadata: ExportMetadata, session: Any) -> None:
+        super().__init__(metadata, session)
+        names = [output.name for output in session.get_outputs()]
+        self._told = [n for n in names if n.startswith(KEEP_SETS)]
+        self.keep_sets: dict[int, Tensor] = {}
+
+    def unflatten(self, outputs: list[Any]) -> Any:
+        """The model's output; keep sets are noted."""
+        told = zip(self._told, outputs, strict=False)
+        self.keep_sets = {int(n.removeprefix(KEEP_SETS)): kept for n, kept in told}
+        return super().unflatten(outputs)
+
+
 def _filled(cache: DynamicCache | None) -> bool:
     return cache is not None and cache.get_seq_length() > 0
 
 
-def _session_options() -> Any:
+def session_options() -> Any:
     """Errors only: warnings about constants that stay unfolded help nobody."""
     import onnxruntime  # noqa: PLC0415 - an optional package
 
@@ -183,32 +273,32 @@ def _session_options() -> Any:
     return options
 
 
-def load(folder: Path, device: str | None = None) -> OnnxModel:
-    """Load an exported folder for ONNX Runtime.
+def open_onnx(folder: Path, contents: Manifest, device: str | None) -> OnnxModel:
+    """Open a folder that was found whole on ONNX Runtime.
 
     Args:
-        folder: What ``vtprune export onnx`` wrote.
+        folder: The export.
+        contents: Its manifest.
         device: ``cpu`` or ``cuda``; left out, CUDA where it works.
 
     Raises:
-        ExportError: The folder is no whole export, or ONNX Runtime does not run on
-            ``device``.
+        ExportError: The folder holds what is not safe to load, or ONNX Runtime does not
+            run on ``device``, or not the graphs' operators in their precision.
         MissingDependencyError: ONNX Runtime is not installed.
     """
     require_onnxruntime()
-    contents = manifest.read(folder)
-    manifest.check_whole(folder, contents)
-    try:
+    from vtprune_fx.export.onnx_trust import check_trust  # noqa: PLC0415 - reads ONNX
+
+    _check_listed(folder, contents)
+    check_trust(folder)
+    _check_offered(device)
+    with refusing_operators(contents.precision):
         exported = ExportedModel.from_pretrained(
-            folder, device=device, session_options=_session_options()
+            folder,
+            device=device,
+            local_files_only=True,
+            session_options=session_options(),
         )
-    except ValueError as error:
-        raise ExportError(
-            f"device {device}",
-            expected="an execution provider of ONNX Runtime for it",
-            found=str(error),
-            fix="Install `vtprune-fx[onnxruntime-gpu]`, or run on the CPU.",
-        ) from error
     # ONNX Runtime falls back to the CPU in silence where CUDA does not load.
     if device is not None and exported.device.type != torch.device(device).type:
         raise ExportError(
@@ -217,19 +307,44 @@ def load(folder: Path, device: str | None = None) -> OnnxModel:
             found=f"a session on {exported.device.type}",
             fix="Check that the CUDA libraries load, or run on the CPU.",
         )
-    _check_whole(folder, exported)
     return OnnxModel(exported, contents)
 
 
-def _check_whole(folder: Path, exported: ExportedModel) -> None:
-    for name, found in (
-        ("config.json", exported.config),
-        ("generation_config.json", exported.generation_config),
-    ):
-        if found is None:
-            raise ExportError(
-                f"export {folder}",
-                expected=name,
-                found="no such file",
-                fix="Write it again with `vtprune export onnx`.",
-            )
+def _check_listed(folder: Path, contents: Manifest) -> None:
+    """Check that the manifest has the files without which there is no model."""
+    needed = ("config.json", "generation_config.json", "prefill.onnx", "decode.onnx")
+    for name in needed:
+        if name not in contents.files:
+            raise manifest.refused(folder, name, "no such file")
+
+
+def _check_offered(device: str | None) -> None:
+    import onnxruntime  # noqa: PLC0415 - an optional package
+
+    offered = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+    available = onnxruntime.get_available_providers()
+    if device is None or offered.get(torch.device(device).type) in available:
+        return
+    raise ExportError(
+        f"device {device}",
+        expected="an execution provider of ONNX Runtime for it",
+        found=", ".join(available),
+        fix="Install `vtprune-fx[onnxruntime-gpu]`, or run on the CPU.",
+    )
+
+
+@contextlib.contextmanager
+def refusing_operators(precision: str) -> Iterator[None]:
+    """Say which operator it is that a provider lacks in a precision."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as states  # noqa: PLC0415
+
+    try:
+        yield
+    except states.NotImplemented as error:
+        found = re.search(r"implementation for (\S+)", str(error))
+        raise ExportError(
+            f"ONNX Runtime in {precision}",
+            expected="every operator of the graphs",
+            found=f"none for {found[1]}" if found else str(error),
+            fix="Run it on another device, or export with --precision float32.",
+        ) from error

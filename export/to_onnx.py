@@ -10,12 +10,15 @@ import contextlib
 import logging
 import sys
 from collections.abc import Iterator, Mapping, MutableMapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image
-from torch.export import Dim
+from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import OutputKind, OutputSpec, TensorArgument
+from torch.utils import _pytree as pytree
 from transformers import DynamicCache, PreTrainedModel, ProcessorMixin
 from transformers.exporters import (
     DynamoExporter,
@@ -30,23 +33,56 @@ from transformers.exporters import (
 from vtprune_fx import capture
 from vtprune_fx.capture import dynamic_shapes, images_as_one_sequence
 from vtprune_fx.decoding import ragged_attention
+from vtprune_fx.errors import ExportError
 from vtprune_fx.export.folder import check_free, written_at_once
-from vtprune_fx.export.manifest import Manifest, hashes, versions
-from vtprune_fx.export.onnx_model import require_onnxruntime
+from vtprune_fx.export.manifest import Manifest, Precision, hashes, versions
+from vtprune_fx.export.onnx_model import KEEP_SETS, require_onnxruntime
+from vtprune_fx.export.quantize import Quantized, WeightOnly
 from vtprune_fx.inputs import image_token
-from vtprune_fx.passes import prune_program
+from vtprune_fx.passes import KEEP_PREFIX, prune_program
 from vtprune_fx.recipe import Recipe
 from vtprune_fx.report import PruneReport
 
 OPSET = 20
-"""Runs everywhere.
+"""Runs everywhere. From opset 23 on, attention is one node."""
 
-From opset 23 on attention is one node, whose scores nobody can read.
+TOLERANCES: dict[Precision, float] = {
+    "float32": 1e-4,
+    "float16": 2e-2,
+    "bfloat16": 1.6e-1,
+}
+"""How far a value may be from the oracle's, as a share of the largest.
+
+float16 and bfloat16 round to 2^-11 and 2^-8. Some ten roundings a layer that add up
+like a random walk are sqrt(10 * 32) = 18 units over 32 layers; the bounds are about 40.
+float32 rounds to 2^-24, and its bound is for the order of sums.
 """
 
 
+@dataclass(frozen=True)
+class OnnxOptions:
+    """What an export may look like.
+
+    Attributes:
+        opset: Version of the ONNX operators.
+        quantize: What all weight matrices are rounded to, in blocks of 32.
+        batch: The one number of samples that the graphs take; any if left out.
+        prompt: The one length of prompts with images; any if left out.
+        keep_sets: Whether the prefill returns its keep sets, as ``keep_sets.LAYER``.
+    """
+
+    opset: Literal[20, 23] = OPSET
+    quantize: Quantized | None = None
+    batch: int | None = None
+    prompt: int | None = None
+    keep_sets: bool = False
+
+
 class _Pruning(DynamoExporter):
-    """Prunes what the exporter traced, ahead of the conversion."""
+    """Prunes what the exporter traced, ahead of the conversion.
+
+    The program returns its keep sets too, behind what the model returns.
+    """
 
     recipe: Recipe | None = None
     report: PruneReport
@@ -64,34 +100,83 @@ class _Pruning(DynamoExporter):
         """
         program, metadata = super().export_program(model, sample_inputs, config)
         pruned, self.report = prune_program(program, self.recipe)
+        _return_keep_sets(pruned, self.report)
         return pruned, metadata
+
+
+def _return_keep_sets(program: ExportedProgram, report: PruneReport) -> None:
+    """Let a program return its keep sets too: in graph, signature and structure."""
+    assert report.plan is not None, "prune_program() raises where nothing is pruned"
+    nodes = {node.name: node for node in program.graph.nodes}
+    layers = [cut.attention.layer for cut in report.plan.cuts]
+    keep_sets = [nodes[f"{KEEP_PREFIX}{layer}"] for layer in layers]
+    [output] = program.graph.find_nodes(op="output")
+    output.args = ((*output.args[0], *keep_sets),)
+    program.graph_module.recompile()
+    program.graph_signature.output_specs.extend(
+        OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), None)
+        for node in keep_sets
+    )
+    whole = program.module_call_graph[0].signature
+    assert whole is not None, "the first is of the whole program"
+    outputs = pytree.tree_unflatten(range(whole.out_spec.num_leaves), whole.out_spec)
+    named = dict(outputs) | {node.name: None for node in keep_sets}
+    whole.out_spec = pytree.tree_structure(named)
 
 
 class PrunedOnnxExporter(OnnxExporter, _Pruning):
     """transformers' ONNX exporter, pruning by a recipe.
 
+    Each cut's keep set is a value called ``keep_sets.LAYER``.
+
     Args:
         recipe: What to cut, or None for the default that fits the model.
+        show: Whether keep sets are outputs, ahead of what the model returns: a runner
+            reads those from the back.
     """
 
-    def __init__(self, recipe: Recipe | None) -> None:
+    def __init__(self, recipe: Recipe | None, show: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call] # not seen as transformers'
-        self.recipe = recipe
+        self.recipe, self._show = recipe, show
+
+    def export_program(
+        self,
+        model: PreTrainedModel,
+        sample_inputs: MutableMapping[str, Any],
+        config: Any,
+    ) -> tuple[Any, ExportMetadata]:
+        """As the base class, with keep sets in their place."""
+        graph, metadata = super().export_program(model, sample_inputs, config)
+        assert self.report.plan is not None
+        cuts = self.report.plan.cuts
+        outputs = graph.graph.outputs
+        first = len(outputs) - len(cuts)
+        keep_sets = [outputs.pop(first) for _ in cuts]
+        for cut, value in zip(cuts, keep_sets, strict=True):
+            value.name = f"{KEEP_SETS}{cut.attention.layer}"
+        if self._show:
+            outputs[:0] = keep_sets
+        return graph, metadata
 
 
 def export_onnx(
-    model: PreTrainedModel, inputs: Mapping[str, Any], recipe: Recipe | None
+    model: PreTrainedModel,
+    inputs: Mapping[str, Any],
+    recipe: Recipe | None,
+    options: OnnxOptions = OnnxOptions(),
 ) -> tuple[ExportedModel, PruneReport]:
     """Export the graphs that generation needs.
 
     ``prefill`` takes ids, mask, positions and pixels and returns logits and a ragged
-    cache; batch, prompt length and number of images are dynamic. ``decode`` takes one
-    token and the cache, each layer's length a dimension of its own.
+    cache; batch, prompt length and number of images are dynamic. ``decode`` takes any
+    number of new tokens and the cache, each layer's length a dimension of its own: it
+    serves steps, further turns, and on an empty cache prompts without images.
 
     Args:
-        model: An unmodified transformers model.
+        model: An unmodified transformers model, in the precision of the export.
         inputs: An example with an image, as the model's processor returns it.
         recipe: What to cut, or None for the default that fits the model.
+        options: What the graphs look like.
 
     Raises:
         AnatomyError: The model has no visual tokens, or no decoder that can be pruned.
@@ -102,11 +187,15 @@ def export_onnx(
     inputs["position_ids"] = positions
     # Behind cuts nearly every symbolic size is new: remembering fakes doubles the time.
     with torch._dynamo.config.patch(fake_tensor_cache_enabled=False), _quietly():
-        exporter = PrunedOnnxExporter(recipe)
+        exporter = PrunedOnnxExporter(recipe, options.keep_sets)
         with images_as_one_sequence(model):
-            prefill = _export(exporter, model, inputs, dynamic_shapes(inputs))
+            shapes = dynamic_shapes(inputs)
+            prefill = _export(exporter, model, inputs, shapes, options)
         with ragged_attention(model):
-            decode = _export(OnnxExporter(), model, *_decode_example(model, inputs))
+            example, shapes = _decode_example(model, inputs)
+            decode = _export(OnnxExporter(), model, example, shapes, options)
+    _fix_sizes(prefill.program.graph, options.batch, options.prompt)
+    _fix_sizes(decode.program.graph, options.batch, None)
     components = {"prefill": prefill, "decode": decode}
     exported = ExportedModel(
         components, ExportFormat.ONNX, model.config, model.generation_config
@@ -140,41 +229,67 @@ def write_onnx(
     recipe: Recipe | None,
     folder: Path,
     example: Mapping[str, Any] | None = None,
+    options: OnnxOptions = OnnxOptions(),
 ) -> PruneReport:
     """Export a model with its processor into a folder that ``load`` can run.
 
     Args:
-        model: An unmodified transformers model.
+        model: An unmodified transformers model, in the precision of the export.
         processor: Its processor.
         recipe: What to cut, or None for the default that fits the model.
         folder: New, empty, or an earlier export, which is replaced at the end.
         example: Two prompts to trace with, as the processor returns them; about a blank
             image each if left out. Prompts with fewer images may then be refused.
+        options: What the graphs look like.
 
     Raises:
         InputError: The folder holds something else.
+        ExportError: The model's weights are of a type that is not exported.
         MissingDependencyError: The packages that write ONNX are not installed.
         AnatomyError: The model has no visual tokens, or no decoder that can be pruned.
         PlanError: The recipe does not fit the model.
     """
     require_onnxruntime()
     check_free(folder)
+    precision = _precision(model)
     inputs = example_prompts(processor) if example is None else example
-    exported, report = export_onnx(model, inputs, recipe)
+    exported, report = export_onnx(model, inputs, recipe, options)
     assert report.plan is not None, "an exporter that does not prune raises"
     with written_at_once(folder) as scratch:
         exported.save_pretrained(scratch)
         processor.save_pretrained(scratch)
         Manifest(
             target="onnx",
+            source=_source(model),
             recipe=report.plan.recipe,
             visual_tokens=report.plan.visual_tokens,
             tokens_per_layer=report.visual_tokens,
             image_token_id=model.config.image_token_id,
+            precision=precision,
+            tolerance=TOLERANCES[precision],
+            **asdict(options),
             packages=versions(),
             files=hashes(scratch),
         ).write(scratch)
     return report
+
+
+def _precision(model: PreTrainedModel) -> Precision:
+    for precision in TOLERANCES:
+        if model.dtype == getattr(torch, precision):
+            return precision
+    raise ExportError(
+        type(model).__name__,
+        expected=f"weights of type {' or '.join(TOLERANCES)}",
+        found=str(model.dtype),
+        fix="Load the model in one of these.",
+    )
+
+
+def _source(model: PreTrainedModel) -> str:
+    """Where a model came from: a folder by its full path, or a hub id."""
+    name: str = model.name_or_path
+    return str(Path(name).resolve()) if name and Path(name).is_dir() else name
 
 
 def example_prompts(processor: ProcessorMixin) -> dict[str, Any]:
@@ -190,15 +305,38 @@ def _export(
     model: PreTrainedModel,
     inputs: Mapping[str, Any],
     shapes: dict[str, Any],
+    options: OnnxOptions,
 ) -> ExportedComponent:
-    config = OnnxConfig(dynamic_shapes=shapes, opset_version=OPSET, optimize=False)
+    config = OnnxConfig(
+        dynamic_shapes=shapes,
+        opset_version=options.opset,
+        optimize=False,
+        quantizer=None if options.quantize is None else WeightOnly(options.quantize),
+    )
     return ExportedComponent(*exporter.export_program(model, dict(inputs), config))
+
+
+def _fix_sizes(graph: Any, batch: int | None, prompt: int | None) -> None:
+    """Make numbers of symbols, in all shapes of an ONNX graph."""
+    [ids] = [value for value in graph.inputs if value.name == "input_ids"]
+    sizes = zip(ids.shape, (batch, prompt), strict=True)
+    known = {symbol.value: size for symbol, size in sizes if size is not None}
+    if not known:
+        return
+    made = (value for node in graph.all_nodes() for value in node.outputs)
+    for value in (*graph.inputs, *made):
+        if value.shape is not None:
+            value.shape = value.shape.evaluate(known)
+
+
+_NEW = 3
+"""New tokens in the example of a decode graph: a number that is not another size's."""
 
 
 def _decode_example(
     model: PreTrainedModel, inputs: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """One new token on a ragged cache, and which of its dimensions vary."""
+    """New tokens on a ragged cache, and which of the dimensions vary."""
     text = model.config.get_text_config()
     width = (
         getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -211,21 +349,22 @@ def _decode_example(
         shape = (samples, text.num_key_value_heads, length, width)
         keys, values = torch.zeros(2, *shape, dtype=model.dtype, device=model.device)
         cache.update(keys, values, layer)
-    batch, past = Dim("batch"), Dim("past", min=3)
+    # The cache and the new tokens are two at least, or tracing takes them for one.
+    batch, new, total = Dim("batch"), Dim("new"), Dim("total", min=4)
     lengths = [Dim(f"cached_{layer}") for layer in range(text.num_hidden_layers)]
-    token = torch.zeros(samples, 1, dtype=torch.long, device=model.device)
-    mask = torch.ones(samples, prompt + 1, dtype=torch.long, device=model.device)
+    tokens = torch.zeros(samples, _NEW, dtype=torch.long, device=model.device)
+    mask = torch.ones(samples, prompt + _NEW, dtype=torch.long, device=model.device)
     return (
         {
-            "input_ids": token,
+            "input_ids": tokens,
             "attention_mask": mask,
-            "position_ids": token + prompt,
+            "position_ids": tokens + prompt,
             "past_key_values": cache,
         },
         {
-            "input_ids": {0: batch},
-            "attention_mask": {0: batch, 1: past},
-            "position_ids": {0: batch},
+            "input_ids": {0: batch, 1: new},
+            "attention_mask": {0: batch, 1: total},
+            "position_ids": {0: batch, 1: new},
             "past_key_values": [
                 {0: batch, 2: length} for length in lengths for _ in ("keys", "values")
             ],

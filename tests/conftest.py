@@ -11,6 +11,7 @@ import torch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 
 # pytest's log capture makes torch think that somebody reads its structured trace, for
@@ -24,3 +25,20 @@ def _forget_compiled_graphs() -> Iterator[None]:
     yield
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
+
+
+@pytest.fixture(scope="session")
+def onnx_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny export with two cuts, made once; its checkpoint stands beside it."""
+    from tests.tiny import recipe_for
+    from vtprune_fx.checkpoint import CheckpointSpec, build_checkpoint
+    from vtprune_fx.export import write_onnx
+    from vtprune_fx.inputs import open_checkpoint
+
+    root = tmp_path_factory.mktemp("export")
+    spec = CheckpointSpec(
+        image_size=56, layers=3, hidden=32, heads=4, intermediate=48, vision_layers=2
+    )
+    parts = open_checkpoint(build_checkpoint(root / "checkpoint", spec))
+    write_onnx(*parts, recipe_for(3, {0: 5, 1: 3}), root / "onnx")
+    return root / "onnx"

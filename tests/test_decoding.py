@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 from torch import nn
 
 from tests.tiny import recipe_for, tiny_llava
 from vtprune_fx.decoding import ATTENTION, ragged_attention, ragged_sdpa
-from vtprune_fx.errors import InputError
 from vtprune_fx.generation import pruned
 
 HEADS, KEYS, WIDTH = 2, 5, 4
@@ -32,10 +30,16 @@ def test_a_longer_mask_is_cropped_behind_its_padding() -> None:
     torch.testing.assert_close(found, expected)
 
 
-def test_a_second_prompt_on_a_pruned_cache_is_refused() -> None:
-    mask = torch.ones(1, 1, 3, KEYS + 2, dtype=torch.bool)
-    with pytest.raises(InputError, match="one new token at a time, found 3 tokens"):
-        ragged_sdpa(nn.Module(), *drawn(3), mask)
+def test_a_second_prompt_on_a_pruned_cache_sees_itself_causally() -> None:
+    query, key, value = drawn(3)
+    # Two of four cached tokens are left, the first of them padding; three are new.
+    whole = torch.ones(3, 7, dtype=torch.bool).tril(diagonal=4)
+    whole[:, 0] = False
+    found, _ = ragged_sdpa(nn.Module(), query, key, value, whole[None, None])
+    attended = torch.tensor([[0, 1, 1, 0, 0], [0, 1, 1, 1, 0], [0, 1, 1, 1, 1]]).bool()
+    logits = (query @ key.transpose(2, 3) / WIDTH**0.5).masked_fill(~attended, -1e9)
+    expected = (logits.softmax(-1) @ value).transpose(1, 2)
+    torch.testing.assert_close(found, expected)
 
 
 def test_the_attention_of_a_model_is_given_back() -> None:

@@ -24,7 +24,6 @@ from tests.tiny import (
     tiny_llava,
 )
 from vtprune_fx import oracle
-from vtprune_fx.checkpoint import CheckpointSpec, build_checkpoint
 from vtprune_fx.errors import ExportError, InputError, MissingDependencyError, PlanError
 from vtprune_fx.export import export_onnx, load, manifest, write_onnx
 from vtprune_fx.inputs import open_checkpoint
@@ -32,10 +31,6 @@ from vtprune_fx.recipe import Recipe
 
 LAYERS = 3
 RECIPE = recipe_for(LAYERS, {0: 5, 1: 3})
-SPEC = CheckpointSpec(
-    image_size=56, layers=LAYERS, hidden=32, heads=4, intermediate=48, vision_layers=2
-)
-
 PROMPTS = {
     "one sample": [(5, 9)],
     "one sample, longer": [(5, 40)],
@@ -54,13 +49,9 @@ def graphs() -> Graphs:
     return {name: part.program for name, part in exported.components.items()}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint with a processor, exported."""
-    root = tmp_path_factory.mktemp("export")
-    checkpoint = build_checkpoint(root / "checkpoint", SPEC)
-    write_onnx(*open_checkpoint(checkpoint), RECIPE, root / "onnx")
-    return root / "onnx"
+@pytest.fixture
+def folder(onnx_folder: Path) -> Path:
+    return onnx_folder
 
 
 def batch_of_two() -> Inputs:

@@ -227,6 +227,28 @@ def _work_fields(work: Work) -> dict[str, float]:
     }
 
 
+class Dtype(enum.StrEnum):
+    """Types of weights."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Quantized(enum.StrEnum):
+    """What ``vtprune export onnx`` rounds weight matrices to."""
+
+    int8 = "int8"
+    int4 = "int4"
+
+
+class Opset(enum.StrEnum):
+    """Versions of ONNX's operators that ``vtprune export onnx`` writes."""
+
+    v20 = "20"
+    v23 = "23"
+
+
 export_app = typer.Typer(
     no_args_is_help=True,
     help="Export a pruned model for another runtime.",
@@ -248,13 +270,32 @@ def export_to_onnx(
     model: ModelArgument,
     output: Annotated[Path, typer.Option(help="New folder, or an earlier export.")],
     recipe: OptionalRecipe = None,
+    precision: Annotated[Dtype, typer.Option(help="Type of weights.")] = Dtype.float32,
+    quantize: Annotated[
+        Quantized | None, typer.Option(help="Round weight matrices, in blocks of 32.")
+    ] = None,
+    opset: Annotated[
+        Opset, typer.Option(help="Of the operators; from 23 on attention is one.")
+    ] = Opset.v20,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Fix the number of samples.")
+    ] = None,
+    prompt: Annotated[
+        int | None, typer.Option(min=3, help="Fix the length of prompts with images.")
+    ] = None,
+    keep_sets: Annotated[
+        bool,
+        typer.Option("--keep-sets", help="Let the prefill return who stays at cuts."),
+    ] = False,
 ) -> None:
     """Write prefill and decode graphs, processor, configuration and a manifest.
 
     Example: [bold]vtprune export onnx llava-hf/llava-1.5-7b-hf
     --recipe fitprune-llava-1.5-7b-60 --output llava-60[/bold]
     """
-    from vtprune_fx.export import require_onnxruntime, write_onnx
+    import torch
+
+    from vtprune_fx.export import OnnxOptions, require_onnxruntime, write_onnx
     from vtprune_fx.export.folder import check_free
     from vtprune_fx.inputs import open_checkpoint
 
@@ -262,12 +303,39 @@ def export_to_onnx(
     require_onnxruntime()
     check_free(output)
     loaded = recipes_module.load_recipe(recipe) if recipe else None
+    rounded = None if quantize is None else quantize.value
+    options = OnnxOptions(int(opset), rounded, batch, prompt, keep_sets)
     with Console(stderr=True).status(f"Exporting {model} (minutes for a deep model)"):
-        report = write_onnx(*open_checkpoint(model), loaded, output)
+        parts = open_checkpoint(model, getattr(torch, precision.value))
+        report = write_onnx(*parts, loaded, output, options=options)
     typer.echo(report)
     typer.echo(
         f"Wrote {output}. Try: vtprune generate {output} --image FILE --prompt TEXT"
     )
+
+
+@app.command("verify")
+def verify_export(
+    folder: Annotated[Path, typer.Argument(help="An exported folder.")],
+    model: Annotated[
+        str | None,
+        typer.Option(help="The model that was exported. Default: the manifest's."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of prompts and images.")] = 0,
+) -> None:
+    """Compare an export with the oracle; exit with status 1 where they differ.
+
+    Caches layer by layer, who stays at each cut, logits, and tokens that follow: on
+    prompts drawn at random and at the limits of what the export takes.
+
+    Example: [bold]vtprune verify llava-60[/bold]
+    """
+    from vtprune_fx.export.verify import verify
+
+    result = verify(folder, model, seed)
+    Console().print(result.table())
+    if not result.passed:
+        raise typer.Exit(1)
 
 
 @app.command("generate")
@@ -364,14 +432,6 @@ def evaluate(
         replace_file(output, text.encode())
     if plot is not None:
         draw_curve(result, plot)
-
-
-class Dtype(enum.StrEnum):
-    """Types of weights."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
 
 
 class Count(enum.StrEnum):

@@ -18,8 +18,6 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from vtprune_fx.errors import InputError
-
 ATTENTION = "vtprune_ragged_sdpa"
 """Name of the attention implementation in transformers' registries."""
 
@@ -41,16 +39,12 @@ def ragged_sdpa(
         value: [B, G, N, D].
         attention_mask: [B, L, Q, M] with M >= N, a mask for each layer
             (``cache.attention_mask``), or [B, 1, Q, M] for all, or None. One for all
-            may be longer than the keys for a single new token: that sees all that is no
-            padding, which stands in front and, where all samples have images, stays.
+            may be longer than the keys: padding stands in front and, where all samples
+            have images, stays; the new tokens stand behind; what left stood between.
         kwargs: What transformers passes on (scaling, dropout, ...).
 
     Returns:
         [B, Q, H, D], and None for the weights.
-
-    Raises:
-        InputError: Several new tokens meet one mask longer than the keys: a second
-            prompt on a pruned cache, whose own causal part cropping would shift.
     """
     if attention_mask is not None:
         attention_mask = _of_layer(module, attention_mask, query, key)
@@ -63,15 +57,10 @@ def ragged_sdpa(
 def _of_layer(module: Any, mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
     """The layer's own part of a mask, [B, 1, Q, N]."""
     if mask.shape[1] > 1:
-        mask = mask[:, module.layer_idx, None]
-    elif query.shape[2] > 1 and mask.shape[3] > key.shape[2]:
-        raise InputError(
-            "prompt on a pruned cache",
-            expected="one new token at a time",
-            found=f"{query.shape[2]} tokens",
-            fix="Generate with vtprune_fx.compile, or start from an empty cache.",
-        )
-    return mask[:, :, :, : key.shape[2]]
+        return mask[:, module.layer_idx, None, :, : key.shape[2]]
+    new = query.shape[2]
+    cached, came = key.shape[2] - new, mask.shape[3] - new
+    return torch.cat((mask[:, :, :, :cached], mask[:, :, :, came:]), dim=3)
 
 
 AttentionInterface.register(ATTENTION, ragged_sdpa)

@@ -47,7 +47,7 @@ from vtprune_fx.oracle_scores import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Mapping
 
     from transformers import LlavaForConditionalGeneration
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer
@@ -157,11 +157,22 @@ def split_batch(
 
 @torch.no_grad()
 def prefill(
-    model: LlavaForConditionalGeneration, recipe: Recipe, sample: Sample
+    model: LlavaForConditionalGeneration,
+    recipe: Recipe,
+    sample: Sample,
+    staying: Mapping[int, Tensor] | None = None,
 ) -> Prefill:
     """Run the prompt through the model and prune it on the way.
 
     A sample without visual tokens is not pruned.
+
+    Args:
+        model: The model.
+        recipe: What is pruned.
+        sample: The prompt.
+        staying: For each layer with a cut, which tokens of the sample stay, where
+            another pruner decided; scores are still computed. Not where a recipe makes
+            new tokens, which are nobody's in the sample.
 
     Raises:
         PlanError: The recipe drops more visual tokens than a layer has left, names a
@@ -178,7 +189,8 @@ def prefill(
     kept, keys, values, scores, ranks = [], [], [], {}, {}
     for index, layer in enumerate(layers):
         cut = cuts.get(index)
-        row, key, value, rated = _run_layer(decoder, layer, row, recipe, cut)
+        stay = None if staying is None or cut is None else staying[index]
+        row, key, value, rated = _run_layer(decoder, layer, row, recipe, cut, stay)
         kept.append(row.present)
         keys.append(key)
         values.append(value)
@@ -290,9 +302,14 @@ class _Rated:
 
 
 def _run_layer(
-    decoder: Any, layer: LlamaDecoderLayer, row: _Row, recipe: Recipe, cut: Cut | None
+    decoder: Any,
+    layer: LlamaDecoderLayer,
+    row: _Row,
+    recipe: Recipe,
+    cut: Cut | None,
+    staying: Tensor | None,
 ) -> tuple[_Row, Tensor, Tensor, _Rated | None]:
-    """One layer, and its cut.
+    """One layer, and its cut, at which those of ``staying`` stay, if it is given.
 
     Returns:
         The tokens left, the layer's rotated keys and its values [K, m, d], and what its
@@ -305,21 +322,22 @@ def _run_layer(
     seen = Seen(query, key, scale, row.hidden, cos, sin, row.visual, row.instruction)
     rated = None
     if cut is not None and site == "before_layer":
-        row, _, rated = _cut(recipe, cut, row, seen)
+        row, _, rated = _cut(recipe, cut, row, seen, staying)
         cos, sin = _rotary(decoder, row.hidden, row.positions)
         query, key, value = _project(layer, row.hidden, cos, sin)
     attended = _mix(causal_attention(query, key, scale), value)
     if cut is not None and site == "after_attention":
-        row, stay, rated = _cut(recipe, cut, row, seen)
+        row, stay, rated = _cut(recipe, cut, row, seen, staying)
         attended = attended[stay]
     row = replace(row, hidden=_finish(layer, attended, row.hidden))
     if cut is not None and site == "after_layer":
-        row, _, rated = _cut(recipe, cut, row, replace(seen, hidden=row.hidden))
+        seen = replace(seen, hidden=row.hidden)
+        row, _, rated = _cut(recipe, cut, row, seen, staying)
     return row, key, value, rated
 
 
 def _cut(
-    recipe: Recipe, cut: Cut, row: _Row, seen: Seen
+    recipe: Recipe, cut: Cut, row: _Row, seen: Seen, staying: Tensor | None
 ) -> tuple[_Row, Tensor, _Rated]:
     """Let the lowest rated visual tokens leave.
 
@@ -331,7 +349,10 @@ def _cut(
         rank = attention_rank(seen)
         drop = cut.by_rank.drop(rank, seen.count)
         cut = cut.model_copy(update={"drop": drop})
-    stay = _stay(scores, row.visual, cut.drop)
+    if staying is None:
+        stay = _stay(scores, row.visual, cut.drop)
+    else:
+        stay = torch.isin(row.present, staying)
     left = _Row(
         row.hidden[stay],
         row.present[stay],

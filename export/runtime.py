@@ -1,0 +1,36 @@
+"""Running an exported folder, whatever its graphs run on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from vtprune_fx.export import manifest
+from vtprune_fx.export.manifest import Manifest
+from vtprune_fx.export.onnx_model import open_onnx
+
+_OPENERS: dict[str, Callable[[Path, Manifest, str | None], PreTrainedModel]] = {
+    "onnx": open_onnx,
+}
+"""What opens a folder that was found whole, by the manifest's target."""
+
+
+def load(folder: Path, device: str | None = None) -> PreTrainedModel:
+    """Load an exported folder: an object with ``generate``.
+
+    No code in the folder runs, and no path leads out of it.
+
+    Args:
+        folder: What ``vtprune export`` wrote.
+        device: ``cpu`` or ``cuda``; left out, CUDA where it works.
+
+    Raises:
+        ExportError: The folder is no whole export, holds what is not safe to load, or
+            does not run on ``device``.
+        MissingDependencyError: The runtime is not installed.
+    """
+    contents = manifest.read(folder)
+    manifest.check_whole(folder, contents)
+    return _OPENERS[contents.target](folder, contents, device)

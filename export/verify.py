@@ -1,0 +1,314 @@
+"""``vtprune verify``: an export on ONNX Runtime against the oracle.
+
+Prompts are drawn at random, and at the limits of what the export takes. On each the
+prefill is compared layer by layer (keys, values, who stays at a cut), then the logits
+of every position left, then those of a few tokens that follow on the cache.
+
+The oracle runs in float32 on the weights that the export is supposed to have: the
+original model's, in the export's precision, rounded as it rounds them. Who stays is
+judged first, by the oracle's scores; then the oracle goes on with the export's own
+choice, so that two tokens with all but the same score, exchanged, end no comparison.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from torch import Tensor, nn
+from transformers import LlavaForConditionalGeneration, PreTrainedModel
+
+from vtprune_fx import oracle
+from vtprune_fx.errors import ExportError, InputError
+from vtprune_fx.export.draw import Case, draw_cases
+from vtprune_fx.export.manifest import Manifest
+from vtprune_fx.export.onnx_model import OnnxModel
+from vtprune_fx.export.quantize import rounded
+from vtprune_fx.export.runtime import load
+from vtprune_fx.inputs import load_model
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far one value of an export is from the oracle's.
+
+    Attributes:
+        where: ``layer 3, keys``, ``logits``, ...
+        found: The largest deviation as a share of the largest value, infinite where
+            sizes differ; for a cut, by what share of the largest score a token that
+            left should have stayed.
+        note: What differs, where it is not a number.
+    """
+
+    where: str
+    found: float
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one case.
+
+    Attributes:
+        case: Its name.
+        differences: Of all samples, in the order in which a model computes them.
+        tolerance: What they may be.
+    """
+
+    case: str
+    differences: tuple[Difference, ...]
+    tolerance: float
+
+    @property
+    def first(self) -> Difference | None:
+        """The first value that is too far off, if any is."""
+        wrong = (d for d in self.differences if not d.found <= self.tolerance)
+        return next(wrong, None)
+
+    def worst(self, *kinds: str) -> float:
+        """The largest deviation of some kinds of value."""
+        found = [d.found for d in self.differences if d.where.endswith(kinds)]
+        return max(found, default=0.0)
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What came of all cases.
+
+    Attributes:
+        folder: The export.
+        precision: Its precision, and what its matrices are rounded to.
+        outcomes: One a case.
+    """
+
+    folder: Path
+    precision: str
+    outcomes: tuple[Outcome, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether the export does what the oracle does."""
+        return all(outcome.first is None for outcome in self.outcomes)
+
+    def table(self) -> Table:
+        """A line for each case."""
+        tolerance = self.outcomes[0].tolerance
+        table = Table(
+            box=SIMPLE_HEAD,
+            title=f"{self.folder.name}, {self.precision}, against the oracle",
+            caption=f"Largest deviations as shares of the largest value, {tolerance:g} "
+            "at most. At cuts: by how much of the best score one left that was better "
+            "than one that stayed.",
+        )
+        table.add_column("prompts")
+        for title in ("cache", "cuts", "logits", "next tokens"):
+            table.add_column(title, justify="right")
+        table.add_column("first difference")
+        for outcome in self.outcomes:
+            kinds = (("keys", "values"), ("cut",), ("logits",), ("next tokens",))
+            worst = (f"{outcome.worst(*kind):.1e}" for kind in kinds)
+            table.add_row(outcome.case, *worst, _say(outcome.first))
+        return table
+
+
+def _say(first: Difference | None) -> str:
+    if first is None:
+        return "[green]none[/green]"
+    return f"[red]{first.where}[/red]{': ' if first.note else ''}{first.note}"
+
+
+def verify(folder: Path, model: str | None = None, seed: int = 0) -> Verification:
+    """Compare an export with the oracle.
+
+    Args:
+        folder: What ``vtprune export onnx`` wrote.
+        model: The model that was exported, a checkpoint folder or a hub id; by default
+            the one that the manifest names.
+        seed: Of prompts and images.
+
+    Raises:
+        ExportError: The folder is no whole export, or has no keep sets to look at.
+        InputError: There is no such model, or the oracle does not know it.
+    """
+    exported = load(folder)
+    if not isinstance(exported, OnnxModel):
+        raise ExportError(
+            f"export {folder}",
+            expected="graphs for ONNX Runtime",
+            found=exported.manifest.target,
+            fix="Verify the ONNX export that it was built from.",
+        )
+    contents = exported.manifest
+    original = _original(contents, model)
+    exported.show_keep_sets(folder)
+    outcomes = tuple(
+        Outcome(
+            case.name, tuple(_compared(exported, original, case)), contents.tolerance
+        )
+        for case in draw_cases(original, contents, seed)
+    )
+    precision = " ".join(filter(None, (contents.precision, contents.quantize)))
+    return Verification(folder, precision, outcomes)
+
+
+def _original(contents: Manifest, model: str | None) -> LlavaForConditionalGeneration:
+    """The exported model in float32, with the weights that the export should have."""
+    source = model or contents.source
+    if not source:
+        raise InputError(
+            "--model",
+            expected="the model that was exported, which the manifest does not name",
+            found="nothing",
+            fix="Name its checkpoint folder or hub id.",
+        )
+    loaded: PreTrainedModel = load_model(source, getattr(torch, contents.precision))
+    if not isinstance(loaded, LlavaForConditionalGeneration):
+        raise InputError(
+            f"model {source!r}",
+            expected="a LLaVA, the one model that the oracle knows",
+            found=f"a {type(loaded).__name__}",
+            fix="Compare this export with the model's own unpruned forward.",
+        )
+    if contents.quantize is not None:
+        for module in loaded.modules():
+            if isinstance(module, nn.Linear):
+                module.weight = nn.Parameter(rounded(module.weight, contents.quantize))
+    return loaded.float()
+
+
+# ------------------------------------------------------------------- the comparison
+
+
+def _compared(
+    exported: OnnxModel, original: LlavaForConditionalGeneration, case: Case
+) -> Iterator[Difference]:
+    """All differences on one batch; what cannot run differs from the start."""
+    try:
+        outputs = exported(**_typed(case.inputs, exported.dtype))
+        states = []
+        for row, sample in enumerate(_samples(original, case.inputs)):
+            found = _Found(exported, outputs, case, row)
+            states.append(found.oracle(original, sample))
+            yield from found.differences(states[-1], sample)
+        yield from _followed(exported, original, case, outputs, states)
+    except Exception as error:
+        lines = str(error).splitlines() or [type(error).__name__]
+        yield Difference("it does not run", math.inf, lines[0])
+
+
+def _typed(inputs: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {n: v.to(dtype) if v.is_floating_point() else v for n, v in inputs.items()}
+
+
+def _samples(
+    original: LlavaForConditionalGeneration, inputs: dict[str, Tensor]
+) -> list[oracle.Sample]:
+    positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    return oracle.split_batch(original, **inputs, position_ids=positions)
+
+
+class _Found:
+    """One sample in what an export returned."""
+
+    def __init__(self, exported: OnnxModel, outputs: Any, case: Case, row: int) -> None:
+        self._contents = exported.manifest
+        self._logits: Tensor = outputs.logits[row]
+        self._layers = [
+            {"keys": layer.keys[row], "values": layer.values[row]}
+            for layer in outputs.past_key_values.layers
+        ]
+        # Padding stands in front, and never leaves a sample with an image.
+        self._padding = int((case.inputs["attention_mask"][row] == 0).sum())
+        self._kept: dict[int, Tensor] = {}
+        if case.has_images:
+            for layer, positions in exported.keep_sets.items():
+                own = positions[row] - self._padding
+                self._kept[layer] = own[own >= 0].sort().values
+
+    def oracle(
+        self, original: LlavaForConditionalGeneration, sample: oracle.Sample
+    ) -> oracle.Prefill:
+        """The oracle's run, with the export's choice of who stays."""
+        recipe = self._contents.recipe
+        staying = None if recipe.recycle is not None else self._kept
+        return oracle.prefill(original, recipe, sample, staying)
+
+    def differences(
+        self, run: oracle.Prefill, sample: oracle.Sample
+    ) -> Iterator[Difference]:
+        """Layer by layer, then the logits."""
+        for index, layer in enumerate(self._layers):
+            expected = {"keys": run.keys[index], "values": run.values[index]}
+            for kind, value in layer.items():
+                where = f"layer {index}, {kind}"
+                yield _difference(where, value, expected[kind], self._padding)
+            if index in run.scores:
+                found, note = self._excess(index, run, sample)
+                yield Difference(f"layer {index}, cut", found, note)
+        # As [1, tokens, vocabulary]: tokens are on the second axis, as in a cache.
+        yield _difference("logits", self._logits[None], run.logits[None], self._padding)
+
+    def _excess(
+        self, index: int, run: oracle.Prefill, sample: oracle.Sample
+    ) -> tuple[float, str]:
+        """By how much one that left a cut was better than one that stayed, and why."""
+        kept, recipe = self._kept[index], self._contents.recipe
+        if recipe.recycle is not None:
+            expected = run.kept[index][run.kept[index] >= 0]
+            same = torch.equal(kept, expected)
+            return (0.0, "") if same else (math.inf, "others stay")
+        before = run.kept[index - 1] if index else torch.arange(len(sample.input_ids))
+        stays = torch.isin(before, kept)
+        visual = sample.input_ids[before] == self._contents.image_token_id
+        leave = int((~stays).sum())
+        drop = recipe.drops(len(sample.features))[index]
+        if leave != drop:
+            return math.inf, f"{leave} leave, not {drop}"
+        if not bool(stays[~visual].all()):
+            return math.inf, "text leaves"
+        scores, stay = run.scores[index], stays[visual]
+        if bool(stay.all()) or not bool(stay.any()):
+            return 0.0, ""
+        excess = scores[~stay].max() - scores[stay].min()
+        return float(excess.clamp(min=0) / scores.abs().max()), ""
+
+
+def _difference(
+    where: str, found: Tensor, expected: Tensor, padding: int
+) -> Difference:
+    """Of values [K, padding + n, D] from [K, n, D], in that order."""
+    heads, tokens, width = expected.shape
+    if found.shape != (heads, padding + tokens, width):
+        sizes = f"{found.shape[1] - padding} tokens, not {tokens}"
+        return Difference(where, math.inf, sizes)
+    own = found[:, padding:].float()
+    share = float((own - expected).abs().max() / expected.abs().max())
+    return Difference(where, math.inf if math.isnan(share) else share)
+
+
+def _followed(
+    exported: OnnxModel,
+    original: LlavaForConditionalGeneration,
+    case: Case,
+    outputs: Any,
+    states: list[oracle.Prefill],
+) -> Iterator[Difference]:
+    """The logits of tokens that follow on the cache: several at once, then one."""
+    # A cache does not tell how long a prompt was that was cut ahead of all layers.
+    new = case.following.shape[1]
+    sizes = [1] * new if exported.manifest.recipe.cuts_ahead else [new - 1, 1]
+    mask = case.inputs["attention_mask"]
+    for tokens in case.following.split(sizes, dim=1):
+        mask = torch.cat((mask, torch.ones_like(tokens)), dim=1)
+        cache = outputs.past_key_values
+        outputs = exported(input_ids=tokens, attention_mask=mask, past_key_values=cache)
+        for row, state in enumerate(states):
+            steps = [oracle.step(original, state, int(t)) for t in tokens[row]]
+            found, expected = outputs.logits[row][None], torch.stack(steps)[None]
+            yield _difference("next tokens", found, expected, 0)
