@@ -179,11 +179,24 @@ class Pipeline:
         Raises:
             VerifyError: A pass wrote a wrong graph.
         """
-        verifier = Verifier(module, self._plan.tokens, self._plan.needed)
+        plan, counts = self._plan, _numbers(self._plan)
+        most = plan.needed + sum(counts.values())
+        verifier = Verifier(module, plan.tokens, most, counts)
         records = tuple(_run_one(pass_, module, verifier) for pass_ in self.passes)
         if any(record.modified for record in records):
             module.recompile()
         return records
+
+
+def _numbers(plan: PrunePlan) -> dict[sympy.Symbol, int]:
+    """Numbers to verify with, for counts that follow the rank."""
+    counts: dict[sympy.Symbol, int] = {}
+    for cut in plan.cuts:
+        drop, chosen, new = 101, 53, 7 if cut.new else 0
+        numbers = {cut.drop: drop, cut.clustered: chosen, cut.new: new}
+        numbers[cut.gone] = drop - new
+        counts |= {c: n for c, n in numbers.items() if isinstance(c, sympy.Symbol)}
+    return counts
 
 
 def _run_one(pass_: Pass, module: GraphModule, verifier: Verifier) -> PassRecord:
