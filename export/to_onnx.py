@@ -33,6 +33,7 @@ from vtprune_fx.decoding import ragged_attention
 from vtprune_fx.export.folder import check_free, written_at_once
 from vtprune_fx.export.manifest import Manifest, hashes, versions
 from vtprune_fx.export.onnx_model import require_onnxruntime
+from vtprune_fx.export.rank_in_onnx import define_rank, spell_rank
 from vtprune_fx.inputs import image_token
 from vtprune_fx.passes import prune_program
 from vtprune_fx.recipe import Recipe
@@ -64,6 +65,7 @@ class _Pruning(DynamoExporter):
         """
         program, metadata = super().export_program(model, sample_inputs, config)
         pruned, self.report = prune_program(program, self.recipe)
+        spell_rank(pruned.graph_module)
         return pruned, metadata
 
 
@@ -77,6 +79,17 @@ class PrunedOnnxExporter(OnnxExporter, _Pruning):
     def __init__(self, recipe: Recipe | None) -> None:
         super().__init__()  # type: ignore[no-untyped-call] # not seen as transformers'
         self.recipe = recipe
+
+    def export_program(
+        self,
+        model: PreTrainedModel,
+        sample_inputs: MutableMapping[str, Any],
+        config: Any,
+    ) -> tuple[Any, ExportMetadata]:
+        """As the base class, with the functions that the graph names."""
+        graph, metadata = super().export_program(model, sample_inputs, config)
+        define_rank(graph)
+        return graph, metadata
 
 
 def export_onnx(

@@ -229,9 +229,11 @@ class _New:
         """Insert them."""
         cut, layer = self._cut, self._cut.attention.layer
         assert hidden is not None, "the edge of such a cut is the residual stream"
-        members = (leaving.clustered, leaving.clusters)
-        merged = self._trace(recycling.merge, hidden, *members, self._paper)
-        if leaving.new is not leaving.clusters:
+        of = (hidden, leaving.clustered, leaving.clusters, self._paper)
+        if cut.rule is None:
+            merged = self._trace(recycling.merge, *of)
+        else:
+            merged = self._trace(rank.merge, *of)
             merged = self._trace(rank.first, merged, leaving.new)
         merged._rename(f"{NEW_PREFIX}{layer}")
         last = self._trace(recycling.last_keys, leaving.order, roles, leaving.new)

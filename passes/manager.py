@@ -17,6 +17,7 @@ from torch.utils._sympy.value_ranges import ValueRanges
 from vtprune_fx.anatomy import read
 from vtprune_fx.errors import AnatomyError, PlanError
 from vtprune_fx.graph import (
+    READ,
     assume_at_least,
     fake_mode_of,
     size_hint,
@@ -108,7 +109,7 @@ def prune_program(
         graph=module.graph,
         graph_signature=program.graph_signature,
         state_dict=program.state_dict,
-        range_constraints=_longer_than_cuts(program, report.plan),
+        range_constraints=_longer_than_cuts(program, report.plan, module),
         module_call_graph=program.module_call_graph,
         example_inputs=program.example_inputs,
         constants=program.constants,
@@ -138,12 +139,22 @@ def _check_leaves_two(graph: Graph, plan: PrunePlan) -> None:
 
 
 def _longer_than_cuts(
-    program: ExportedProgram, plan: PrunePlan
+    program: ExportedProgram, plan: PrunePlan, module: GraphModule
 ) -> dict[sympy.Symbol, ValueRanges[Any]]:
     """The program's ranges, with a prompt that the cuts leave something of."""
     known = program.range_constraints
     holds = ValueRanges(_shortest_prompt(plan), known[plan.tokens].upper)
-    return {**known, plan.tokens: holds}
+    return {**known, plan.tokens: holds, **_ranges_read(module)}
+
+
+def _ranges_read(module: GraphModule) -> dict[sympy.Symbol, ValueRanges[Any]]:
+    """Ranges of counts that are read from the data."""
+    environment = fake_mode_of(module.graph).shape_env
+    read = [
+        node.meta["val"].node.expr for node in module.graph.nodes if READ in node.meta
+    ]
+    assert environment is not None or not read
+    return {symbol: environment.var_to_range[symbol] for symbol in read}
 
 
 def default_pipeline(plan: PrunePlan) -> Pipeline:

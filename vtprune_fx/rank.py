@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vtprune_fx import recycling
 from vtprune_fx.by_rank import ByRank, KeepByRank
 from vtprune_fx.errors import InputError
 from vtprune_fx.recipe import Recycle
@@ -20,6 +21,22 @@ from vtprune_fx.scoring import INSTRUCTION, VISUAL
 
 STAY, CLUSTERED, CLUSTERS, NEW = range(4)
 """Places in ``counts``."""
+
+
+def check_alone(samples: int) -> None:
+    """Refuse a batch: its samples would keep different numbers of tokens.
+
+    Raises:
+        InputError: There is more than one sample.
+    """
+    if samples != 1:
+        raise InputError(
+            "batch",
+            expected="one sample: how many tokens stay follows its own attention",
+            found=str(samples),
+            fix="Run samples one by one, or fix the recipe's counts with "
+            "`vtprune calibrate`.",
+        )
 
 
 @torch.library.custom_op("vtprune::attention_rank", mutates_args=())
@@ -36,14 +53,7 @@ def attention_rank(attended: Tensor, roles: Tensor) -> Tensor:
     Raises:
         InputError: There is more than one sample.
     """
-    if roles.shape[0] != 1:
-        raise InputError(
-            "batch",
-            expected="one sample: how many tokens stay follows its own attention",
-            found=str(roles.shape[0]),
-            fix="Run samples one by one, or calibrate the recipe: "
-            "`vtprune calibrate` fixes its counts.",
-        )
+    check_alone(roles.shape[0])
     rated = attended[0][roles[0] == INSTRUCTION][:, roles[0] == VISUAL]
     if not rated.numel():
         return roles.new_zeros(())
@@ -95,6 +105,21 @@ def _share(recycle: Recycle, share: float, of: Tensor) -> Tensor:
     part = (share * of.double()).long()
     part = part + 1 if recycle.form == "code" else part.clamp(min=1)
     return part.minimum(of)
+
+
+@torch.library.custom_op("vtprune::merge", mutates_args=())
+def merge(hidden: Tensor, best_first: Tensor, clusters: int, paper: bool) -> Tensor:
+    """``recycling.merge`` as one operator.
+
+    Compilers ask of matrix products whether a size is 1, which they cannot know of a
+    count that is read from the data.
+    """
+    return recycling.merge(hidden, best_first, clusters, paper)
+
+
+@merge.register_fake
+def _(hidden: Tensor, best_first: Tensor, clusters: int, paper: bool) -> Tensor:
+    return hidden.new_empty(hidden.shape[0], clusters, hidden.shape[2])
 
 
 def best(lowest_first: Tensor, count: int) -> Tensor:
