@@ -18,6 +18,7 @@ from transformers.exporters.runners.runner_onnx import OnnxModelRunner
 from vtprune_fx.errors import ExportError, InputError, MissingDependencyError
 from vtprune_fx.export import manifest
 from vtprune_fx.export.manifest import Manifest
+from vtprune_fx.rank import check_alone
 from vtprune_fx.report import in_prompt
 
 KEEP_SETS = "keep_sets."
@@ -226,6 +227,9 @@ class OnnxModel(PreTrainedModel, GenerationMixin):
     def _check_visual_tokens(self, input_ids: Tensor) -> None:
         contents = self.manifest
         recipe = contents.recipe
+        if recipe.adaptive:
+            check_alone(len(input_ids))
+            return
         exact = recipe.of is not None
         least = recipe.needed(contents.visual_tokens)
         needed = contents.visual_tokens if exact else least

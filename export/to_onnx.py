@@ -38,6 +38,7 @@ from vtprune_fx.export.folder import check_free, written_at_once
 from vtprune_fx.export.manifest import Manifest, Precision, hashes, versions
 from vtprune_fx.export.onnx_model import KEEP_SETS, require_onnxruntime
 from vtprune_fx.export.quantize import Quantized, WeightOnly
+from vtprune_fx.export.rank_in_onnx import define_rank, spell_rank
 from vtprune_fx.inputs import image_token
 from vtprune_fx.passes import KEEP_PREFIX, prune_program
 from vtprune_fx.recipe import Recipe
@@ -101,6 +102,7 @@ class _Pruning(DynamoExporter):
         program, metadata = super().export_program(model, sample_inputs, config)
         pruned, self.report = prune_program(program, self.recipe)
         _return_keep_sets(pruned, self.report)
+        spell_rank(pruned.graph_module)
         return pruned, metadata
 
 
@@ -145,7 +147,7 @@ class PrunedOnnxExporter(OnnxExporter, _Pruning):
         sample_inputs: MutableMapping[str, Any],
         config: Any,
     ) -> tuple[Any, ExportMetadata]:
-        """As the base class, with keep sets in their place."""
+        """As the base class, with keep sets in their place and functions defined."""
         graph, metadata = super().export_program(model, sample_inputs, config)
         assert self.report.plan is not None
         cuts = self.report.plan.cuts
@@ -156,6 +158,7 @@ class PrunedOnnxExporter(OnnxExporter, _Pruning):
             value.name = f"{KEEP_SETS}{cut.attention.layer}"
         if self._show:
             outputs[:0] = keep_sets
+        define_rank(graph)
         return graph, metadata
 
 

@@ -32,7 +32,7 @@ class CheckTokens(Pass):
     1. Count recipes: a sample holds at least what all cuts drop.
     2. Share recipes (``of``): a sample holds exactly what the shares were taken of.
     3. A sample of text alone, beside others with images: padding leaves instead.
-    4. No cuts: nothing to assert.
+    4. No cuts, or counts that follow the rank: nothing to assert.
     """
 
     def __init__(self, plan: PrunePlan) -> None:
@@ -41,7 +41,7 @@ class CheckTokens(Pass):
     def edit(self, module: GraphModule) -> bool:
         """Insert the assertion."""
         plan, graph = self._plan, module.graph
-        if not plan.cuts:
+        if not plan.cuts or plan.recipe.adaptive:
             return False
         [roles] = [node for node in graph.nodes if node.name == ROLES]
         exactly = plan.visual_tokens if plan.recipe.of is not None else None

@@ -29,7 +29,6 @@ Nothing reads ``vtprune_keep_3`` yet: the graph computes what it did before.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from operator import getitem
@@ -38,10 +37,11 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from vtprune_fx import recycling
+from vtprune_fx import rank, recycling
 from vtprune_fx.errors import PlanError, VtpruneError
 from vtprune_fx.graph import Inserter, Stamp, set_value, value_at_full_length
 from vtprune_fx.passes.base import Pass
+from vtprune_fx.passes.leaving import Leaving, by_number, by_rank
 from vtprune_fx.plan import PlannedCut, PrunePlan
 from vtprune_fx.recipe import Recipe
 from vtprune_fx.scorers import rate_of, scorer
@@ -64,9 +64,6 @@ STAND_IN_PREFIX = "vtprune_stand_in_"
 
 Insert = Callable[..., Node]
 """``(operator, *args) -> node``: inserts at the cut at hand."""
-
-_END = sys.maxsize
-"""A slice to the end of a dimension."""
 
 
 class InsertScores(Pass):
@@ -97,14 +94,19 @@ class InsertScores(Pass):
                 roles = self._insert_roles(inserter, anchor, cut, seen)
             evidence = _evidence(cut, seen, roles)
             rated = _trace(inserter, anchor, stamp, plan.recipe.score, rate, evidence)
+            order = inserter.trace(anchor, stamp, lowest_first, rated, roles)
+            at = (inserter, anchor, order, cut)
+            if cut.rule is None:
+                leaving = by_number(*at)
+            else:
+                leaving = by_rank(*at, evidence, plan.recipe)
             seen.erase_unread()
             insert = partial(inserter.call, anchor, Stamp("keep", cut.attention.layer))
-            order = inserter.trace(anchor, stamp, lowest_first, rated, roles)
-            staying = _insert_staying(insert, order, cut)
             if cut.new:
                 new = _New(inserter, anchor, cut, plan.recipe)
-                new.insert(seen.node(cut.hidden), order, roles, staying)
+                new.insert(seen.node(cut.hidden), roles, leaving)
             else:
+                staying = leaving.staying
                 keep = insert(getitem, insert(aten.sort.default, staying, 1), 0)
                 keep._rename(f"{KEEP_PREFIX}{cut.attention.layer}")
         return True
@@ -211,14 +213,6 @@ def _look_ahead(
     return inserter.copy(anchor, Stamp("score", at.layer), reversed(behind))
 
 
-def _insert_staying(insert: Insert, lowest_first: Node, cut: PlannedCut) -> Node:
-    """[B, S - drop]: positions that stay when the first ``drop`` leave.
-
-    They are sorted next: ascending order keeps a causal mask causal.
-    """
-    return insert(aten.slice.Tensor, lowest_first, 1, cut.drop, _END, drop=cut.drop)
-
-
 class _New:
     """Inserts the new tokens of one cut, and the keep set that holds them."""
 
@@ -231,24 +225,26 @@ class _New:
         self._cut = cut
         self._paper = recipe.recycle is not None and recipe.recycle.form == "paper"
 
-    def insert(
-        self, hidden: Node | None, order: Node, roles: Node, staying: Node
-    ) -> None:
+    def insert(self, hidden: Node | None, roles: Node, leaving: Leaving) -> None:
         """Insert them."""
         cut, layer = self._cut, self._cut.attention.layer
         assert hidden is not None, "the edge of such a cut is the residual stream"
-        counts = (cut.drop, cut.clustered, cut.new)
-        merged = self._trace(recycling.merge, hidden, order, *counts, self._paper)
+        of = (hidden, leaving.clustered, leaving.clusters, self._paper)
+        if cut.rule is None:
+            merged = self._trace(recycling.merge, *of)
+        else:
+            merged = self._trace(rank.merge, *of)
+            merged = self._trace(rank.first, merged, leaving.new)
         merged._rename(f"{NEW_PREFIX}{layer}")
-        last = self._trace(recycling.last_keys, order, roles, cut.new)
-        stays = self._call(aten.mul.Tensor, staying, cut.new + 1)
+        last = self._trace(recycling.last_keys, leaving.order, roles, leaving.new)
+        staying = (leaving.staying, leaving.new)
+        stays = self._trace(recycling.stay_keys, *staying, dropped=cut.drop)
         keys = self._call(aten.cat.default, [stays, last], 1)
-        left = cut.drop - cut.new
-        set_value(keys, value_at_full_length(staying), left)
+        set_value(keys, value_at_full_length(stays), cut.gone)
         ascending = self._call(getitem, self._call(aten.sort.default, keys, 1), 0)
         for name, function in (
             (KEEP_PREFIX, recycling.keep_set),
             (STAND_IN_PREFIX, recycling.stand_ins),
         ):
-            found = self._trace(function, ascending, cut.new, dropped=left)
+            found = self._trace(function, ascending, leaving.new, dropped=cut.gone)
             found._rename(f"{name}{layer}")

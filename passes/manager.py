@@ -17,6 +17,7 @@ from torch.utils._sympy.value_ranges import ValueRanges
 from vtprune_fx.anatomy import read
 from vtprune_fx.errors import AnatomyError, PlanError
 from vtprune_fx.graph import (
+    READ,
     assume_at_least,
     fake_mode_of,
     size_hint,
@@ -108,7 +109,7 @@ def prune_program(
         graph=module.graph,
         graph_signature=program.graph_signature,
         state_dict=program.state_dict,
-        range_constraints=_longer_than_cuts(program, report.plan),
+        range_constraints=_longer_than_cuts(program, report.plan, module),
         module_call_graph=program.module_call_graph,
         example_inputs=program.example_inputs,
         constants=program.constants,
@@ -138,12 +139,22 @@ def _check_leaves_two(graph: Graph, plan: PrunePlan) -> None:
 
 
 def _longer_than_cuts(
-    program: ExportedProgram, plan: PrunePlan
+    program: ExportedProgram, plan: PrunePlan, module: GraphModule
 ) -> dict[sympy.Symbol, ValueRanges[Any]]:
     """The program's ranges, with a prompt that the cuts leave something of."""
     known = program.range_constraints
     holds = ValueRanges(_shortest_prompt(plan), known[plan.tokens].upper)
-    return {**known, plan.tokens: holds}
+    return {**known, plan.tokens: holds, **_ranges_read(module)}
+
+
+def _ranges_read(module: GraphModule) -> dict[sympy.Symbol, ValueRanges[Any]]:
+    """Ranges of counts that are read from the data."""
+    environment = fake_mode_of(module.graph).shape_env
+    read = [
+        node.meta["val"].node.expr for node in module.graph.nodes if READ in node.meta
+    ]
+    assert environment is not None or not read
+    return {symbol: environment.var_to_range[symbol] for symbol in read}
 
 
 def default_pipeline(plan: PrunePlan) -> Pipeline:
@@ -179,11 +190,24 @@ class Pipeline:
         Raises:
             VerifyError: A pass wrote a wrong graph.
         """
-        verifier = Verifier(module, self._plan.tokens, self._plan.needed)
+        plan, counts = self._plan, _numbers(self._plan)
+        most = plan.needed + sum(counts.values())
+        verifier = Verifier(module, plan.tokens, most, counts)
         records = tuple(_run_one(pass_, module, verifier) for pass_ in self.passes)
         if any(record.modified for record in records):
             module.recompile()
         return records
+
+
+def _numbers(plan: PrunePlan) -> dict[sympy.Symbol, int]:
+    """Numbers to verify with, for counts that follow the rank."""
+    counts: dict[sympy.Symbol, int] = {}
+    for cut in plan.cuts:
+        drop, chosen, new = 101, 53, 7 if cut.new else 0
+        numbers = {cut.drop: drop, cut.clustered: chosen, cut.new: new}
+        numbers[cut.gone] = drop - new
+        counts |= {c: n for c, n in numbers.items() if isinstance(c, sympy.Symbol)}
+    return counts
 
 
 def _run_one(pass_: Pass, module: GraphModule, verifier: Verifier) -> PassRecord:

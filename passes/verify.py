@@ -24,7 +24,14 @@ from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 
 from vtprune_fx.errors import VerifyError
-from vtprune_fx.graph import STAMP, dropped_tokens, size_expr, value_at_full_length
+from vtprune_fx.graph import (
+    READ,
+    STAMP,
+    Count,
+    dropped_tokens,
+    size_expr,
+    value_at_full_length,
+)
 
 aten = torch.ops.aten
 
@@ -64,12 +71,19 @@ class Verifier:
         module: The module before any pass.
         tokens: The symbol of the prompt's length.
         dropped: How many tokens leave in all.
+        counts: Numbers for counts that are read from the data.
     """
 
-    def __init__(self, module: GraphModule, tokens: sympy.Symbol, dropped: int) -> None:
+    def __init__(
+        self,
+        module: GraphModule,
+        tokens: sympy.Symbol,
+        dropped: int,
+        counts: Mapping[sympy.Symbol, int],
+    ) -> None:
         self._before = Interface.of(module)
         self._own = frozenset(module.graph.nodes)
-        self._sizes = Sizes(module, tokens, dropped)
+        self._sizes = Sizes(module, tokens, dropped, counts)
         self._seen: dict[Node, _Seen] = {}
         self._fakes = FakeTensorMode(allow_non_fake_inputs=True)
 
@@ -91,6 +105,9 @@ class Verifier:
 
     def _check_value(self, module: GraphModule, node: Node, pass_name: str) -> None:
         """Run one node, unless it, its inputs and its record are what they were."""
+        if READ in node.meta:
+            self._seen[node] = _Seen((), self._read(*node.meta[READ]), ())
+            return
         inputs = [self._seen[n].value for n in node.all_input_nodes]
         recorded = value_at_full_length(node), dropped_tokens(node)
         as_it_was = (
@@ -105,6 +122,11 @@ class Verifier:
         values = {n: self._seen[n].value for n in node.all_input_nodes}
         value = _run(node, module, values, self._sizes, pass_name)
         self._seen[node] = _Seen(as_it_was, value, (recorded, inputs))
+
+    def _read(self, symbol: Count, of: Node | None) -> int:
+        """A number for a count that is read from the data."""
+        count = self._sizes.count(symbol)
+        return count if of is None else self._seen[of].value.shape[1] - count
 
 
 @dataclass(frozen=True)
@@ -138,7 +160,8 @@ def _check_inserted(module: GraphModule, own: frozenset[Node], pass_name: str) -
     for node in module.graph.nodes:
         if node in own:
             continue
-        if node.target in _DYNAMIC or _indexes_by_mask(node):
+        reads = node.target in _DYNAMIC and READ not in node.meta
+        if reads or _indexes_by_mask(node):
             raise VerifyError(
                 f"pass {pass_name}, node {node.name}",
                 expected="an operator whose shape does not depend on data",
@@ -234,19 +257,34 @@ class Sizes:
         module: The graph.
         tokens: The symbol of the prompt's length.
         dropped: Tokens that will leave: the prompt is given more than that.
+        counts: Numbers for counts that are read from the data.
     """
 
-    def __init__(self, module: GraphModule, tokens: sympy.Symbol, dropped: int) -> None:
+    def __init__(
+        self,
+        module: GraphModule,
+        tokens: sympy.Symbol,
+        dropped: int,
+        counts: Mapping[sympy.Symbol, int],
+    ) -> None:
         symbols = sorted(_input_symbols(module) - {tokens}, key=str)
         few = sympy.primerange(29, 10000)
         self._tokens = tokens
         self._numbers: dict[sympy.Symbol, int] = dict(zip(symbols, few, strict=False))
         self._numbers[tokens] = int(sympy.nextprime(1000 + 2 * dropped))
         self._known: dict[tuple[sympy.Expr, int], int] = {}
+        self._counts = counts
+
+    def count(self, count: Count) -> int:
+        """A number of tokens."""
+        if isinstance(count, int):
+            return count
+        return int(count.subs(self._counts))
 
     def concrete(self, node: Node) -> Any:
         """The node's value with numbers for symbols, and without data."""
-        return self._value(value_at_full_length(node), dropped_tokens(node) or 0)
+        dropped = self.count(dropped_tokens(node) or 0)
+        return self._value(value_at_full_length(node), dropped)
 
     def _value(self, value: Any, dropped: int) -> Any:
         if isinstance(value, (tuple, list)):

@@ -12,6 +12,8 @@ with a new symbolic length costs milliseconds, thousands of times over in one gr
 from __future__ import annotations
 
 import contextlib
+import functools
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +25,10 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Node, map_arg
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import (
+    compute_unbacked_bindings,
+    free_unbacked_symbols,
+)
 
 STAMP = "vtprune"
 """Key of ``node.meta`` under which inserted nodes carry their ``Stamp``."""
@@ -41,6 +47,15 @@ class Stamp:
     layer: int
 
 
+Count = int | sympy.Expr
+"""A number of tokens: known when the graph is made, or a symbol where it is read from
+the data."""
+
+READ = "vtprune_read"
+"""Key of ``node.meta`` of a count that is read from the data: its symbol and None, or
+the tokens that leave and the node [B, S] of those that were there, if it counts the
+others."""
+
 SHORTER = "vtprune_shorter"
 """Key of ``node.meta`` that stands in for ``val`` behind a cut."""
 
@@ -51,11 +66,12 @@ class Shorter:
 
     Attributes:
         full: What it would be at full length: a fake tensor, a symbolic int, a tuple.
-        dropped: Tokens that have left, or None where its token axes differ in that.
+        dropped: Tokens that have left, or None where its token axes differ in that, or
+            sizes are counts that are read from the data.
     """
 
     full: Any
-    dropped: int | None
+    dropped: Count | None
 
 
 def value_at_full_length(node: Node) -> Any:
@@ -64,13 +80,13 @@ def value_at_full_length(node: Node) -> Any:
     return shorter.full if shorter else node.meta.get("val")
 
 
-def dropped_tokens(node: Node) -> int | None:
+def dropped_tokens(node: Node) -> Count | None:
     """How many tokens the node's value lacks."""
     shorter = node.meta.get(SHORTER)
     return shorter.dropped if shorter else 0
 
 
-def set_value(node: Node, full: Any, dropped: int | None) -> None:
+def set_value(node: Node, full: Any, dropped: Count | None) -> None:
     """Record a value: as ``val`` while no token has left."""
     node.meta.pop("val", None)
     node.meta.pop(SHORTER, None)
@@ -182,7 +198,7 @@ class Inserter:
         stamp: Stamp,
         op: Any,
         *args: Any,
-        drop: int = 0,
+        drop: Count = 0,
         **kwargs: Any,
     ) -> Node:
         """Insert one operator ahead of ``anchor``.
@@ -220,7 +236,7 @@ class Inserter:
         stamp: Stamp,
         function: Callable[..., Tensor],
         *args: object,
-        dropped: int = 0,
+        dropped: Count = 0,
     ) -> Node:
         """Insert what ``function(*args)`` traces to, ahead of ``anchor``.
 
@@ -229,7 +245,8 @@ class Inserter:
             stamp: As in ``call``.
             function: Takes tensors for the nodes among ``args``, returns a tensor.
             args: Nodes and constants.
-            dropped: Tokens that have left the nodes.
+            dropped: Tokens that have left the nodes. What has a count that is read
+                from the data for a size is recorded as it is.
 
         Returns:
             The node of the function's result.
@@ -244,10 +261,51 @@ class Inserter:
                 elif node.op == "call_function":
                     values[node] = self._graph.node_copy(node, lambda n: values[n])
                     values[node].meta = _provenance(anchor, stamp)
-                    set_value(values[node], node.meta["val"], dropped)
+                    value = node.meta["val"]
+                    of_data = bool(free_unbacked_symbols(value))
+                    set_value(values[node], value, None if of_data else dropped)
         [output] = template.find_nodes(op="output")
         result: Node = values[output.args[0]]
         return result
+
+    def read(
+        self,
+        anchor: Node,
+        stamp: Stamp,
+        scalar: Node,
+        least: int,
+        symbol: Count,
+        of: Node | None = None,
+    ) -> Node:
+        """Insert the reading of a count from the data: a symbolic int.
+
+        Args:
+            anchor: As in ``call``.
+            stamp: As in ``call``.
+            scalar: An int64 scalar.
+            least: It is at least so large.
+            symbol: What plans call the count, or that of the tokens that leave.
+            of: [B, S], those of which so many leave, if the count is of the others.
+        """
+        self._mode.allow_scalar_outputs = True
+        with self._mode, enable_python_dispatcher():
+            # A scalar of its own: the same one would be read to the same symbol.
+            value = value_at_full_length(scalar).clone().item()
+        bindings = compute_unbacked_bindings(self._mode.shape_env, value)
+        torch._check(value >= least)
+        with self._graph.inserting_before(anchor):
+            call = self._graph.call_function
+            node = call(torch.ops.aten.item.default, (scalar,))
+            enough = call(operator.ge, (node, least))
+            failed = f"at least {least} tokens must stay at a cut"
+            check = call(torch.ops.aten._assert_scalar.default, (enough, failed))
+        for made in (node, enough, check):
+            made.meta = _provenance(anchor, stamp)
+        set_value(node, value, 0)
+        set_value(enough, value >= least, None)
+        set_value(check, None, 0)
+        node.meta |= {READ: (symbol, of), "unbacked_bindings": bindings}
+        return node
 
     def copy(
         self, anchor: Node, stamp: Stamp, nodes: Iterable[Node]
@@ -302,17 +360,28 @@ class Inserter:
         return traced.graph
 
 
-def _like(value: Tensor) -> Tensor:
+def _like(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
     return torch.empty_strided(
         value.shape, value.stride(), dtype=value.dtype, device=value.device
     )
 
 
-def _add(dropped: Iterable[int | None], more: int) -> int | None:
+def _add(dropped: Iterable[Count | None], more: Count) -> Count | None:
     """Tokens gone from a result, by those gone from its inputs."""
     counts = list(dropped)
     known = [count for count in counts if count is not None]
-    return max(known, default=0) + more if len(known) == len(counts) else None
+    if len(known) < len(counts):
+        return None
+    return functools.reduce(_larger, known) + more if known else more
+
+
+def _larger(count: Count, other: Count) -> Count:
+    """The larger of two; symbols are of counts that are no less than 0."""
+    more = count - other
+    larger = more > 0 if isinstance(more, int) else more.is_nonnegative
+    return count if larger else other
 
 
 def kind_of(value: object) -> object:

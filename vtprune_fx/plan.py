@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from vtprune_fx.anatomy import Anatomy, Attention
+from vtprune_fx.by_rank import ByRank
 from vtprune_fx.errors import PlanError
-from vtprune_fx.graph import axes_of, mentions, size_expr
+from vtprune_fx.graph import Count, axes_of, mentions, size_expr
 from vtprune_fx.recipe import Cut, Recipe, Site
 from vtprune_fx.stream import seen_through
 
@@ -40,25 +41,29 @@ class PlannedCut:
         site: Where in the layer.
         edge: Name of the node behind which tokens leave.
         hidden: Name of the residual stream there, [B, S, E], where the graph shows it.
-        drop: Visual tokens that leave.
+        drop: Visual tokens that leave: a symbol where the number follows the rank.
         clustered: How many of them are clustered into new tokens.
         new: New tokens that these become.
+        gone: Tokens fewer than ahead of the cut.
         dropped: Tokens fewer when the cut is done than the prompt came with.
         live: What has to be gathered, beside the tokens' roles that passes add.
         places: Those of them that depend on a token's place alone (rotary tables,
             position ids) where positions are compacted.
+        rule: What the numbers follow from, where they are symbols.
     """
 
     attention: Attention
     site: Site
     edge: str
     hidden: str | None
-    drop: int
-    clustered: int
-    new: int
-    dropped: int
+    drop: Count
+    clustered: Count
+    new: Count
+    gone: Count
+    dropped: Count
     live: tuple[LiveValue, ...]
     places: frozenset[str]
+    rule: ByRank | None = None
 
 
 @dataclass(frozen=True)
@@ -92,14 +97,17 @@ class PrunePlan:
         return len(self.attentions)
 
     @property
-    def dropped(self) -> int:
+    def dropped(self) -> Count:
         """Tokens that a sample has fewer in the end."""
         return self.cuts[-1].dropped if self.cuts else 0
 
     @property
     def needed(self) -> int:
-        """Visual tokens that a sample must have for every cut to find what it drops."""
-        return self.recipe.needed(self.visual_tokens)
+        """Visual tokens that a sample must have for every cut to find what it drops.
+
+        None where counts follow the rank: they stop at what a sample has.
+        """
+        return 0 if self.recipe.adaptive else self.recipe.needed(self.visual_tokens)
 
 
 def place(recipe: Recipe, anatomy: Anatomy, graph: Graph) -> PrunePlan:
@@ -110,21 +118,21 @@ def place(recipe: Recipe, anatomy: Anatomy, graph: Graph) -> PrunePlan:
             the model does not have, or drops more visual tokens than a sample has; or a
             live value cannot be gathered.
     """
-    drops = recipe.drops(anatomy.visual_tokens)
     _check_fits(recipe, anatomy)
     uses = _Uses(graph)
     lengths = frozenset(
         n.name for n in graph.nodes if _is_length(n.meta.get("val"), anatomy.tokens)
     )
     cuts: list[PlannedCut] = []
-    compacted = recipe.positions == "compacted" and drops
+    counted = _counts(recipe, anatomy.visual_tokens)
+    compacted = recipe.positions == "compacted" and counted
     places = _of_place(recipe, graph, anatomy) if compacted else frozenset()
-    dropped = 0
+    dropped: Count = 0
     for cut in recipe.cuts:
-        if (drop := drops.get(cut.layer)) is None:
+        if cut.layer not in counted:
             continue
-        chosen, new = recipe.recycle.counts(drop) if recipe.recycle else (0, 0)
-        dropped += drop - new
+        drop, chosen, new, gone = counted[cut.layer]
+        dropped = dropped + gone
         attention = anatomy.layers[cut.layer]
         edge, hidden = _edge(recipe, cut, attention)
         live = _live(uses, edge, anatomy, lengths)
@@ -136,9 +144,11 @@ def place(recipe: Recipe, anatomy: Anatomy, graph: Graph) -> PrunePlan:
             drop=drop,
             clustered=chosen,
             new=new,
+            gone=gone,
             dropped=dropped,
             live=live,
             places=places & {value.node for value in live},
+            rule=cut.by_rank,
         )
         cuts.append(planned)
     return PrunePlan(
@@ -151,6 +161,28 @@ def place(recipe: Recipe, anatomy: Anatomy, graph: Graph) -> PrunePlan:
         lengths=lengths,
         cuts=tuple(cuts),
     )
+
+
+def _counts(
+    recipe: Recipe, visual_tokens: int
+) -> dict[int, tuple[Count, Count, Count, Count]]:
+    """By layer: how many leave, are clustered and new, and are fewer in all."""
+    if recipe.adaptive:
+        layers = [cut.layer for cut in recipe.cuts]
+        return {layer: _symbols(layer, recipe.recycle is not None) for layer in layers}
+    counts: dict[int, tuple[Count, Count, Count, Count]] = {}
+    for layer, drop in recipe.drops(visual_tokens).items():
+        chosen, new = recipe.recycle.counts(drop) if recipe.recycle else (0, 0)
+        counts[layer] = drop, chosen, new, drop - new
+    return counts
+
+
+def _symbols(layer: int, recycled: bool) -> tuple[Count, Count, Count, Count]:
+    drop, chosen, new, gone = (
+        sympy.Symbol(f"{name}_{layer}", integer=True, nonnegative=True)
+        for name in ("drop", "clustered", "new", "gone")
+    )
+    return (drop, chosen, new, gone) if recycled else (drop, 0, 0, drop)
 
 
 def _of_place(recipe: Recipe, graph: Graph, anatomy: Anatomy) -> frozenset[str]:
@@ -189,7 +221,8 @@ def _check_fits(recipe: Recipe, anatomy: Anatomy) -> None:
             found=f"a recipe made for {recipe.layers} layers",
             fix="Choose a recipe for this model, or fit one.",
         )
-    if (needed := recipe.needed(anatomy.visual_tokens)) > anatomy.visual_tokens:
+    needed = 0 if recipe.adaptive else recipe.needed(anatomy.visual_tokens)
+    if needed > anatomy.visual_tokens:
         raise PlanError(
             f"recipe {recipe.name}",
             expected=f"at most {anatomy.visual_tokens} dropped, which a sample has",

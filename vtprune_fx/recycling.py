@@ -26,25 +26,15 @@ from torch import Tensor
 from vtprune_fx.scoring import VISUAL
 
 
-def merge(
-    hidden: Tensor,
-    lowest_first: Tensor,
-    drop: int,
-    chosen: int,
-    clusters: int,
-    paper: bool,
-) -> Tensor:
+def merge(hidden: Tensor, best_first: Tensor, clusters: int, paper: bool) -> Tensor:
     """[B, C, E]: the new tokens, in the order of their centres.
 
     Args:
         hidden: [B, S, E], the residual stream that is cut.
-        lowest_first: [B, S], positions in the order of leaving.
-        drop: n, how many leave.
-        chosen: m, how many of these are clustered.
+        best_first: [B, m], positions of those that are clustered.
         clusters: C.
         paper: Join by cosine and add up, instead of by distance and take the mean.
     """
-    best_first = lowest_first[:, drop - chosen : drop].flip(1)
     samples = torch.arange(hidden.shape[0], device=hidden.device)[:, None]
     tokens = hidden[samples, best_first].float()
     distances = _distances(tokens)
@@ -54,6 +44,17 @@ def merge(
     if not paper:
         new = new / members.sum(dim=2, keepdim=True)
     return new.to(hidden.dtype)
+
+
+def best_of_dropped(lowest_first: Tensor, drop: int, chosen: int) -> Tensor:
+    """[B, m]: the best of those that leave, the best first.
+
+    Args:
+        lowest_first: [B, S], positions in the order of leaving.
+        drop: n, how many leave.
+        chosen: m.
+    """
+    return lowest_first[:, drop - chosen : drop].flip(1)
 
 
 def _distances(tokens: Tensor) -> Tensor:
@@ -77,7 +78,8 @@ def _cosine_distances(tokens: Tensor) -> Tensor:
 
 def _centres(distances: Tensor, clusters: int) -> Tensor:
     """[B, C]: which tokens are centres."""
-    nearest = distances.sort(dim=2).values[:, :, :clusters]
+    numbers = torch.arange(clusters, device=distances.device)
+    nearest = distances.sort(dim=2).values[:, :, numbers]
     density = (-nearest.square().mean(dim=2)).exp()
     order = torch.arange(density.shape[1], device=density.device)
     denser = density[:, None] > density[:, :, None]
@@ -87,7 +89,7 @@ def _centres(distances: Tensor, clusters: int) -> Tensor:
     farthest = distances.amax(dim=(1, 2), keepdim=True)
     apart = torch.where(denser, distances, farthest).amin(dim=2)
     ranked = (apart * density).sort(dim=1, descending=True, stable=True)
-    return ranked.indices[:, :clusters]
+    return ranked.indices[:, numbers]
 
 
 def _members(centres: Tensor, distances: Tensor) -> Tensor:
@@ -105,6 +107,11 @@ def _members(centres: Tensor, distances: Tensor) -> Tensor:
 def _eye(tokens: Tensor) -> Tensor:
     order = torch.arange(tokens.shape[1], device=tokens.device)
     return order[:, None] == order
+
+
+def stay_keys(staying: Tensor, clusters: int) -> Tensor:
+    """[B, K] int64: sort keys of the tokens that stay (``last_keys``)."""
+    return staying * (clusters + 1)
 
 
 def last_keys(lowest_first: Tensor, roles: Tensor, clusters: int) -> Tensor:

@@ -54,8 +54,11 @@ class PruneReport:
 
     @property
     def visual_tokens(self) -> list[int]:
-        """Visual tokens left after each decoder layer; empty if nothing is pruned."""
-        if self.plan is None:
+        """Visual tokens left after each decoder layer.
+
+        Empty if nothing is pruned, or as many as each sample's rank says.
+        """
+        if self.plan is None or self.plan.recipe.adaptive:
             return []
         plan = self.plan
         return plan.recipe.tokens_per_layer(plan.visual_tokens, plan.layers)
@@ -69,9 +72,10 @@ class PruneReport:
         if self.plan is None:
             return "not pruned: the graph places no image"
         cuts = len(self.plan.cuts)
+        left = self.visual_tokens[-1] if self.visual_tokens else "by rank"
         return (
             f"{self.plan.recipe.name}: {self.plan.visual_tokens} visual tokens, "
-            f"{self.visual_tokens[-1]} after the last of {self.plan.layers} layers, "
+            f"{left} after the last of {self.plan.layers} layers, "
             f"{cuts} cuts, {self.nodes_before} nodes -> {self.nodes_after}, "
             f"{self.seconds:.2f} s"
         )
@@ -141,7 +145,9 @@ class Explanation:
             return "no cut"
         assert self.anatomy is not None
         cut = cuts[layer]
-        left = self.anatomy.visual_tokens - cut.dropped
         gathered = ", ".join(value.node for value in cut.live)
+        if cut.rule is not None:
+            return f"{cut.rule}; gathers {gathered}"
+        left = self.anatomy.visual_tokens - cut.dropped
         new = f", {cut.new} of them new" if cut.new else ""
         return f"{cut.drop} leave, {left} stay{new}; gathers {gathered}"
