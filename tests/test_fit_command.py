@@ -359,6 +359,17 @@ def test_a_wrong_budget_is_refused_at_once(
     assert not out.exists()
 
 
+@pytest.mark.parametrize("device", ["abacus", "cuda:99"])
+def test_a_device_that_is_not_there_is_refused_at_once(
+    root: Path, tmp_path: Path, io: Run, device: str
+) -> None:
+    arguments = command(root / "nowhere", tmp_path / "out", "--budget", "0.3")
+    status, _, err = run(*io, *arguments, "--device", device)
+    assert status == 1
+    assert f"device {device!r}: expected a device of torch" in " ".join(err.split())
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_budget_out_of_reach_keeps_the_statistics(root: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="at most"):
         fitted(root, tmp_path / "out", 0.99)

@@ -32,7 +32,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
 
 from vtprune_fx import processes
-from vtprune_fx.calibration import Calibration
+from vtprune_fx.calibration import Calibration, open_calibration
 from vtprune_fx.coalesce import attention_kept, coalesced, mean_kept
 from vtprune_fx.collect import PARTS, STATISTICS, collect, origin, own_batches
 from vtprune_fx.cost import Geometry, Work, cost
@@ -41,10 +41,11 @@ from vtprune_fx.errors import InputError
 from vtprune_fx.exact import Trials
 from vtprune_fx.export import require_onnxruntime
 from vtprune_fx.fit import Account, Found, Prompts, Trial, check_budget, search
-from vtprune_fx.inputs import replace_file
-from vtprune_fx.latency import Stopwatch, Target, stopwatch
+from vtprune_fx.inputs import open_checkpoint, replace_file
+from vtprune_fx.latency import Stopwatch, stopwatch
 from vtprune_fx.observe import observed
 from vtprune_fx.recipe import Provenance, Recipe, default
+from vtprune_fx.runtime import Target
 from vtprune_fx.statistics import Counts, Statistics, load_statistics
 
 SUMMARY = "fit.json"
@@ -113,6 +114,67 @@ class Fitted:
     kept: float
     kept_before: float
     saved_time: float | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """What ``vtprune fit`` opens.
+
+    Attributes:
+        model: A checkpoint folder or a hub id.
+        data: What ``open_calibration`` takes.
+        limit: Samples at most.
+        device: Of torch, or None for a GPU if there is one.
+        dtype: Of the weights, a name of torch.
+    """
+
+    model: str
+    data: str
+    limit: int = 64
+    device: str | None = None
+    dtype: str = "float32"
+
+
+def fit_request(request: Request, folder: Path, options: Options) -> list[Fitted]:
+    """Open a model and its calibration prompts, and fit recipes.
+
+    What can be refused is refused ahead of anything slow.
+
+    Args:
+        request: What to open.
+        folder: As for ``fit_recipes``.
+        options: As for ``fit_recipes``.
+
+    Returns:
+        The recipes; nothing in all processes but the first.
+
+    Raises:
+        VtpruneError: As for ``fit_recipes``, or something that was named is not there.
+    """
+    check_request(folder, options)
+    device = _device(request.device)
+    calibration = open_calibration(request.data, request.limit)
+    dtype = getattr(torch, request.dtype)
+    model, processor = open_checkpoint(request.model, dtype)
+    options = dataclasses.replace(options, model=request.model)
+    model.to(device)  # type: ignore[arg-type] # transformers' wrapper
+    with processes.joined():
+        fitted = fit_recipes(model, processor, calibration, folder, options)
+        return [] if processes.rank() else fitted
+
+
+def _device(name: str | None) -> torch.device:
+    """A device that is there."""
+    named = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=named).device
+    except (RuntimeError, AssertionError) as error:  # unknown; torch built without it
+        raise InputError(
+            f"device {named!r}",
+            expected="a device of torch that this machine has",
+            found=str(error).splitlines()[0],
+            fix="Name cpu, or leave it out.",
+        ) from error
 
 
 def fit_recipes(
