@@ -212,21 +212,29 @@ class Task:
 
     def exactly(self, budgets: Sequence[float]) -> dict[float, Found]:
         """The same, attention recomputed on what is left."""
-        parts = self.statistics()
-        found = merged(parts)
+        with observed(self.model), tempfile.TemporaryDirectory() as scratch:
+            trials = Trials(self.model, Path(scratch))
+            parts = []
+            for number, inputs in enumerate(self.batches):
+                with trials.starting(number):
+                    parts.append(observe(self.model, inputs))
+                cross, own = (
+                    s.double().sum(dim=2) for s in (parts[-1].cross, parts[-1].own)
+                )
+                trials.add(number, functools.partial(dict, inputs), cross, own)
+            return self._by_trials(trials, merged(parts), budgets)
+
+    def _by_trials(
+        self, trials: Trials, found: Statistics, budgets: Sequence[float]
+    ) -> dict[float, Found]:
         prompts, counts = Prompts(found.visual, found.text), Counts(found)
 
         def estimate(saved: float) -> float:
             near = search(counts, self.geometry, prompts, [saved], STEPS)
             return near[saved].tolerance
 
-        with observed(self.model), tempfile.TemporaryDirectory() as scratch:
-            trials = Trials(self.model, Path(scratch))
-            for inputs, part in zip(self.batches, parts, strict=True):
-                cross, own = (s.double().sum(dim=2) for s in (part.cross, part.own))
-                trials.add(inputs, cross, own)
-            args = (self.geometry, prompts, budgets, EXACT_STEPS)
-            return search(trials, *args, estimate=estimate)
+        args = (self.geometry, prompts, budgets, EXACT_STEPS)
+        return search(trials, *args, estimate=estimate)
 
     @property
     def geometry(self) -> Geometry:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import io
 import json
 import re
@@ -46,7 +47,7 @@ from vtprune_fx.latency import Stopwatch, stopwatch
 from vtprune_fx.observe import observed
 from vtprune_fx.recipe import Provenance, Recipe, default
 from vtprune_fx.runtime import Target
-from vtprune_fx.statistics import Counts, Statistics, load_statistics
+from vtprune_fx.statistics import Counts, Statistics, load_statistics, observe
 
 SUMMARY = "fit.json"
 """In a folder: its recipes, and what they save."""
@@ -221,10 +222,16 @@ class _Job:
         self.model, self.processor, self.calibration = model, processor, calibration
         self.folder, self.options = folder, options
         self.geometry = Geometry.from_config(model.config)
+        self.trials: Trials | None = None
 
     def fitted(self) -> list[Fitted]:
         """A recipe for each budget."""
-        statistics = self._statistics()
+        with tempfile.TemporaryDirectory() as scratch:
+            if self.options.exact:
+                self.trials = Trials(self.model, Path(scratch))
+            return self._fitted(self._statistics())
+
+    def _fitted(self, statistics: Statistics) -> list[Fitted]:
         text = statistics.text
         if self.options.count == "visual":
             text = torch.zeros_like(text)
@@ -264,24 +271,33 @@ class _Job:
         assert self.options.latency is not None
         first = int((prompts.visual == prompts.usual).nonzero()[0])
         prompt = range(first, first + 1)
-        inputs = self.calibration.inputs(self.processor, prompt, self.model.device)
+        inputs = self._inputs(prompt)
         dense = default(self.geometry.layers, prompts.usual).keep_all()
         target = self.options.latency
         return stopwatch(self.model, self.processor, inputs, dense, target)
 
     def _statistics(self) -> Statistics:
+        source = origin(self.model, self.calibration)
         if self.options.statistics is not None:
-            source = origin(self.model, self.calibration)
             return load_statistics(self.options.statistics, source)
         samples = len(self.calibration)
-        with _bar("statistics", samples) as (progress, task):
+        with observed(self.model), _bar("statistics", samples) as (progress, task):
             return collect(
-                self.model,
-                self.processor,
+                self._observed,
                 self.calibration,
                 self.folder,
+                source,
                 lambda done: progress.update(task, completed=done),
             )
+
+    def _observed(self, samples: Sequence[int]) -> Statistics:
+        """Statistics of a batch; trials, if there are any, start from the same run."""
+        inputs, trials = self._inputs(samples), self.trials
+        with trials.starting(samples[0]) if trials else contextlib.nullcontext():
+            return observe(self.model, inputs)
+
+    def _inputs(self, samples: Sequence[int]) -> dict[str, Tensor]:
+        return self.calibration.inputs(self.processor, samples, self.model.device)
 
     def _searched(self, statistics: Statistics, prompts: Prompts) -> dict[float, Found]:
         budgets, counts = self.options.budgets, Counts(statistics)
@@ -289,11 +305,11 @@ class _Job:
         def estimated(wanted: Sequence[float]) -> dict[float, Found]:
             return search(counts, self.geometry, prompts, wanted, STEPS)
 
-        if not self.options.exact:
+        if self.trials is None:
             return estimated(budgets)
-        with self._trials(statistics) as trials:
+        with self._of_all(self.trials, statistics) as trial:
             return search(
-                trials,
+                trial,
                 self.geometry,
                 prompts,
                 budgets,
@@ -302,22 +318,16 @@ class _Job:
             )
 
     @contextlib.contextmanager
-    def _trials(self, statistics: Statistics) -> Iterator[Trial]:
+    def _of_all(self, trials: Trials, statistics: Statistics) -> Iterator[Trial]:
         """Trials on all processes' samples, each of which runs its own."""
         own = own_batches(self.calibration)
         cross, received = (
             s.double().sum(dim=2) for s in (statistics.cross, statistics.own)
         )
-        with (
-            tempfile.TemporaryDirectory() as scratch,
-            observed(self.model),
-            _bar("exact", None) as (progress, task),
-        ):
-            trials = Trials(self.model, Path(scratch))
+        with observed(self.model), _bar("exact", None) as (progress, task):
             for samples in own:
-                device = self.model.device
-                inputs = self.calibration.inputs(self.processor, samples, device)
-                trials.add(inputs, cross[samples], received[samples])
+                inputs = functools.partial(self._inputs, samples)
+                trials.add(samples[0], inputs, cross[samples], received[samples])
             mine = [index for samples in own for index in samples]
 
             def of_all(tolerance: float) -> Iterator[Tensor]:
