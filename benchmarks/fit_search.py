@@ -1,6 +1,7 @@
 """FitPrune's recipe search: ours against the published procedure, on one model.
 
-    python benchmarks/fit_search.py [--models reference narrow] [--json FILE]
+    python benchmarks/fit_search.py [--models reference narrow] [--rounds 3]
+        [--json FILE]
 
 ``published`` below is written down from the published procedure: one sample at a time,
 every layer recomputed for every tolerance, attention maps whole, a Python loop over the
@@ -9,9 +10,11 @@ be no common result: it returns the smallest tolerance whose recipe meets the bu
 rather than the last one tried, and counts what the recipe saves. Every recipe of the
 exact mode is compared with its own; a difference is an error.
 
-Times are of one run after the other, model and prompts loaded, vision tower included,
-statistics taken anew for each search of ours. Only ratios mean anything. ``reference``
-is the reference model; ``narrow`` has LLaVA-1.5's 32 layers and 576 visual tokens.
+Times are seconds of the processor, which other programs disturb less than the clock's,
+on one thread: medians of rounds in which one search follows the other. Model and
+prompts are loaded; the vision tower is included, and statistics are taken anew for each
+search of ours. Only ratios mean anything. ``reference`` is the reference model;
+``narrow`` has LLaVA-1.5's 32 layers and 576 visual tokens.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -41,9 +45,8 @@ from vtprune_fx.observe import observed
 from vtprune_fx.reference import CHECKPOINT
 from vtprune_fx.statistics import Counts, Statistics, merged, observe
 
-BUDGETS = (0.3, 0.4, 0.5, 0.6, 0.7)
-FIRST = 0.6
-"""The budget that exact searches are compared on."""
+BUDGETS = (0.6, 0.3, 0.4, 0.5, 0.7)
+"""The first is what exact searches for one budget are compared on."""
 STEPS, EXACT_STEPS = 12, 7
 BATCH = 8
 
@@ -209,21 +212,29 @@ class Task:
 
     def exactly(self, budgets: Sequence[float]) -> dict[float, Found]:
         """The same, attention recomputed on what is left."""
-        parts = self.statistics()
-        found = merged(parts)
+        with observed(self.model), tempfile.TemporaryDirectory() as scratch:
+            trials = Trials(self.model, Path(scratch))
+            parts = []
+            for number, inputs in enumerate(self.batches):
+                with trials.starting(number):
+                    parts.append(observe(self.model, inputs))
+                cross, own = (
+                    s.double().sum(dim=2) for s in (parts[-1].cross, parts[-1].own)
+                )
+                trials.add(number, functools.partial(dict, inputs), cross, own)
+            return self._by_trials(trials, merged(parts), budgets)
+
+    def _by_trials(
+        self, trials: Trials, found: Statistics, budgets: Sequence[float]
+    ) -> dict[float, Found]:
         prompts, counts = Prompts(found.visual, found.text), Counts(found)
 
         def estimate(saved: float) -> float:
             near = search(counts, self.geometry, prompts, [saved], STEPS)
             return near[saved].tolerance
 
-        with observed(self.model), tempfile.TemporaryDirectory() as scratch:
-            trials = Trials(self.model, Path(scratch))
-            for inputs, part in zip(self.batches, parts, strict=True):
-                cross, own = (s.double().sum(dim=2) for s in (part.cross, part.own))
-                trials.add(inputs, cross, own)
-            args = (self.geometry, prompts, budgets, EXACT_STEPS)
-            return search(trials, *args, estimate=estimate)
+        args = (self.geometry, prompts, budgets, EXACT_STEPS)
+        return search(trials, *args, estimate=estimate)
 
     @property
     def geometry(self) -> Geometry:
@@ -290,36 +301,49 @@ def narrow_task(count: int) -> Task:
 
 
 def timed(function: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds, and what came of it."""
-    start = time.perf_counter()
+    """Seconds of the processor, and what came of it."""
+    start = time.process_time()
     result = function()
-    return time.perf_counter() - start, result
+    return time.process_time() - start, result
 
 
-def measure(task: Task) -> dict[str, Any]:
+def measure(task: Task, budgets: Sequence[float], rounds: int) -> dict[str, Any]:
     """Seconds of each search, and ratios."""
-    one, expected = timed(lambda: {FIRST: task.published(FIRST)})
-    exact, found = timed(lambda: task.exactly([FIRST]))
-    assert found == expected, f"{found} instead of {expected}"
-    exact_all, exact_recipes = timed(lambda: task.exactly(BUDGETS))
-    statistics, _ = timed(lambda: task.by_statistics(BUDGETS))
-    five = one
-    for budget in BUDGETS:
-        if budget != FIRST:
-            seconds, recipe = timed(functools.partial(task.published, budget))
-            five += seconds
-            assert recipe == exact_recipes[budget], f"{recipe} at {budget}"
+    seconds: dict[str, list[float]] = {}
+    for _ in range(rounds):
+        for name, spent in _round(task, budgets).items():
+            seconds.setdefault(name, []).append(spent)
+    medians = {name: statistics.median(spent) for name, spent in seconds.items()}
+    one, many = medians["exact, one budget"], medians["exact, all budgets"]
+    published = [medians[f"published, {budget}"] for budget in budgets]
     return {
         "samples": len(task.prompts().visual),
-        "published, one budget": one,
-        "exact, one budget": exact,
-        "times faster, exact, one": one / exact,
-        "published, five budgets": five,
-        "exact, five budgets": exact_all,
-        "times faster, exact, five": five / exact_all,
-        "statistics, five budgets": statistics,
-        "times faster, statistics": five / statistics,
+        "published, one budget": published[0],
+        "exact, one budget": one,
+        "times faster, exact, one": published[0] / one,
+        "published, all budgets": sum(published),
+        "exact, all budgets": many,
+        "times faster, exact, all": sum(published) / many,
+        "statistics, all budgets": medians["statistics, all budgets"],
+        "times faster, statistics": sum(published) / medians["statistics, all budgets"],
+        "rounds": seconds,
     }
+
+
+def _round(task: Task, budgets: Sequence[float]) -> dict[str, float]:
+    """One search after the other; an error if the exact ones are not as published."""
+    spent, found = {}, {}
+    for budget in budgets:
+        what = f"published, {budget}"
+        spent[what], found[budget] = timed(functools.partial(task.published, budget))
+    for what, wanted in (("one budget", budgets[:1]), ("all budgets", budgets)):
+        search = functools.partial(task.exactly, wanted)
+        spent[f"exact, {what}"], recipes = timed(search)
+        for budget, recipe in recipes.items():
+            assert recipe == found[budget], f"{recipe} at {budget}"
+    search = functools.partial(task.by_statistics, budgets)
+    spent["statistics, all budgets"], _ = timed(search)
+    return spent
 
 
 def main() -> None:
@@ -330,14 +354,18 @@ def main() -> None:
     makers = {"reference": (reference_task, 32), "narrow": (narrow_task, 8)}
     parser.add_argument("--models", nargs="+", choices=makers, default=[*makers])
     parser.add_argument("--samples", type=int, help="instead of 32 and 8")
+    parser.add_argument("--budgets", nargs="+", type=float, default=[*BUDGETS])
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args()
+    torch.set_num_threads(1)
     results = {}
     for name in options.models:
         make, count = makers[name]
-        results[name] = measure(make(options.samples or count))
+        task = make(options.samples or count)
+        results[name] = measure(task, options.budgets, options.rounds)
     print(f"{'seconds':28}" + "".join(f"{name:>12}" for name in results))
-    for row in next(iter(results.values())):
+    for row in [*next(iter(results.values()))][:-1]:
         cells = (f"{result[row]:12.2f}" for result in results.values())
         print(f"{row:28}" + "".join(cells))
     if options.json:

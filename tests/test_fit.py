@@ -89,7 +89,7 @@ def trials_of(
     for inputs in batches:
         rows = slice(start, start + len(inputs["input_ids"]))
         sums = (s[rows].double().sum(2) for s in (statistics.cross, statistics.own))
-        made.add(inputs, *sums)
+        made.add(start, functools.partial(dict, inputs), *sums)
         start = rows.stop
     return made
 

@@ -22,7 +22,7 @@ from transformers import LlavaForConditionalGeneration
 
 from tests.test_cli_recipes import Run, io, run
 from tests.test_distributed import in_two_processes
-from vtprune_fx import collect, fitting, statistics
+from vtprune_fx import fitting, statistics
 from vtprune_fx.calibration import Calibration, open_calibration
 from vtprune_fx.checkpoint import CheckpointSpec, build_checkpoint
 from vtprune_fx.coalesce import coalesced, mean_kept
@@ -208,7 +208,7 @@ def test_a_second_budget_takes_the_statistics_that_are_there(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     [first] = fitted(root, tmp_path / "out", 0.3)
-    monkeypatch.setattr(collect, "observe", None)  # the model does not run again
+    monkeypatch.setattr(fitting, "observe", None)  # the model does not run again
     [second] = fitted(root, tmp_path / "out", 0.4)
     file = tmp_path / "out" / STATISTICS
     [third] = fitted(root, tmp_path / "other", 0.3, statistics=file)
@@ -220,16 +220,17 @@ def test_a_second_budget_takes_the_statistics_that_are_there(
         assert {f"{one.recipe.name}.json", f"{one.recipe.name}.png"} <= names
 
 
+@pytest.mark.parametrize("exact", [False, True])
 def test_a_run_that_was_cut_short_goes_on(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exact: bool
 ) -> None:
-    whole = fitted(root, tmp_path / "whole", 0.3)
+    whole = fitted(root, tmp_path / "whole", 0.3, exact=exact)
     calls = interrupted(monkeypatch, 3)
     with pytest.raises(KeyboardInterrupt):
-        fitted(root, tmp_path / "out", 0.3)
+        fitted(root, tmp_path / "out", 0.3, exact=exact)
     parts = tmp_path / "out" / PARTS
     assert len(list(parts.iterdir())) == 2
-    again = fitted(root, tmp_path / "out", 0.3)
+    again = fitted(root, tmp_path / "out", 0.3, exact=exact)
     assert len(calls) == 4  # three batches in all: the third was begun twice
     assert again == whole
     assert not parts.exists()
@@ -246,7 +247,7 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, batch: int) -> list[int]:
             raise KeyboardInterrupt
         return observe(*arguments)
 
-    monkeypatch.setattr(collect, "observe", dying)
+    monkeypatch.setattr(fitting, "observe", dying)
     return calls
 
 
@@ -357,6 +358,17 @@ def test_a_wrong_budget_is_refused_at_once(
     assert status == 1
     assert "between 0 and 1" in " ".join(err.split())
     assert not out.exists()
+
+
+@pytest.mark.parametrize("device", ["abacus", "cuda:99"])
+def test_a_device_that_is_not_there_is_refused_at_once(
+    root: Path, tmp_path: Path, io: Run, device: str
+) -> None:
+    arguments = command(root / "nowhere", tmp_path / "out", "--budget", "0.3")
+    status, _, err = run(*io, *arguments, "--device", device)
+    assert status == 1
+    assert f"device {device!r}: expected a device of torch" in " ".join(err.split())
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_budget_out_of_reach_keeps_the_statistics(root: Path, tmp_path: Path) -> None:

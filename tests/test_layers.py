@@ -18,7 +18,7 @@ PACKAGE = "vtprune_fx"
 TOP = (
     *("__init__", "accuracy", "answer", "api", "backend", "calibration", "cli"),
     *("collect", "curve", "demo", "evaluate", "fitting", "generation", "latency"),
-    "rank_counts",
+    *("rank_counts", "runtime"),
 )
 FRONT = tuple(f"{PACKAGE}.{name}" for name in ("api", "backend", "cli", "demo"))
 REFERENCE = f"{PACKAGE}.reference"

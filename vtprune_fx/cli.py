@@ -455,49 +455,53 @@ DataOption = Annotated[
         "hub, or 'reference': the reference model's training questions."
     ),
 ]
+BudgetOption = Annotated[
+    list[float],
+    typer.Option(
+        help="Share of the language model's prefill MACs to save, what `vtprune cost` "
+        "prints as saved: 0.6. As often as you like. With --latency, share of the time."
+    ),
+]
+ExactOption = Annotated[
+    bool,
+    typer.Option(
+        "--exact", help="As the published code: recompute attention on what is left."
+    ),
+]
+CountOption = Annotated[
+    Count,
+    typer.Option(help="MACs of all tokens, or of visual ones as the paper counts."),
+]
+MaxCutsOption = Annotated[
+    int | None,
+    typer.Option(min=1, help="Merge cuts until there are at most so many."),
+]
+LatencyOption = Annotated[
+    Target | None,
+    typer.Option(
+        help="Budgets are shares of the time to the first token, measured here."
+    ),
+]
+DeviceOption = Annotated[
+    str | None, typer.Option(help="cpu or cuda. Default: cuda if there is one.")
+]
 
 
 @app.command("fit")
 def fit(
     model: ModelArgument,
     data: DataOption,
-    budget: Annotated[
-        list[float],
-        typer.Option(
-            help="Share of the language model's prefill MACs to save, what "
-            "`vtprune cost` prints as saved: 0.6. As often as you like. With "
-            "--latency, share of the time."
-        ),
-    ],
+    budget: BudgetOption,
     output: Annotated[Path, typer.Option(help="New folder, or an earlier fit's.")],
     limit: Annotated[int, typer.Option(min=1, help="Samples at most.")] = 64,
-    exact: Annotated[
-        bool,
-        typer.Option(
-            "--exact",
-            help="As the published code: recompute attention on what is left.",
-        ),
-    ] = False,
-    count: Annotated[
-        Count,
-        typer.Option(help="MACs of all tokens, or of visual ones as the paper counts."),
-    ] = Count.all,
-    max_cuts: Annotated[
-        int | None,
-        typer.Option(min=1, help="Merge cuts until there are at most so many."),
-    ] = None,
-    latency: Annotated[
-        Target | None,
-        typer.Option(
-            help="Budgets are shares of the time to the first token, measured here."
-        ),
-    ] = None,
+    exact: ExactOption = False,
+    count: CountOption = Count.all,
+    max_cuts: MaxCutsOption = None,
+    latency: LatencyOption = None,
     statistics: Annotated[
         Path | None, typer.Option(help="Statistics of an earlier fit to use.")
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu or cuda. Default: cuda if there is one.")
-    ] = None,
+    device: DeviceOption = None,
     dtype: Annotated[Dtype, typer.Option(help="Type of weights.")] = Dtype.float32,
 ) -> None:
     """Find FitPrune recipes for a model: how many tokens each layer drops.
@@ -509,34 +513,24 @@ def fit(
     Example: [bold]vtprune fit llava-hf/llava-1.5-7b-hf --data photos
     --budget 0.6 --budget 0.5 --output llava-recipes[/bold]
     """
-    import torch
+    from vtprune_fx.fitting import Options, Request, fit_request
 
-    from vtprune_fx import processes
-    from vtprune_fx.calibration import open_calibration
-    from vtprune_fx.fitting import Options, check_request, fit_recipes
-    from vtprune_fx.inputs import open_checkpoint
-
-    command = shlex.join(["vtprune", *sys.argv[1:]])
     options = Options(
-        tuple(dict.fromkeys(budget)),
-        count.value,
-        exact,
-        max_cuts,
-        None if latency is None else latency.value,
-        statistics,
-        model,
-        command,
+        budgets=tuple(dict.fromkeys(budget)),
+        count=count.value,
+        exact=exact,
+        max_cuts=max_cuts,
+        latency=None if latency is None else latency.value,
+        statistics=statistics,
+        command=shlex.join(["vtprune", *sys.argv[1:]]),
     )
-    # What can be refused is refused before anything slow.
-    check_request(output, options)
-    calibration = open_calibration(data, limit)
-    loaded, processor = open_checkpoint(model, getattr(torch, dtype.value))
-    with processes.joined():
-        on = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        loaded.to(torch.device(on))  # type: ignore[arg-type] # transformers' wrapper
-        fitted = fit_recipes(loaded, processor, calibration, output, options)
-        if processes.rank():
-            return
+    request = Request(model, data, limit, device, dtype.value)
+    _show_fitted(output, fit_request(request, output, options))
+
+
+def _show_fitted(output: Path, fitted: Sequence[Fitted]) -> None:
+    if not fitted:
+        return  # another process shows them
     for one in fitted:
         _draw(one.recipe)
         typer.echo()
@@ -580,9 +574,7 @@ def calibrate(
     data: DataOption,
     output: Annotated[Path, typer.Option(help="Recipe file to write.")],
     limit: Annotated[int, typer.Option(min=1, help="Samples at most.")] = 64,
-    device: Annotated[
-        str | None, typer.Option(help="cpu or cuda. Default: cuda if there is one.")
-    ] = None,
+    device: DeviceOption = None,
     dtype: Annotated[Dtype, typer.Option(help="Type of weights.")] = Dtype.float32,
 ) -> None:
     """Fix the counts of a recipe whose counts follow the rank of attention.

@@ -12,16 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel
 
 from vtprune_fx import processes
 from vtprune_fx.calibration import Calibration
-from vtprune_fx.observe import observed
 from vtprune_fx.statistics import (
     Statistics,
     load_statistics,
     merged,
-    observe,
     save_statistics,
 )
 
@@ -49,28 +47,28 @@ def model_fingerprint(model: PreTrainedModel) -> str:
 
 
 def collect(
-    model: PreTrainedModel,
-    processor: ProcessorMixin,
+    take: Callable[[Sequence[int]], Statistics],
     calibration: Calibration,
     folder: Path,
+    source: Mapping[str, str],
     advance: Callable[[int], None],
 ) -> Statistics:
     """Take a model's statistics, or read those that are in a folder.
 
     Args:
-        model: An unmodified transformers model.
-        processor: Its processor.
+        take: Takes those of some samples.
         calibration: The prompts.
         folder: Where statistics are, go, or were begun.
+        source: What ``origin`` gave.
         advance: Told how many samples are done.
 
     Raises:
-        InputError: What is there is broken, or of another model or data; the model's
-            attention cannot be observed; a prompt has no visual token.
+        InputError: What is there is broken, or of another model or data, or ``take``
+            did.
     """
-    file, source = folder / STATISTICS, origin(model, calibration)
+    file = folder / STATISTICS
     if not file.exists():
-        _take(model, processor, calibration, folder / PARTS, source, advance)
+        _take(take, calibration, folder / PARTS, source, advance)
         processes.wait_for_all()
         if processes.rank() == 0:
             _finish(calibration, folder, source)
@@ -80,24 +78,21 @@ def collect(
 
 
 def _take(
-    model: PreTrainedModel,
-    processor: ProcessorMixin,
+    take: Callable[[Sequence[int]], Statistics],
     calibration: Calibration,
     parts: Path,
     source: Mapping[str, str],
     advance: Callable[[int], None],
 ) -> None:
     done = 0
-    with observed(model):
-        for samples in own_batches(calibration):
-            part, its = _part(parts, samples, source)
-            if part.exists():
-                load_statistics(part, its)
-            else:
-                inputs = calibration.inputs(processor, samples, model.device)
-                save_statistics(observe(model, inputs), part, its)
-            done += len(samples)
-            advance(done)
+    for samples in own_batches(calibration):
+        part, its = _part(parts, samples, source)
+        if part.exists():
+            load_statistics(part, its)
+        else:
+            save_statistics(take(samples), part, its)
+        done += len(samples)
+        advance(done)
 
 
 def own_batches(calibration: Calibration) -> list[list[int]]:

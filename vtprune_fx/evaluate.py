@@ -9,12 +9,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import statistics
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
@@ -25,11 +22,10 @@ from vtprune_fx import oracle
 from vtprune_fx.accuracy import Evaluation, Result
 from vtprune_fx.cost import Cost, Geometry, cost
 from vtprune_fx.errors import InputError
-from vtprune_fx.export import load, write_onnx
-from vtprune_fx.generation import pruned
 from vtprune_fx.inputs import batch_inputs
 from vtprune_fx.recipe import Recipe
 from vtprune_fx.reference.questions import Sample
+from vtprune_fx.runtime import Target, running
 
 BATCH = 32
 """Questions answered at once."""
@@ -100,7 +96,7 @@ def evaluate_one(
     for group in _groups(samples):
         example = inputs_of(processor, [sample for _, sample in (group * 2)[:2]])
         bound = asked.bound(example)
-        with _ANSWERERS[backend](model, processor, bound, example) as answer:
+        with _answerer(model, processor, bound, backend, example) as answer:
             for batch in _batches(group):
                 asked.ask(batch, answer)
                 moved(completed=len(asked.answers))
@@ -197,12 +193,27 @@ def inputs_of(
 
 
 @contextlib.contextmanager
-def _with_oracle(
+def _answerer(
     model: PreTrainedModel,
     processor: ProcessorMixin,
     recipe: Recipe,
-    _: dict[str, Tensor],
+    backend: Backend,
+    example: dict[str, Tensor],
 ) -> Iterator[Answerer]:
+    if backend == "torch":
+        yield _oracle(model, processor, recipe)
+        return
+    target = _TARGETS[backend]
+    with running(model, processor, recipe, target, example) as there:
+        yield functools.partial(_generate, there)
+
+
+_TARGETS: dict[Backend, Target] = {"compile": "torch", "onnx": "onnx"}
+
+
+def _oracle(
+    model: PreTrainedModel, processor: ProcessorMixin, recipe: Recipe
+) -> Answerer:
     if not isinstance(model, LlavaForConditionalGeneration):
         raise InputError(
             "--backend torch",
@@ -220,32 +231,7 @@ def _with_oracle(
         ends = (tokenizer.eos_token_id,)
         return [oracle.generate(model, recipe, s, NEW_TOKENS, ends) for s in samples]
 
-    yield answer
-
-
-@contextlib.contextmanager
-def _with_compile(
-    model: PreTrainedModel, _: ProcessorMixin, recipe: Recipe, __: dict[str, Tensor]
-) -> Iterator[Answerer]:
-    torch.compiler.reset()  # or the graphs of earlier recipes count as recompilations
-    with pruned(model, recipe) as compiled:
-        yield functools.partial(_generate, compiled)
-
-
-@contextlib.contextmanager
-def _with_onnx(
-    model: PreTrainedModel,
-    processor: ProcessorMixin,
-    recipe: Recipe,
-    example: dict[str, Tensor],
-) -> Iterator[Answerer]:
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "onnx"
-        write_onnx(model, processor, recipe, folder, example)
-        yield functools.partial(_generate, load(folder))
-
-
-_ANSWERERS = {"torch": _with_oracle, "compile": _with_compile, "onnx": _with_onnx}
+    return answer
 
 
 def _generate(model: Any, inputs: dict[str, Tensor]) -> list[list[int]]:

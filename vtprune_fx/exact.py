@@ -5,15 +5,16 @@ layer, where the method has its attention output and residual lose them: nobody 
 what the layer makes of them afterwards. Samples of a batch lose tokens of their own;
 the batch becomes as short as its longest sample, with padding ahead of the others.
 
-No tolerance changes what happens ahead of the first cut, so the first layer runs once,
-and every trial starts from what it left.
+No tolerance changes what happens ahead of the first cut: every trial starts from what
+the first layer left when statistics were taken of the unpruned model.
 
 Shapes: B samples of a batch, S tokens, L layers, N samples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vtprune_fx.observe import Watch, decoder_layers, unobservable, watching
+from vtprune_fx.observe import (
+    Watch,
+    current_watch,
+    decoder_layers,
+    unobservable,
+    watching,
+)
 from vtprune_fx.scoring import PADDING, VISUAL, token_roles
 from vtprune_fx.statistics import lightest, ranked
 
@@ -70,14 +77,45 @@ class Trials:
     def __init__(self, model: PreTrainedModel, folder: Path) -> None:
         self.model, self.layers = model, decoder_layers(model)
         self._start, self._now = _Shelf(folder / "start"), _Shelf(folder / "now")
-        self._whole: list[tuple[Tensor, Tensor]] = []
+        self._started = set[int]()
+        self._whole: dict[int, tuple[Tensor, Tensor]] = {}
 
-    @torch.no_grad()
-    def add(self, inputs: Mapping[str, Tensor], cross: Tensor, own: Tensor) -> None:
-        """Take a batch of prompts to behind the first layer.
+    @contextlib.contextmanager
+    def starting(self, batch: int) -> Iterator[None]:
+        """Keep what the first layer leaves of prompts that are observed in the block.
 
         Args:
-            inputs: What the processor returns, padded on either side.
+            batch: What the prompts are called together.
+        """
+
+        def keep(
+            _: nn.Module, args: Any, options: dict[str, Any], left: Tensor
+        ) -> None:
+            entered = args[0] if args else options["hidden_states"]
+            watch = current_watch()
+            state = _state(entered, options, watch.visual)
+            self._start.put(batch, _behind(state, left, watch))
+            self._started.add(batch)
+
+        hook = self.layers[0].register_forward_hook(keep, with_kwargs=True)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    @torch.no_grad()
+    def add(
+        self,
+        batch: int,
+        inputs: Callable[[], Mapping[str, Tensor]],
+        cross: Tensor,
+        own: Tensor,
+    ) -> None:
+        """Let prompts take part, run to behind the first layer if they were not.
+
+        Args:
+            batch: What the prompts are called together.
+            inputs: Gives what the processor returns, padded on either side.
             cross: [B, L], what all visual tokens together receive from the instruction
                 in the unpruned model.
             own: [B, L], the same from visual tokens.
@@ -85,10 +123,10 @@ class Trials:
         Raises:
             InputError: The decoder's layers do not run as transformers' do.
         """
-        visual = inputs["input_ids"] == self.model.config.image_token_id
-        state = self._ran(0, _entered(self.model, self.layers[0], inputs, visual))
-        self._start.put(len(self._whole), state)
-        self._whole.append((cross, own))
+        if batch not in self._started:
+            entered = _entered(self.model, self.layers[0], inputs())
+            self._start.put(batch, self._ran(0, entered))
+        self._whole[batch] = (cross, own)
 
     def __call__(self, tolerance: float) -> Iterator[Tensor]:
         """Let tokens leave, layer by layer.
@@ -113,7 +151,7 @@ class Trials:
         """
         for layer in range(len(self.layers)):
             batches = [torch.zeros(4, 0, dtype=torch.int64)]
-            for index, whole in enumerate(self._whole):
+            for index, whole in self._whole.items():
                 state = (self._now if layer else self._start).take(index)
                 if layer:
                     state = self._ran(layer, state)
@@ -140,9 +178,13 @@ class Trials:
             )
         if not watch.received:
             raise unobservable(self.model, "attention of its own")
-        [received] = watch.received
-        after = {"hidden": hidden, "cross": received.cross, "own": received.own}
-        return state | after
+        return _behind(state, hidden, watch)
+
+
+def _behind(state: State, hidden: Tensor, watch: Watch) -> State:
+    """The batch behind the layer that ran last."""
+    received = watch.received[-1]
+    return state | {"hidden": hidden, "cross": received.cross, "own": received.own}
 
 
 def _may_leave(received: Tensor, visual: Tensor, least: Tensor) -> Tensor:
@@ -180,21 +222,22 @@ def _enter(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> No
 
 
 def _entered(
-    model: PreTrainedModel,
-    first: nn.Module,
-    inputs: Mapping[str, Tensor],
-    visual: Tensor,
+    model: PreTrainedModel, first: nn.Module, inputs: Mapping[str, Tensor]
 ) -> State:
     """A batch in front of the first layer."""
     hook = first.register_forward_pre_hook(_enter, with_kwargs=True)
     try:
         model.base_model(**inputs, use_cache=False)
     except _Entered as entered:
-        hidden, options = entered.hidden, entered.options
-    else:
-        raise unobservable(model, "a first layer that never ran")
+        visual = inputs["input_ids"] == model.config.image_token_id
+        return _state(entered.hidden, entered.options, visual)
     finally:
         hook.remove()
+    raise unobservable(model, "a first layer that never ran")
+
+
+def _state(hidden: Tensor, options: Mapping[str, Any], visual: Tensor) -> State:
+    """A batch in front of the first layer, by what the decoder hands to that."""
     mask = options["attention_mask"]
     if mask is None:
         length = hidden.shape[1]

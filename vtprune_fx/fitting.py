@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import io
 import json
 import re
@@ -32,7 +33,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
 
 from vtprune_fx import processes
-from vtprune_fx.calibration import Calibration
+from vtprune_fx.calibration import Calibration, open_calibration
 from vtprune_fx.coalesce import attention_kept, coalesced, mean_kept
 from vtprune_fx.collect import PARTS, STATISTICS, collect, origin, own_batches
 from vtprune_fx.cost import Geometry, Work, cost
@@ -41,11 +42,12 @@ from vtprune_fx.errors import InputError
 from vtprune_fx.exact import Trials
 from vtprune_fx.export import require_onnxruntime
 from vtprune_fx.fit import Account, Found, Prompts, Trial, check_budget, search
-from vtprune_fx.inputs import replace_file
-from vtprune_fx.latency import Stopwatch, Target, stopwatch
+from vtprune_fx.inputs import open_checkpoint, replace_file
+from vtprune_fx.latency import Stopwatch, stopwatch
 from vtprune_fx.observe import observed
 from vtprune_fx.recipe import Provenance, Recipe, default
-from vtprune_fx.statistics import Counts, Statistics, load_statistics
+from vtprune_fx.runtime import Target
+from vtprune_fx.statistics import Counts, Statistics, load_statistics, observe
 
 SUMMARY = "fit.json"
 """In a folder: its recipes, and what they save."""
@@ -115,6 +117,67 @@ class Fitted:
     saved_time: float | None = None
 
 
+@dataclass(frozen=True)
+class Request:
+    """What ``vtprune fit`` opens.
+
+    Attributes:
+        model: A checkpoint folder or a hub id.
+        data: What ``open_calibration`` takes.
+        limit: Samples at most.
+        device: Of torch, or None for a GPU if there is one.
+        dtype: Of the weights, a name of torch.
+    """
+
+    model: str
+    data: str
+    limit: int = 64
+    device: str | None = None
+    dtype: str = "float32"
+
+
+def fit_request(request: Request, folder: Path, options: Options) -> list[Fitted]:
+    """Open a model and its calibration prompts, and fit recipes.
+
+    What can be refused is refused ahead of anything slow.
+
+    Args:
+        request: What to open.
+        folder: As for ``fit_recipes``.
+        options: As for ``fit_recipes``.
+
+    Returns:
+        The recipes; nothing in all processes but the first.
+
+    Raises:
+        VtpruneError: As for ``fit_recipes``, or something that was named is not there.
+    """
+    check_request(folder, options)
+    device = _device(request.device)
+    calibration = open_calibration(request.data, request.limit)
+    dtype = getattr(torch, request.dtype)
+    model, processor = open_checkpoint(request.model, dtype)
+    options = dataclasses.replace(options, model=request.model)
+    model.to(device)  # type: ignore[arg-type] # transformers' wrapper
+    with processes.joined():
+        fitted = fit_recipes(model, processor, calibration, folder, options)
+        return [] if processes.rank() else fitted
+
+
+def _device(name: str | None) -> torch.device:
+    """A device that is there."""
+    named = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=named).device
+    except (RuntimeError, AssertionError) as error:  # unknown; torch built without it
+        raise InputError(
+            f"device {named!r}",
+            expected="a device of torch that this machine has",
+            found=str(error).splitlines()[0],
+            fix="Name cpu, or leave it out.",
+        ) from error
+
+
 def fit_recipes(
     model: PreTrainedModel,
     processor: ProcessorMixin,
@@ -159,10 +222,16 @@ class _Job:
         self.model, self.processor, self.calibration = model, processor, calibration
         self.folder, self.options = folder, options
         self.geometry = Geometry.from_config(model.config)
+        self.trials: Trials | None = None
 
     def fitted(self) -> list[Fitted]:
         """A recipe for each budget."""
-        statistics = self._statistics()
+        with tempfile.TemporaryDirectory() as scratch:
+            if self.options.exact:
+                self.trials = Trials(self.model, Path(scratch))
+            return self._fitted(self._statistics())
+
+    def _fitted(self, statistics: Statistics) -> list[Fitted]:
         text = statistics.text
         if self.options.count == "visual":
             text = torch.zeros_like(text)
@@ -202,24 +271,33 @@ class _Job:
         assert self.options.latency is not None
         first = int((prompts.visual == prompts.usual).nonzero()[0])
         prompt = range(first, first + 1)
-        inputs = self.calibration.inputs(self.processor, prompt, self.model.device)
+        inputs = self._inputs(prompt)
         dense = default(self.geometry.layers, prompts.usual).keep_all()
         target = self.options.latency
         return stopwatch(self.model, self.processor, inputs, dense, target)
 
     def _statistics(self) -> Statistics:
+        source = origin(self.model, self.calibration)
         if self.options.statistics is not None:
-            source = origin(self.model, self.calibration)
             return load_statistics(self.options.statistics, source)
         samples = len(self.calibration)
-        with _bar("statistics", samples) as (progress, task):
+        with observed(self.model), _bar("statistics", samples) as (progress, task):
             return collect(
-                self.model,
-                self.processor,
+                self._observed,
                 self.calibration,
                 self.folder,
+                source,
                 lambda done: progress.update(task, completed=done),
             )
+
+    def _observed(self, samples: Sequence[int]) -> Statistics:
+        """Statistics of a batch; trials, if there are any, start from the same run."""
+        inputs, trials = self._inputs(samples), self.trials
+        with trials.starting(samples[0]) if trials else contextlib.nullcontext():
+            return observe(self.model, inputs)
+
+    def _inputs(self, samples: Sequence[int]) -> dict[str, Tensor]:
+        return self.calibration.inputs(self.processor, samples, self.model.device)
 
     def _searched(self, statistics: Statistics, prompts: Prompts) -> dict[float, Found]:
         budgets, counts = self.options.budgets, Counts(statistics)
@@ -227,11 +305,11 @@ class _Job:
         def estimated(wanted: Sequence[float]) -> dict[float, Found]:
             return search(counts, self.geometry, prompts, wanted, STEPS)
 
-        if not self.options.exact:
+        if self.trials is None:
             return estimated(budgets)
-        with self._trials(statistics) as trials:
+        with self._of_all(self.trials, statistics) as trial:
             return search(
-                trials,
+                trial,
                 self.geometry,
                 prompts,
                 budgets,
@@ -240,22 +318,16 @@ class _Job:
             )
 
     @contextlib.contextmanager
-    def _trials(self, statistics: Statistics) -> Iterator[Trial]:
+    def _of_all(self, trials: Trials, statistics: Statistics) -> Iterator[Trial]:
         """Trials on all processes' samples, each of which runs its own."""
         own = own_batches(self.calibration)
         cross, received = (
             s.double().sum(dim=2) for s in (statistics.cross, statistics.own)
         )
-        with (
-            tempfile.TemporaryDirectory() as scratch,
-            observed(self.model),
-            _bar("exact", None) as (progress, task),
-        ):
-            trials = Trials(self.model, Path(scratch))
+        with observed(self.model), _bar("exact", None) as (progress, task):
             for samples in own:
-                device = self.model.device
-                inputs = self.calibration.inputs(self.processor, samples, device)
-                trials.add(inputs, cross[samples], received[samples])
+                inputs = functools.partial(self._inputs, samples)
+                trials.add(samples[0], inputs, cross[samples], received[samples])
             mine = [index for samples in own for index in samples]
 
             def of_all(tolerance: float) -> Iterator[Tensor]:

@@ -9,23 +9,15 @@ from __future__ import annotations
 import contextlib
 import copy
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
 
-from vtprune_fx.export import load, write_onnx
-from vtprune_fx.generation import pruned
 from vtprune_fx.recipe import Recipe
-
-Target = Literal["torch", "onnx"]
-"""``torch.compile`` with inductor, or ONNX Runtime."""
+from vtprune_fx.runtime import Target, running
 
 ROUNDS = 7
 """Timed runs of each, behind one that is not counted."""
@@ -80,11 +72,10 @@ def stopwatch(
     # Each gets a copy of its own: dense and pruned are there at once.
     weights = {id(parameter): parameter for parameter in model.parameters()}
     whole, ours = (copy.deepcopy(model, dict(weights)) for _ in range(2))
-    run = partial(_RUNS[target], processor=processor, inputs=inputs)
-    with run(whole, dense) as timed:
+    with running(whole, processor, dense, target, inputs) as timed:
 
         def saved(recipe: Recipe) -> float:
-            with run(ours, recipe) as pruned_model:
+            with running(ours, processor, recipe, target, inputs) as pruned_model:
                 models = {"dense": timed, "pruned": pruned_model}
                 first_token_seconds(models, inputs, 1)
                 seconds = first_token_seconds(models, inputs)
@@ -92,31 +83,3 @@ def stopwatch(
             return 1 - after / before
 
         yield saved
-
-
-@contextlib.contextmanager
-def _on_torch(
-    model: PreTrainedModel,
-    recipe: Recipe,
-    processor: ProcessorMixin,
-    inputs: dict[str, Tensor],
-) -> Iterator[Any]:
-    with pruned(model, recipe) as compiled:
-        yield compiled
-
-
-@contextlib.contextmanager
-def _on_onnx(
-    model: PreTrainedModel,
-    recipe: Recipe,
-    processor: ProcessorMixin,
-    inputs: dict[str, Tensor],
-) -> Iterator[Any]:
-    twice = {name: torch.cat([value, value]) for name, value in inputs.items()}
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "onnx"
-        write_onnx(model, processor, recipe, folder, twice)
-        yield load(folder)
-
-
-_RUNS = {"torch": _on_torch, "onnx": _on_onnx}

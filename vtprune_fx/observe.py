@@ -97,6 +97,11 @@ def watching(watch: Watch) -> Iterator[None]:
         _watch.reset(token)
 
 
+def current_watch() -> Watch:
+    """What the layers note in that run at this moment."""
+    return _watch.get()
+
+
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     """The layers of a model's decoder.
 
