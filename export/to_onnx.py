@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from PIL import Image
@@ -71,7 +71,7 @@ class OnnxOptions:
         keep_sets: Whether the prefill returns its keep sets, as ``keep_sets.LAYER``.
     """
 
-    opset: Literal[20, 23] = OPSET
+    opset: int = OPSET
     quantize: Quantized | None = None
     batch: int | None = None
     prompt: int | None = None
@@ -288,7 +288,7 @@ def _precision(model: PreTrainedModel) -> Precision:
 
 def _source(model: PreTrainedModel) -> str:
     """Where a model came from: a folder by its full path, or a hub id."""
-    name: str = model.name_or_path
+    name = str(model.name_or_path)
     return str(Path(name).resolve()) if name and Path(name).is_dir() else name
 
 

@@ -141,7 +141,7 @@ def verify(folder: Path, model: str | None = None, seed: int = 0) -> Verificatio
         raise ExportError(
             f"export {folder}",
             expected="graphs for ONNX Runtime",
-            found=exported.manifest.target,
+            found=f"a {type(exported).__name__}",
             fix="Verify the ONNX export that it was built from.",
         )
     contents = exported.manifest
@@ -179,7 +179,8 @@ def _original(contents: Manifest, model: str | None) -> LlavaForConditionalGener
         for module in loaded.modules():
             if isinstance(module, nn.Linear):
                 module.weight = nn.Parameter(rounded(module.weight, contents.quantize))
-    return loaded.float()
+    loaded.float()
+    return loaded
 
 
 # ------------------------------------------------------------------- the comparison
@@ -194,7 +195,7 @@ def _compared(
         states = []
         for row, sample in enumerate(_samples(original, case.inputs)):
             found = _Found(exported, outputs, case, row)
-            states.append(found.oracle(original, sample))
+            states.append(found.run(original, sample))
             yield from found.differences(states[-1], sample)
         yield from _followed(exported, original, case, outputs, states)
     except Exception as error:
@@ -231,7 +232,7 @@ class _Found:
                 own = positions[row] - self._padding
                 self._kept[layer] = own[own >= 0].sort().values
 
-    def oracle(
+    def run(
         self, original: LlavaForConditionalGeneration, sample: oracle.Sample
     ) -> oracle.Prefill:
         """The oracle's run, with the export's choice of who stays."""
@@ -304,7 +305,7 @@ def _followed(
     new = case.following.shape[1]
     sizes = [1] * new if exported.manifest.recipe.cuts_ahead else [new - 1, 1]
     mask = case.inputs["attention_mask"]
-    for tokens in case.following.split(sizes, dim=1):
+    for tokens in torch.split(case.following, sizes, dim=1):
         mask = torch.cat((mask, torch.ones_like(tokens)), dim=1)
         cache = outputs.past_key_values
         outputs = exported(input_ids=tokens, attention_mask=mask, past_key_values=cache)

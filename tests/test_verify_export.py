@@ -77,7 +77,7 @@ def change_a_count(folder: Path) -> None:
 
     def edit(proto: onnx.ModelProto) -> None:
         nodes = {out: node for node in proto.graph.node for out in node.output}
-        [kept] = [n for n in nodes.values() if "keep_sets.1" in n.output]
+        kept = nodes["keep_sets.1"]
         cut = nodes[kept.input[0]]
         assert (kept.op_type, cut.op_type) == ("TopK", "Slice")
         start = nodes[cut.input[1]].attribute[0].t
