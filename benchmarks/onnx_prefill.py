@@ -2,7 +2,7 @@
 
     python benchmarks/onnx_prefill.py FOLDER [--json FILE]
 
-A LLaVA with random weights (576 visual tokens, 8 decoder layers 768 wide) and the
+A LLaVA with random weights (576 visual tokens, 8 decoder layers 512 wide) and the
 schedule of ``fitprune-llava-1.5-7b-60``, stretched to its depth. Dense and pruned run
 in turn; medians. Realisation is time saved over MACs saved, both as shares of the dense
 run's: 1 is the limit. A profile of each then tells where the time goes: by kind of
@@ -39,7 +39,7 @@ from vtprune_fx.inputs import batch_inputs, open_checkpoint
 from vtprune_fx.picture import sample_photo
 from vtprune_fx.recipe import Recipe, default
 
-SPEC = CheckpointSpec(layers=8, hidden=768, heads=12, intermediate=2048)
+SPEC = CheckpointSpec(layers=8, hidden=512, heads=8, intermediate=1408)
 QUESTION = "What is on the table? " * 8
 ROUNDS = 9
 PROFILED = 3

@@ -111,8 +111,7 @@ def _answers(path: Path, batches: Sequence[dict[str, Any]]) -> Answers:
     model: Any = load(path, device="cpu")
     answers: Answers = []
     for inputs in batches:
-        typed = inputs | {"pixel_values": inputs["pixel_values"].to(model.dtype)}
-        ids = model.generate(**typed, max_new_tokens=NEW_TOKENS, do_sample=False)
+        ids = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
         answers += ids[:, inputs["input_ids"].shape[1] :].tolist()
     return answers
 

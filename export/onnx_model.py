@@ -134,7 +134,7 @@ class OnnxModel(PreTrainedModel, GenerationMixin):
             attention_mask: [B, past + S], left padding; all ones if left out.
             position_ids: [B, S]; counted from the mask if left out.
             past_key_values: The ragged cache, or an empty one.
-            pixel_values: [I, 3, H, W], all images of the batch.
+            pixel_values: [I, 3, H, W], all images of the batch, of any float type.
 
         Returns:
             The model's output: logits [B, tokens left, vocabulary], and the cache.
@@ -168,7 +168,7 @@ class OnnxModel(PreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            pixel_values=pixel_values,
+            pixel_values=pixel_values.to(self.dtype),
         )
 
     def _decode(

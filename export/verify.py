@@ -13,7 +13,7 @@ choice, so that two tokens with all but the same score, exchanged, end no compar
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -191,7 +191,7 @@ def _compared(
 ) -> Iterator[Difference]:
     """All differences on one batch; what cannot run differs from the start."""
     try:
-        outputs = exported(**_typed(case.inputs, exported.dtype))
+        outputs = exported(**case.inputs)
         states = []
         for row, sample in enumerate(_samples(original, case.inputs)):
             found = _Found(exported, outputs, case, row)
@@ -201,10 +201,6 @@ def _compared(
     except Exception as error:
         lines = str(error).splitlines() or [type(error).__name__]
         yield Difference("it does not run", math.inf, lines[0])
-
-
-def _typed(inputs: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    return {n: v.to(dtype) if v.is_floating_point() else v for n, v in inputs.items()}
 
 
 def _samples(

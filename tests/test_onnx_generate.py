@@ -211,7 +211,7 @@ def test_transformers_alone_loads_and_runs_an_export(
     assert names == {"input_ids", "attention_mask", "position_ids", "pixel_values"}
     names = {spec.name for spec in plain.runners["decode"].session.get_outputs()}
     cached = {
-        f"past_key_values.layers.{layer}.{kind}"
+        f"output.past_key_values.layers.{layer}.{kind}"
         for layer in range(3)
         for kind in ("keys", "values")
     }
