@@ -96,7 +96,7 @@ def rounded(weight: torch.Tensor, to: Quantized) -> torch.Tensor:
     import onnx_ir  # noqa: PLC0415 - an optional package
     import onnxruntime  # noqa: PLC0415 - an optional package
 
-    matrix = onnx_ir.tensor(weight.float().T.numpy().copy(), name="weight")
+    matrix = onnx_ir.tensor(weight.detach().float().T.numpy().copy(), name="weight")
     rows, columns = weight.shape[1], weight.shape[0]
     value = onnx_ir.Value(name="weight", const_value=matrix)
     value.shape, value.dtype = onnx_ir.Shape([rows, columns]), matrix.dtype
