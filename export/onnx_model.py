@@ -66,8 +66,9 @@ class OnnxModel(PreTrainedModel, GenerationMixin):
         self.generation_config = exported.generation_config
         self.manifest = contents
         self._exported = exported
-        runner = exported.runners["prefill"]
-        self._prefill = _Prefill(runner.metadata, runner.session)
+        runner: Any = exported.runners["prefill"]
+        self._prompts = _Prefill(runner.metadata, runner.session)
+        del exported.runners["prefill"]
 
     def show_keep_sets(self, folder: Path) -> None:
         """Make keep sets outputs of a prefill that was exported without ``keep_sets``.
@@ -94,9 +95,10 @@ class OnnxModel(PreTrainedModel, GenerationMixin):
         del program.meta["path"]
         options = session_options()
         options.add_session_config_entry(_WEIGHTS_FOLDER, str(folder.resolve()))
-        self._prefill = _Prefill.from_program(
-            program, self._prefill.metadata, self.device, session_options=options
+        runner: Any = _Prefill.from_program(
+            program, self._prompts.metadata, self.device, session_options=options
         )
+        self._prompts = runner
 
     @property
     def keep_sets(self) -> dict[int, Tensor]:
@@ -105,7 +107,7 @@ class OnnxModel(PreTrainedModel, GenerationMixin):
         For each layer with a cut, [B, K]: positions in the prompt as it came, -1 for
         tokens made of dropped ones.
         """
-        return in_prompt(self._prefill.keep_sets)
+        return in_prompt(self._prompts.keep_sets)
 
     @property
     def device(self) -> torch.device:
@@ -133,7 +135,7 @@ class OnnxModel(PreTrainedModel, GenerationMixin):
             attention_mask: [B, past + S], left padding; all ones if left out.
             position_ids: [B, S]; counted from the mask if left out.
             past_key_values: The ragged cache, or an empty one.
-            pixel_values: [I, 3, H, W], all images of the batch.
+            pixel_values: [I, 3, H, W], all images of the batch, of any float type.
 
         Returns:
             The model's output: logits [B, tokens left, vocabulary], and the cache.
@@ -163,11 +165,11 @@ class OnnxModel(PreTrainedModel, GenerationMixin):
                 fix="Start from an empty cache, with the whole conversation.",
             )
         self._check_visual_tokens(input_ids)
-        return self._prefill(
+        return self._prompts(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            pixel_values=pixel_values,
+            pixel_values=pixel_values.to(self.dtype),
         )
 
     def _decode(

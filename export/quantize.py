@@ -96,25 +96,22 @@ def rounded(weight: torch.Tensor, to: Quantized) -> torch.Tensor:
     import onnx_ir  # noqa: PLC0415 - an optional package
     import onnxruntime  # noqa: PLC0415 - an optional package
 
-    matrix = onnx_ir.tensor(weight.float().T.numpy().copy(), name="weight")
+    matrix = onnx_ir.tensor(weight.detach().float().T.numpy().copy(), name="weight")
+    rows, columns = weight.shape[1], weight.shape[0]
     value = onnx_ir.Value(name="weight", const_value=matrix)
-    value.shape, value.dtype = matrix.shape, matrix.dtype
-    shape = onnx_ir.Shape([matrix.shape[0]] * 2)
-    one = onnx_ir.Value(name="one", shape=shape, type=onnx_ir.TensorType(matrix.dtype))
+    value.shape, value.dtype = onnx_ir.Shape([rows, columns]), matrix.dtype
+    kind = onnx_ir.TensorType(matrix.dtype)
+    one = onnx_ir.Value(name="one", shape=onnx_ir.Shape([rows, rows]), type=kind)
     product = onnx_ir.node("MatMul", [one, value])
-    product.outputs[0].dtype = matrix.dtype
-    product.outputs[0].shape = matrix.shape
+    [output] = product.outputs
+    output.dtype, output.shape = matrix.dtype, onnx_ir.Shape([rows, columns])
     graph = onnx_ir.Graph(
-        [one],
-        product.outputs,
-        nodes=[product],
-        initializers=[value],
-        opset_imports={"": 20},
+        [one], [output], nodes=[product], initializers=[value], opset_imports={"": 20}
     )
     model = WeightOnly(to).quantize(
         onnx_ir.Model(graph, ir_version=10), {}, ExportFormat.ONNX
     )
     session = onnxruntime.InferenceSession(onnx_ir.to_proto(model).SerializeToString())
-    identity = torch.eye(weight.shape[1]).numpy()
+    identity = torch.eye(rows).numpy()
     [found] = session.run(None, {"one": identity})
     return torch.from_numpy(found).T.contiguous()

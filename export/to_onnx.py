@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from PIL import Image
@@ -33,7 +33,7 @@ from transformers.exporters import (
 from vtprune_fx import capture
 from vtprune_fx.capture import dynamic_shapes, images_as_one_sequence
 from vtprune_fx.decoding import ragged_attention
-from vtprune_fx.errors import ExportError
+from vtprune_fx.errors import ExportError, InputError
 from vtprune_fx.export.folder import check_free, written_at_once
 from vtprune_fx.export.manifest import Manifest, Precision, hashes, versions
 from vtprune_fx.export.onnx_model import KEEP_SETS, require_onnxruntime
@@ -72,7 +72,7 @@ class OnnxOptions:
         keep_sets: Whether the prefill returns its keep sets, as ``keep_sets.LAYER``.
     """
 
-    opset: Literal[20, 23] = OPSET
+    opset: int = OPSET
     quantize: Quantized | None = None
     batch: int | None = None
     prompt: int | None = None
@@ -182,10 +182,14 @@ def export_onnx(
         options: What the graphs look like.
 
     Raises:
+        InputError: Prompts are to be shorter than the example's image.
         AnatomyError: The model has no visual tokens, or no decoder that can be pruned.
         PlanError: The recipe does not fit the model.
     """
     inputs = capture.example(inputs)
+    if options.prompt is not None:
+        visual = (inputs["input_ids"] == model.config.image_token_id).sum(dim=1)
+        _check_prompt(options.prompt, int(visual.max()))
     positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
     inputs["position_ids"] = positions
     # Behind cuts nearly every symbolic size is new: remembering fakes doubles the time.
@@ -204,6 +208,17 @@ def export_onnx(
         components, ExportFormat.ONNX, model.config, model.generation_config
     )
     return exported, exporter.report
+
+
+def _check_prompt(prompt: int, visual: int) -> None:
+    least = visual + 2
+    if prompt < least:
+        raise InputError(
+            "--prompt",
+            expected=f"at least {least}: {visual} visual tokens and two of text",
+            found=str(prompt),
+            fix="Leave it out, or make it as long as the longest prompt.",
+        )
 
 
 _CHATTY = ("torch.onnx", "transformers.exporters.utils", "onnx_ir")
@@ -246,7 +261,7 @@ def write_onnx(
         options: What the graphs look like.
 
     Raises:
-        InputError: The folder holds something else.
+        InputError: The folder holds something else, or prompts are to be too short.
         ExportError: The model's weights are of a type that is not exported.
         MissingDependencyError: The packages that write ONNX are not installed.
         AnatomyError: The model has no visual tokens, or no decoder that can be pruned.
@@ -291,7 +306,7 @@ def _precision(model: PreTrainedModel) -> Precision:
 
 def _source(model: PreTrainedModel) -> str:
     """Where a model came from: a folder by its full path, or a hub id."""
-    name: str = model.name_or_path
+    name = str(model.name_or_path)
     return str(Path(name).resolve()) if name and Path(name).is_dir() else name
 
 

@@ -13,7 +13,7 @@ choice, so that two tokens with all but the same score, exchanged, end no compar
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,7 +141,7 @@ def verify(folder: Path, model: str | None = None, seed: int = 0) -> Verificatio
         raise ExportError(
             f"export {folder}",
             expected="graphs for ONNX Runtime",
-            found=exported.manifest.target,
+            found=f"a {type(exported).__name__}",
             fix="Verify the ONNX export that it was built from.",
         )
     contents = exported.manifest
@@ -179,7 +179,8 @@ def _original(contents: Manifest, model: str | None) -> LlavaForConditionalGener
         for module in loaded.modules():
             if isinstance(module, nn.Linear):
                 module.weight = nn.Parameter(rounded(module.weight, contents.quantize))
-    return loaded.float()
+    loaded.float()
+    return loaded
 
 
 # ------------------------------------------------------------------- the comparison
@@ -190,20 +191,16 @@ def _compared(
 ) -> Iterator[Difference]:
     """All differences on one batch; what cannot run differs from the start."""
     try:
-        outputs = exported(**_typed(case.inputs, exported.dtype))
+        outputs = exported(**case.inputs)
         states = []
         for row, sample in enumerate(_samples(original, case.inputs)):
             found = _Found(exported, outputs, case, row)
-            states.append(found.oracle(original, sample))
+            states.append(found.run(original, sample))
             yield from found.differences(states[-1], sample)
         yield from _followed(exported, original, case, outputs, states)
     except Exception as error:
         lines = str(error).splitlines() or [type(error).__name__]
         yield Difference("it does not run", math.inf, lines[0])
-
-
-def _typed(inputs: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    return {n: v.to(dtype) if v.is_floating_point() else v for n, v in inputs.items()}
 
 
 def _samples(
@@ -231,7 +228,7 @@ class _Found:
                 own = positions[row] - self._padding
                 self._kept[layer] = own[own >= 0].sort().values
 
-    def oracle(
+    def run(
         self, original: LlavaForConditionalGeneration, sample: oracle.Sample
     ) -> oracle.Prefill:
         """The oracle's run, with the export's choice of who stays."""
@@ -304,7 +301,7 @@ def _followed(
     new = case.following.shape[1]
     sizes = [1] * new if exported.manifest.recipe.cuts_ahead else [new - 1, 1]
     mask = case.inputs["attention_mask"]
-    for tokens in case.following.split(sizes, dim=1):
+    for tokens in torch.split(case.following, sizes, dim=1):
         mask = torch.cat((mask, torch.ones_like(tokens)), dim=1)
         cache = outputs.past_key_values
         outputs = exported(input_ids=tokens, attention_mask=mask, past_key_values=cache)

@@ -77,12 +77,12 @@ def change_a_count(folder: Path) -> None:
 
     def edit(proto: onnx.ModelProto) -> None:
         nodes = {out: node for node in proto.graph.node for out in node.output}
-        [kept] = [n for n in nodes.values() if "keep_sets.1" in n.output]
+        kept = nodes["keep_sets.1"]
         cut = nodes[kept.input[0]]
         assert (kept.op_type, cut.op_type) == ("TopK", "Slice")
-        start = nodes[cut.input[1]].attribute[0].t
-        begin = onnx.numpy_helper.to_array(start)
-        start.CopyFrom(onnx.numpy_helper.from_array(begin - 1))
+        fewer = onnx.numpy_helper.from_array(np.array([2]), "fewer")  # not 3
+        proto.graph.initializer.append(fewer)
+        cut.input[1] = "fewer"
 
     edit_graph(folder / "prefill.onnx", edit)
 
@@ -217,6 +217,11 @@ def test_two_samples_rounded_to_int4_and_told_who_stays(tmp_path: Path) -> None:
     assert kept[1][:, -5:].tolist() == [[21, 22, 23, 24, 25]] * 2
     with pytest.raises(InputError, match=r"shape \[2, 26\].* found \[1, 26\]"):
         model(input_ids=ids[:1], pixel_values=pixels[:1])
+
+
+def test_prompts_shorter_than_an_image_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="at least 18: 16 visual tokens and two of"):
+        exported(tmp_path, OnnxOptions(prompt=17), torch.float32)
 
 
 @pytest.mark.slow

@@ -303,8 +303,13 @@ def export_to_onnx(
     require_onnxruntime()
     check_free(output)
     loaded = recipes_module.load_recipe(recipe) if recipe else None
-    rounded = None if quantize is None else quantize.value
-    options = OnnxOptions(int(opset), rounded, batch, prompt, keep_sets)
+    options = OnnxOptions(
+        opset=int(opset.value),
+        quantize=None if quantize is None else quantize.value,
+        batch=batch,
+        prompt=prompt,
+        keep_sets=keep_sets,
+    )
     with Console(stderr=True).status(f"Exporting {model} (minutes for a deep model)"):
         parts = open_checkpoint(model, getattr(torch, precision.value))
         report = write_onnx(*parts, loaded, output, options=options)
