@@ -38,18 +38,22 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from vtprune_fx import recycling
+from vtprune_fx import patches, recycling
 from vtprune_fx.errors import PlanError, VtpruneError
 from vtprune_fx.graph import Inserter, Stamp, set_value, value_at_full_length
 from vtprune_fx.passes.base import Pass
 from vtprune_fx.plan import PlannedCut, PrunePlan
 from vtprune_fx.scorers import rate_of, scorer
 from vtprune_fx.scoring import lowest_first, token_roles
+from vtprune_fx.tower import Tower
 
 aten = torch.ops.aten
 
 ROLES = "vtprune_roles"
 """Name of the tokens' roles, [B, S]."""
+
+CLASS_ATTENTION = "vtprune_class_attention"
+"""Name of what the vision tower's class token attends to, [B, S], if it is read."""
 
 KEEP_PREFIX = "vtprune_keep_"
 """A cut's keep set is named this and the layer's number, in every exported form too."""
@@ -88,13 +92,15 @@ class InsertScores(Pass):
         inserter = Inserter(graph)
         rate = rate_of(plan.recipe)
         roles: Node | None = None
+        attended: Node | None = None
         for cut in plan.cuts:
             anchor = named[cut.edge].next
             stamp = Stamp("score", cut.attention.layer)
             seen = _Seen(named, _look_ahead(inserter, anchor, cut, named))
             if roles is None:
                 roles = self._insert_roles(inserter, anchor, cut, seen)
-            evidence = _evidence(cut, seen, roles)
+                attended = self._insert_class_attention(inserter, anchor, seen)
+            evidence = (*_evidence(cut, seen, roles), attended)
             rated = _trace(inserter, anchor, stamp, plan.recipe.score, rate, evidence)
             seen.erase_unread()
             insert = partial(inserter.call, anchor, Stamp("keep", cut.attention.layer))
@@ -102,7 +108,8 @@ class InsertScores(Pass):
             staying = _insert_staying(insert, order, cut)
             if cut.new:
                 new = _New(inserter, anchor, cut)
-                new.insert(seen.node(cut.hidden), order, roles, staying)
+                merged = new.merge(seen, order, self._tower_of_new, plan.visual)
+                new.insert(merged, order, roles, staying)
             else:
                 keep = insert(getitem, insert(aten.sort.default, staying, 1), 0)
                 keep._rename(f"{KEEP_PREFIX}{cut.attention.layer}")
@@ -119,6 +126,27 @@ class InsertScores(Pass):
             roles = insert(raters, self._embeddings(seen), roles)
         roles._rename(ROLES)
         return roles
+
+    def _insert_class_attention(
+        self, inserter: Inserter, anchor: Node, seen: _Seen
+    ) -> Node | None:
+        """Insert, with the first cut, what the score reads of the vision tower."""
+        tower = self._plan.tower
+        if tower is None or not scorer(self._plan.recipe.score).tower:
+            return None
+        heads = map(seen.node, (tower.query, tower.key, self._plan.visual))
+        insert = partial(inserter.trace, anchor, Stamp("score", -1))
+        sizes = tower.scale, tower.leading
+        attended = insert(patches.class_attention, *heads, *sizes)
+        attended._rename(CLASS_ATTENTION)
+        return attended
+
+    @property
+    def _tower_of_new(self) -> Tower | None:
+        """By whose keys new tokens are merged, if not by hidden states."""
+        recycle = self._plan.recipe.recycle
+        by_keys = recycle is not None and recycle.form == "contextual"
+        return self._plan.tower if by_keys else None
 
     def _embeddings(self, seen: _Seen) -> Node:
         if embeddings := seen.node(self._plan.embeddings):
@@ -227,14 +255,19 @@ class _New:
         self._call = partial(inserter.call, anchor, stamp)
         self._cut = cut
 
-    def insert(
-        self, hidden: Node | None, order: Node, roles: Node, staying: Node
-    ) -> None:
-        """Insert them."""
-        cut, layer = self._cut, self._cut.attention.layer
-        assert hidden is not None, "the edge of such a cut is the residual stream"
+    def merge(self, seen: _Seen, order: Node, tower: Tower | None, visual: str) -> Node:
+        """Insert the new tokens: by a vision tower's keys, or by hidden states."""
+        cut, hidden = self._cut, seen.node(self._cut.hidden)
         counts = (cut.drop, cut.clustered, cut.new)
-        merged = self._trace(recycling.merge, hidden, order, *counts)
+        if tower is None:
+            return self._trace(recycling.merge, hidden, order, *counts)
+        by = map(seen.node, (tower.key, visual))
+        keys = self._trace(patches.mean_keys, *by, tower.leading)
+        return self._trace(patches.merge, hidden, keys, order, *counts)
+
+    def insert(self, merged: Node, order: Node, roles: Node, staying: Node) -> None:
+        """Insert the keep set that holds them."""
+        cut, layer = self._cut, self._cut.attention.layer
         merged._rename(f"{NEW_PREFIX}{layer}")
         last = self._trace(recycling.last_keys, order, roles, cut.new)
         stays = self._call(aten.mul.Tensor, staying, cut.new + 1)

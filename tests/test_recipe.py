@@ -43,6 +43,9 @@ SIMPLE = {
     "divprune-llava-1.5-7b-64": (64, [0]),
     "fastv-llava-1.5-7b": (288, [1]),
     "pyramiddrop-llava-1.5-7b": (72, [8, 16, 24]),
+    "visionzip-llava-1.5-7b-192": (192, [0]),
+    "visionzip-llava-1.5-7b-128": (128, [0]),
+    "visionzip-llava-1.5-7b-64": (64, [0]),
     "vtw-llava-1.5-7b": (0, [14]),
 }
 OTHERS = {

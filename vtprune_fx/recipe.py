@@ -16,7 +16,7 @@ import json
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
@@ -60,23 +60,34 @@ class Cut(_Strict):
 
 
 class Recycle(_Strict):
-    """Dropped tokens are clustered into a few new ones, as SparseVLM does.
+    """Dropped tokens become a few new ones, as in SparseVLM and VisionZip.
 
-    Of n dropped tokens the best scored ``int(tau n) + 1`` form
-    ``int(theta (int(tau n) + 1)) + 1`` clusters.
+    Of n dropped tokens the best scored m form C clusters.
 
     Attributes:
         tau: The share of the dropped tokens that is clustered.
         theta: Clusters, as a share of those.
+        form: ``code``: m is ``int(tau n) + 1`` and C ``int(theta m) + 1``, and clusters
+            are density peaks of the hidden states (SparseVLM). ``contextual``: m is
+            ``int(tau n)`` and C ``int(theta m)``, both at least 1, and clusters go by
+            the keys of the vision tower (VisionZip); the one cut is before layer 0.
     """
 
     tau: Annotated[float, Field(ge=0, le=1)]
     theta: Annotated[float, Field(ge=0, le=1)]
+    form: Literal["code", "contextual"] = "code"
 
     def counts(self, dropped: int) -> tuple[int, int]:
         """How many of the dropped tokens are clustered, and into how many new ones."""
-        chosen = min(int(self.tau * dropped) + 1, dropped)
-        return chosen, min(int(self.theta * chosen) + 1, chosen)
+        chosen = min(self._rounded(self.tau * dropped), dropped)
+        return chosen, min(self._rounded(self.theta * chosen), chosen)
+
+    def _rounded(self, share: float) -> int:
+        return int(share) + 1 if self.form == "code" else max(int(share), 1)
+
+
+_AHEAD = (0, "before_layer")
+"""Layer and site of a cut ahead of the decoder."""
 
 
 class Provenance(_Strict):
@@ -102,6 +113,7 @@ Method = Literal[
     "vtw",
     "dart",
     "divprune",
+    "visionzip",
     "baseline",
     "custom",
 ]
@@ -121,7 +133,7 @@ class Recipe(_Strict):
         positions: ``kept``: a surviving token keeps its rotary position;
             ``compacted``: behind a cut the tokens left take the first positions.
         recycle: How dropped tokens become new ones, or None. Every cut must then be
-            ``after_layer``.
+            ``after_layer``, or for contextual ones ``before_layer`` 0.
         layers: Decoder layers of the model the recipe was made for.
         visual_tokens: Visual tokens per sample of that model.
         of: Reference count of visual tokens, or None where ``drop`` is a plain count.
@@ -180,8 +192,18 @@ class Recipe(_Strict):
                 f"cuts that drop at most the {most} visual tokens there are",
                 f"{total} dropped",
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_recycled(self) -> Self:
         sites = {cut.site for cut in self.cuts}
-        if self.recycle and not sites <= {"after_layer"}:
+        if self.recycle is None or not self.cuts:
+            return self
+        if self.recycle.form == "contextual":
+            if [(cut.layer, cut.site) for cut in self.cuts] != [_AHEAD]:
+                found = ", ".join(f"{cut.site} {cut.layer}" for cut in self.cuts)
+                raise _wrong("cuts", "one cut before_layer 0, to recycle", found)
+        elif sites != {"after_layer"}:
             raise _wrong("cuts", "cuts after_layer, to recycle", " and ".join(sites))
         return self
 
@@ -244,8 +266,13 @@ class Recipe(_Strict):
 
         That layer's cache then does not tell how long the prompt was.
         """
-        ahead = (0, "before_layer")
-        return any((cut.layer, cut.site) == ahead and cut.drop for cut in self.cuts)
+        return any((cut.layer, cut.site) == _AHEAD and cut.drop for cut in self.cuts)
+
+    @property
+    def sees_tower(self) -> bool:
+        """Whether it needs a graph that has the vision tower in it."""
+        merges = self.recycle is not None and self.recycle.form == "contextual"
+        return merges or scorers.sees_tower(self.score)
 
     def baseline(self, score: Literal["inverted", "random", "uniform"]) -> Recipe:
         """The same cuts, with tokens chosen by a score that no method would use."""
@@ -263,8 +290,10 @@ class Recipe(_Strict):
     def to_json(self) -> str:
         """The recipe as the text of a recipe file."""
         # Only recipes that draw at random have to tell a seed.
-        unused = {"seed"} if self.score != "random" else set()
-        unused |= {name for name in ("options", "recycle") if not getattr(self, name)}
+        unused: dict[str, Any] = {"seed": True} if self.score != "random" else {}
+        unused |= {n: True for n in ("options", "recycle") if not getattr(self, n)}
+        if self.recycle and self.recycle.form == "code":
+            unused["recycle"] = {"form"}
         return self.model_dump_json(indent=2, exclude=unused) + "\n"
 
 
