@@ -38,7 +38,7 @@ from vtprune_fx.cost import Geometry, cost
 from vtprune_fx.curve import draw_curve
 from vtprune_fx.evaluate import evaluate_one
 from vtprune_fx.inputs import open_checkpoint, replace_file
-from vtprune_fx.recipe import Cut, Recipe, load_recipe
+from vtprune_fx.recipe import Cut, Recipe, Recycle, load_recipe
 from vtprune_fx.reference import CHECKPOINT
 from vtprune_fx.reference.questions import TWO_PICTURES, Sample, draw_samples
 
@@ -52,6 +52,7 @@ PUBLISHED = (
     "pyramiddrop-llava-1.5-7b",
     "dart-llava-1.5-7b-64",
     "divprune-llava-1.5-7b-64",
+    "visionzip-llava-1.5-7b-64",
     "vtw-llava-1.5-7b",
 )
 """A recipe of each method, whose cuts are stretched to the reference model's depth."""
@@ -139,7 +140,18 @@ def _stretched(
         cuts.append(Cut(layer=layer, drop=drop, site=cut.site))
         present -= drop - recipe.new_tokens(drop)
     sizes = {"layers": geometry.layers, "visual_tokens": VISUAL, "of": VISUAL}
-    return recipe.model_copy(update=sizes | {"cuts": tuple(cuts)})
+    changes: dict[str, object] = {"cuts": tuple(cuts)}
+    if recipe.recycle and recipe.recycle.form == "contextual" and cuts:
+        changes["recycle"] = _contextual(recipe, recipe.recycle, cuts[0].drop)
+    return recipe.model_copy(update=sizes | changes)
+
+
+def _contextual(recipe: Recipe, published: Recycle, drop: int) -> Recycle:
+    """As many tokens merged, to one that stays, as in the published recipe."""
+    [cut] = recipe.cuts
+    each = recipe.new_tokens(cut.drop) / (recipe.visual_tokens - cut.drop)
+    share = round(each * (VISUAL - drop)) / drop + 1e-9  # not to be rounded down
+    return published.model_copy(update={"theta": min(share, 1.0)})
 
 
 # ------------------------------------------------------------------------- answering

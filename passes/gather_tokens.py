@@ -45,6 +45,7 @@ from vtprune_fx.graph import (
 )
 from vtprune_fx.passes.base import Pass
 from vtprune_fx.passes.insert_scores import (
+    CLASS_ATTENTION,
     KEEP_PREFIX,
     NEW_PREFIX,
     ROLES,
@@ -134,8 +135,9 @@ class _Gather:
         if cut.places:
             places = self._places(insert, stand_in, length, named[ROLES])
         shorter: dict[Node, Node] = {}
-        # The roles are read by the scores of later cuts.
-        for live in (*cut.live, LiveValue(ROLES, (1,))):
+        # Read by the scores of later cuts.
+        own = [name for name in (ROLES, CLASS_ATTENTION) if name in named]
+        for live in (*cut.live, *(LiveValue(name, (1,)) for name in own)):
             original = named[live.node]
             value, index = current.get(original, original), stand_in
             if live.node in cut.places:

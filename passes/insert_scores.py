@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from vtprune_fx import rank, recycling
+from vtprune_fx import patches, rank, recycling
 from vtprune_fx.errors import PlanError, VtpruneError
 from vtprune_fx.graph import Inserter, Stamp, set_value, value_at_full_length
 from vtprune_fx.passes.base import Pass
@@ -46,11 +46,15 @@ from vtprune_fx.plan import PlannedCut, PrunePlan
 from vtprune_fx.recipe import Recipe
 from vtprune_fx.scorers import rate_of, scorer
 from vtprune_fx.scoring import lowest_first, token_roles
+from vtprune_fx.tower import Tower
 
 aten = torch.ops.aten
 
 ROLES = "vtprune_roles"
 """Name of the tokens' roles, [B, S]."""
+
+CLASS_ATTENTION = "vtprune_class_attention"
+"""Name of what the vision tower's class token attends to, [B, S], if it is read."""
 
 KEEP_PREFIX = "vtprune_keep_"
 """A cut's keep set is named this and the layer's number, in every exported form too."""
@@ -86,13 +90,15 @@ class InsertScores(Pass):
         inserter = Inserter(graph)
         rate = rate_of(plan.recipe)
         roles: Node | None = None
+        attended: Node | None = None
         for cut in plan.cuts:
             anchor = named[cut.edge].next
             stamp = Stamp("score", cut.attention.layer)
             seen = _Seen(named, _look_ahead(inserter, anchor, cut, named))
             if roles is None:
                 roles = self._insert_roles(inserter, anchor, cut, seen)
-            evidence = _evidence(cut, seen, roles)
+                attended = self._insert_class_attention(inserter, anchor, seen)
+            evidence = (*_evidence(cut, seen, roles), attended)
             rated = _trace(inserter, anchor, stamp, plan.recipe.score, rate, evidence)
             order = inserter.trace(anchor, stamp, lowest_first, rated, roles)
             at = (inserter, anchor, order, cut)
@@ -104,7 +110,8 @@ class InsertScores(Pass):
             insert = partial(inserter.call, anchor, Stamp("keep", cut.attention.layer))
             if cut.new:
                 new = _New(inserter, anchor, cut, plan.recipe)
-                new.insert(seen.node(cut.hidden), roles, leaving)
+                merged = new.merge(seen, leaving, self._tower_of_new, plan.visual)
+                new.insert(merged, roles, leaving)
             else:
                 staying = leaving.staying
                 keep = insert(getitem, insert(aten.sort.default, staying, 1), 0)
@@ -122,6 +129,27 @@ class InsertScores(Pass):
             roles = insert(raters, self._embeddings(seen), roles)
         roles._rename(ROLES)
         return roles
+
+    def _insert_class_attention(
+        self, inserter: Inserter, anchor: Node, seen: _Seen
+    ) -> Node | None:
+        """Insert, with the first cut, what the score reads of the vision tower."""
+        tower = self._plan.tower
+        if tower is None or not scorer(self._plan.recipe.score).tower:
+            return None
+        heads = map(seen.node, (tower.query, tower.key, self._plan.visual))
+        insert = partial(inserter.trace, anchor, Stamp("score", -1))
+        sizes = tower.scale, tower.leading
+        attended = insert(patches.class_attention, *heads, *sizes)
+        attended._rename(CLASS_ATTENTION)
+        return attended
+
+    @property
+    def _tower_of_new(self) -> Tower | None:
+        """By whose keys new tokens are merged, if not by hidden states."""
+        recycle = self._plan.recipe.recycle
+        by_keys = recycle is not None and recycle.form == "contextual"
+        return self._plan.tower if by_keys else None
 
     def _embeddings(self, seen: _Seen) -> Node:
         if embeddings := seen.node(self._plan.embeddings):
@@ -225,16 +253,25 @@ class _New:
         self._cut = cut
         self._paper = recipe.recycle is not None and recipe.recycle.form == "paper"
 
-    def insert(self, hidden: Node | None, roles: Node, leaving: Leaving) -> None:
-        """Insert them."""
-        cut, layer = self._cut, self._cut.attention.layer
+    def merge(
+        self, seen: _Seen, leaving: Leaving, tower: Tower | None, visual: str
+    ) -> Node:
+        """Insert the new tokens: by a vision tower's keys, or by hidden states."""
+        hidden, clustered = seen.node(self._cut.hidden), leaving.clustered
         assert hidden is not None, "the edge of such a cut is the residual stream"
-        of = (hidden, leaving.clustered, leaving.clusters, self._paper)
-        if cut.rule is None:
-            merged = self._trace(recycling.merge, *of)
-        else:
-            merged = self._trace(rank.merge, *of)
-            merged = self._trace(rank.first, merged, leaving.new)
+        if tower is not None:
+            by = map(seen.node, (tower.key, visual))
+            keys = self._trace(patches.mean_keys, *by, tower.leading)
+            return self._trace(patches.merge, hidden, keys, clustered, leaving.clusters)
+        of = (hidden, clustered, leaving.clusters, self._paper)
+        if self._cut.rule is None:
+            return self._trace(recycling.merge, *of)
+        merged = self._trace(rank.merge, *of)
+        return self._trace(rank.first, merged, leaving.new)
+
+    def insert(self, merged: Node, roles: Node, leaving: Leaving) -> None:
+        """Insert the keep set that holds them."""
+        cut, layer = self._cut, self._cut.attention.layer
         merged._rename(f"{NEW_PREFIX}{layer}")
         last = self._trace(recycling.last_keys, leaving.order, roles, leaving.new)
         staying = (leaving.staying, leaving.new)

@@ -106,6 +106,16 @@ METHODS: dict[str, Recipe] = {
     "fitprune ahead of all layers": recipe_for(
         LAYERS, {0: 3, 2: 5}, site="before_layer"
     ),
+    "visionzip": recipe_for(
+        *(LAYERS, {0: 11}),
+        site="before_layer",
+        score="visionzip",
+        positions="compacted",
+        recycle={"tau": 1.0, "theta": 0.3, "form": "contextual"},
+    ),
+    "visionzip's score in the decoder": recipe_for(
+        LAYERS, {1: 5, 2: 3}, site="after_layer", score="visionzip"
+    ),
 }
 
 PROMPTS = {
@@ -202,7 +212,7 @@ def test_other_decoders_are_cut_behind_layers_too(decoder: str, attention: str) 
 
 GENERATED = (
     *("pyramiddrop", "sparsevlm, recycled"),
-    *("divprune", "fitprune ahead of all layers"),
+    *("divprune", "fitprune ahead of all layers", "visionzip"),
 )
 
 

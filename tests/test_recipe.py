@@ -48,6 +48,9 @@ SIMPLE = {
     "divprune-llava-1.5-7b-64": (64, [0]),
     "fastv-llava-1.5-7b": (288, [1]),
     "pyramiddrop-llava-1.5-7b": (72, [8, 16, 24]),
+    "visionzip-llava-1.5-7b-192": (192, [0]),
+    "visionzip-llava-1.5-7b-128": (128, [0]),
+    "visionzip-llava-1.5-7b-64": (64, [0]),
     "vtw-llava-1.5-7b": (0, [14]),
 }
 BY_RANK = {
@@ -201,6 +204,17 @@ def test_a_recipe_needs_what_every_cut_finds() -> None:
 def test_recycling_asks_for_cuts_behind_layers() -> None:
     with pytest.raises(RecipeError, match="field cuts: expected cuts after_layer"):
         recipe.load_recipe(changed(recycle={"tau": 0.5, "theta": 0.3}))
+
+
+def test_merging_by_the_towers_keys_asks_for_a_cut_ahead_of_all_layers() -> None:
+    recycle = {"tau": 1.0, "theta": 0.3, "form": "contextual"}
+    with pytest.raises(RecipeError, match="field cuts: expected one cut before_layer"):
+        recipe.load_recipe(changed(recycle=recycle))
+    cut = {"layer": 0, "drop": 7, "site": "before_layer"}
+    loaded = recipe.load_recipe(changed(recycle=recycle, cuts=[cut]))
+    assert loaded.new_tokens(7) == 2  # 0.3 * 7, rounded down
+    assert loaded.sees_tower
+    assert not recipe.load_recipe(VALID).sees_tower
 
 
 def test_a_seed_is_written_where_it_matters(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from vtprune_fx.attention import Logits, attentions
 from vtprune_fx.errors import AnatomyError
 from vtprune_fx.graph import size_expr, size_hint, tensor_of, walk_back
 from vtprune_fx.stream import Stream, module_path, read_streams
+from vtprune_fx.tower import Tower, read_tower
 
 aten = torch.ops.aten
 
@@ -105,6 +106,8 @@ class Anatomy:
         visual_tokens: Visual tokens of a sample that has any, in the example the graph
             was traced with; those of all samples where they cannot be alike.
         layers: The decoder layers' attentions, in order.
+        tower: The attention behind which image features leave the vision tower, or None
+            where the graph does not show it.
     """
 
     tokens: sympy.Symbol
@@ -112,6 +115,7 @@ class Anatomy:
     visual: str
     visual_tokens: int
     layers: tuple[Attention, ...]
+    tower: Tower | None = None
 
 
 def read(graph: Graph) -> Anatomy | None:
@@ -154,6 +158,7 @@ def read(graph: Graph) -> Anatomy | None:
         visual=visual.name,
         visual_tokens=rows if rest else each,
         layers=tuple(_decoder(graph, tokens)),
+        tower=read_tower(graph, features),
     )
 
 

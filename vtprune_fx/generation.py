@@ -17,6 +17,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
 from vtprune_fx import cache as ragged
 from vtprune_fx.backend import inner_compiler, vtprune_backend
+from vtprune_fx.capture import images_as_one_sequence
 from vtprune_fx.decoding import mark_dynamic, set_attention, use_ragged_attention
 from vtprune_fx.errors import InputError, VtpruneError
 from vtprune_fx.recipe import Recipe, load_recipe
@@ -45,6 +46,10 @@ def compile(
     length and the new tokens.
 
     A further turn on a filled cache is not pruned.
+
+    Where a recipe looks at the vision tower (VisionZip) the tower is part of the
+    compiled prompt; ``generate`` then does not encode images ahead of it. Beams and
+    several sequences take prompts with one image at most.
 
     Args:
         model: An unmodified transformers model.
@@ -146,6 +151,10 @@ class _PrunedForward:
         self._decode = decode
         functools.update_wrapper(self, self._whole)
         self._signature = inspect.signature(self._whole)
+        recipe: Recipe | None = options["recipe"]
+        self._sees_tower = recipe is not None and recipe.sees_tower
+        if self._sees_tower:
+            self.__signature__ = _without(self._signature, "mm_encoder_outputs")
         use_ragged_attention(model)
 
     def _note(self, report: PruneReport) -> None:
@@ -190,7 +199,9 @@ class _PrunedForward:
         room = None if static is None else static.get_max_length()
         _mark_prompt(named)
         visual = self._visual(named.get("input_ids"))
-        outputs = self._compiled_for(int(visual.max()))(**named)
+        prompt = self._compiled_for(int(visual.max()))
+        with self._encoding_images(named):
+            outputs = prompt(**named)
         filled = getattr(outputs, "past_key_values", None)
         if filled is not None:
             came, mask = named["input_ids"].shape[1], named.get("attention_mask")
@@ -199,6 +210,19 @@ class _PrunedForward:
             static.layers = outputs.past_key_values.layers
             outputs.past_key_values = static
         return outputs
+
+    def _encoding_images(
+        self, named: dict[str, Any]
+    ) -> contextlib.AbstractContextManager[None]:
+        """Let one graph encode images, any number of them."""
+        pixels, model = named.get("pixel_values"), self._model()
+        if not self._sees_tower or pixels is None or model is None:
+            return contextlib.nullcontext()
+        _refuse_mixed_up(named["input_ids"], pixels)
+        if named.get("return_dict") is model.config.return_dict:
+            # Dynamo reads no signature, as encoding does, once that is taken off.
+            del named["return_dict"]
+        return images_as_one_sequence(model)
 
     def _visual(self, ids: Tensor | None) -> Tensor:
         """[B] visual tokens of each sample."""
@@ -267,6 +291,37 @@ def _refuse(named: Mapping[str, Any]) -> None:
                 found=f"{value}, which a pruned model cannot generate with",
                 fix=f"{why} Leave the option out, or call vtprune_fx.undo(model).",
             )
+
+
+def _without(signature: inspect.Signature, name: str) -> inspect.Signature:
+    """A signature that lacks a parameter.
+
+    ``generate`` reads it to learn whether it should encode images by itself.
+    """
+    parameters = signature.parameters.values()
+    return signature.replace(parameters=[p for p in parameters if p.name != name])
+
+
+def _refuse_mixed_up(ids: Tensor, pixels: Tensor) -> None:
+    """Refuse prompts that ``generate`` repeated, with several images each.
+
+    It repeats every image by itself, so that they no longer stand in the prompts'
+    order.
+
+    Args:
+        ids: [B, S].
+        pixels: [I, ...].
+    """
+    twice = (ids[1:] == ids[:-1]).all(dim=1).any()
+    seen_twice = (pixels[1:] == pixels[:-1]).flatten(1).all(dim=1).any()
+    if len(pixels) > len(ids) and bool(twice & seen_twice):
+        raise InputError(
+            "prompts",
+            expected="one image in each, to be repeated for beams or sequences by a "
+            "recipe that looks at the vision tower",
+            found=f"{len(pixels)} images in {len(ids)} prompts",
+            fix="Generate greedily, or use another recipe.",
+        )
 
 
 def _first_given(named: Mapping[str, Any], *names: str) -> Any:

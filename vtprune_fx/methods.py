@@ -70,6 +70,13 @@ METHODS: dict[str, Method] = {
         "Ahead of the first layer the tokens leave that are most like others: those "
         "that stay are chosen one by one, each as far as can be from those before.",
     ),
+    "visionzip": Method(
+        "VisionZip",
+        "arXiv:2412.04467",
+        "Ahead of the first layer the tokens stay that the vision tower's class token "
+        "attends to most; the others are merged into a few by the tower's keys. "
+        "Positions are compacted.",
+    ),
     "baseline": Method(
         "Baseline",
         "for comparison",

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GemmaModel, LlamaModel, MistralModel, Qwen2Model
 
+from vtprune_fx import oracle_tower
 from vtprune_fx.errors import InputError, PlanError
 from vtprune_fx.oracle_recycling import merge
 from vtprune_fx.oracle_scores import (
@@ -69,11 +70,14 @@ class Sample:
         input_ids: Token ids, the model's image token where a visual token stands. [n]
         features: The projector's outputs, all images of the sample in order. [v, h]
         positions: Rotary positions; 0, 1, 2, ... where none are given. [n]
+        patches: What the vision tower made of each image token's patch, as
+            ``oracle_tower.encode`` tells it, where that is known. [v, 1 + w]
     """
 
     input_ids: Tensor
     features: Tensor
     positions: Tensor = _FROM_ZERO
+    patches: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Fill in the default positions."""
@@ -145,12 +149,15 @@ def split_batch(
     attended = attention_mask.bool()
     visual = (input_ids == model.config.image_token_id) & attended
     counts: list[int] = visual.sum(dim=1).tolist()
-    rows = _features(model, pixel_values, features)
+    rows, patches = _features(model, pixel_values, features)
     _check_features(len(rows), sum(counts))
+    nothing: list[Tensor | None] = [None] * len(counts)
+    looked = nothing if patches is None else torch.split(patches, counts)
+    features_of = torch.split(rows, counts)
     return [
-        Sample(ids[real], own, positions[real])
-        for ids, real, own, positions in zip(
-            input_ids, attended, torch.split(rows, counts), position_ids, strict=True
+        Sample(ids[real], own, positions[real], seen)
+        for ids, real, own, positions, seen in zip(
+            input_ids, attended, features_of, position_ids, looked, strict=True
         )
     ]
 
@@ -177,7 +184,8 @@ def prefill(
     Raises:
         PlanError: The recipe drops more visual tokens than a layer has left, names a
             layer that the model lacks.
-        InputError: The sample has more or fewer features than image tokens.
+        InputError: The sample has more or fewer features than image tokens, or it does
+            not tell the patches that the recipe looks at.
     """
     decoder, layers = _decoder(model)
     visual = sample.input_ids == model.config.image_token_id
@@ -185,7 +193,8 @@ def prefill(
     hidden = _embed(model, sample)
     present = torch.arange(len(hidden), device=hidden.device)
     rating = raters(recipe, hidden, visual, _after_last(visual)) if cuts else visual
-    row = _Row(hidden, present, visual, rating, sample.positions)
+    patches = _patches(recipe, sample, visual) if cuts else hidden[:, :0]
+    row = _Row(hidden, present, visual, rating, sample.positions, patches)
     kept, keys, values, scores, ranks = [], [], [], {}, {}
     for index, layer in enumerate(layers):
         cut = cuts.get(index)
@@ -279,6 +288,8 @@ class _Row:
         visual: Which of them are visual. [m] bool
         instruction: Which of them are the text that rates those. [m] bool
         positions: Their rotary positions. [m]
+        patches: What the tower made of them, zeros for text. [m, 1 + w], or [m, 0]
+            where the recipe does not look at it.
     """
 
     hidden: Tensor
@@ -286,6 +297,7 @@ class _Row:
     visual: Tensor
     instruction: Tensor
     positions: Tensor
+    patches: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -319,7 +331,8 @@ def _run_layer(
     scale = layer.self_attn.scaling
     cos, sin = _rotary(decoder, row.hidden, row.positions)
     query, key, value = _project(layer, row.hidden, cos, sin)
-    seen = Seen(query, key, scale, row.hidden, cos, sin, row.visual, row.instruction)
+    tokens = (row.visual, row.instruction, row.patches)
+    seen = Seen(query, key, scale, row.hidden, cos, sin, *tokens)
     rated = None
     if cut is not None and site == "before_layer":
         row, _, rated = _cut(recipe, cut, row, seen, staying)
@@ -359,6 +372,7 @@ def _cut(
         row.visual[stay],
         row.instruction[stay],
         row.positions[stay],
+        row.patches[stay],
     )
     if recipe.recycle is not None and cut.drop:
         left = _recycled(recipe.recycle, cut, row, left, scores)
@@ -372,13 +386,19 @@ def _recycled(
 ) -> _Row:
     """The tokens left, and new ones made of dropped ones behind the last visual token.
 
-    A new token has the position of the visual token that stood last ahead of the cut.
+    A new token has the position of the visual token that stood last ahead of the cut,
+    and that one's patch.
     """
     chosen, clusters = recycle.counts(cut.drop)
     places = before.visual.nonzero()[:, 0]
     dropped = torch.argsort(scores, stable=True)[: cut.drop]
     best_first = places[dropped.flip(0)[:chosen]]
-    new = merge(before.hidden[best_first], clusters, paper=recycle.form == "paper")
+    if recycle.form == "contextual":
+        merged = best_first.sort().values
+        keys = before.patches[merged, 1:]
+        new = oracle_tower.merge(before.hidden[merged], keys, clusters)
+    else:
+        new = merge(before.hidden[best_first], clusters, paper=recycle.form == "paper")
     last = int(places[-1])
     # Where the new tokens go: behind all of those left that stood up to there.
     stood = torch.arange(len(before.visual), device=places.device)
@@ -388,12 +408,14 @@ def _recycled(
     own = torch.full((clusters,), -1, device=places.device)
     yes = torch.ones(clusters, dtype=torch.bool, device=places.device)
     position = before.positions[last].expand(clusters)
+    patch = before.patches[last].expand(clusters, -1)
     return _Row(
         _insert(left.hidden, at, new),
         _insert(left.present, at, own),
         _insert(left.visual, at, yes),
         _insert(left.instruction, at, ~yes),
         _insert(left.positions, at, position),
+        _insert(left.patches, at, patch),
     )
 
 
@@ -466,14 +488,32 @@ def _features(
     model: LlavaForConditionalGeneration,
     pixel_values: Tensor | None,
     features: Tensor | None,
-) -> Tensor:
-    """The batch's visual embeddings, [v, h]: none, as given, or from the images."""
+) -> tuple[Tensor, Tensor | None]:
+    """The batch's visual embeddings, [v, h]: none, as given, or from the images.
+
+    With images also what the tower made of their patches.
+    """
     if features is not None:
-        return features
+        return features, None
     if pixel_values is None:
-        return torch.empty(0, model.lm_head.in_features, device=model.device)
-    encoded = model.get_image_features(pixel_values=pixel_values, return_dict=True)
-    return torch.cat(list(encoded.pooler_output))
+        return torch.empty(0, model.lm_head.in_features, device=model.device), None
+    return oracle_tower.encode(model, pixel_values)
+
+
+def _patches(recipe: Recipe, sample: Sample, visual: Tensor) -> Tensor:
+    """What the tower made of each token's patch, for a recipe that looks at it."""
+    if not recipe.sees_tower:
+        return torch.empty(len(visual), 0, device=visual.device)
+    if sample.patches is None:
+        raise InputError(
+            f"recipe {recipe.name}",
+            expected="a sample that was made of images, whose patches it looks at",
+            found="features alone",
+            fix="Give split_batch the pixel_values.",
+        )
+    found = sample.patches.new_zeros(len(visual), sample.patches.shape[1])
+    found[visual] = sample.patches
+    return found
 
 
 def _embed(model: LlavaForConditionalGeneration, sample: Sample) -> Tensor:

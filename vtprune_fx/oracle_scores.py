@@ -34,6 +34,8 @@ class Seen:
         sin: Rotary sines. [m, d]
         visual: Which tokens are visual. [m] bool
         instruction: Which text rates them. [m] bool
+        patches: What the vision tower made of them, as ``oracle_tower.encode`` tells
+            it. [m, 1 + w], or [m, 0] where the recipe does not look at it.
     """
 
     query: Tensor
@@ -44,6 +46,7 @@ class Seen:
     sin: Tensor
     visual: Tensor
     instruction: Tensor
+    patches: Tensor
 
     @property
     def probabilities(self) -> Tensor:
@@ -88,6 +91,8 @@ def rate(recipe: Recipe, seen: Seen) -> Tensor:
     roles = _roles(seen.visual, seen.instruction)[None]
     query, key = seen.query[None], seen.key[None]
     others = [value[None] for value in (seen.hidden, seen.cos, seen.sin)]
+    if scorers.sees_tower(recipe.score):
+        others.append(seen.patches[None, :, 0])
     scores = scorers.rate_of(recipe)(query, key, None, roles, seen.scale, *others)
     return scores[0, seen.visual]
 
@@ -238,6 +243,11 @@ def divprune(recipe: Recipe, seen: Seen) -> Tensor:
     return scores
 
 
+def visionzip(_: Recipe, seen: Seen) -> Tensor:
+    """VisionZip's (arXiv:2412.04467): what the tower's class token attends to."""
+    return seen.patches[seen.visual, 0]
+
+
 _SCORES: dict[str, Callable[[Recipe, Seen], Tensor]] = {
     "dart": dart,
     "divprune": divprune,
@@ -248,4 +258,5 @@ _SCORES: dict[str, Callable[[Recipe, Seen], Tensor]] = {
     "sparsevlm": sparsevlm,
     "sparsevlm-plus": sparsevlm_plus,
     "uniform": uniform,
+    "visionzip": visionzip,
 }

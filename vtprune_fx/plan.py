@@ -17,6 +17,7 @@ from vtprune_fx.errors import PlanError
 from vtprune_fx.graph import Count, axes_of, mentions, size_expr
 from vtprune_fx.recipe import Cut, Recipe, Site
 from vtprune_fx.stream import seen_through
+from vtprune_fx.tower import Tower
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ class PrunePlan:
         attentions: The attentions of all decoder layers, in order.
         lengths: Names of the symbolic ints that are the prompt's length.
         cuts: The cuts, in order.
+        tower: The vision tower's attention, where the recipe reads it.
     """
 
     recipe: Recipe
@@ -90,6 +92,7 @@ class PrunePlan:
     attentions: tuple[Attention, ...]
     lengths: frozenset[str]
     cuts: tuple[PlannedCut, ...]
+    tower: Tower | None = None
 
     @property
     def layers(self) -> int:
@@ -119,6 +122,7 @@ def place(recipe: Recipe, anatomy: Anatomy, graph: Graph) -> PrunePlan:
             live value cannot be gathered.
     """
     _check_fits(recipe, anatomy)
+    _check_shows_tower(recipe, anatomy)
     uses = _Uses(graph)
     lengths = frozenset(
         n.name for n in graph.nodes if _is_length(n.meta.get("val"), anatomy.tokens)
@@ -160,6 +164,7 @@ def place(recipe: Recipe, anatomy: Anatomy, graph: Graph) -> PrunePlan:
         attentions=anatomy.layers,
         lengths=lengths,
         cuts=tuple(cuts),
+        tower=anatomy.tower if recipe.sees_tower else None,
     )
 
 
@@ -231,6 +236,18 @@ def _check_fits(recipe: Recipe, anatomy: Anatomy) -> None:
         )
 
 
+def _check_shows_tower(recipe: Recipe, anatomy: Anatomy) -> None:
+    if recipe.sees_tower and recipe.cuts and anatomy.tower is None:
+        raise PlanError(
+            f"recipe {recipe.name}",
+            expected="a graph from pixels on, in which a layer of the vision tower "
+            "makes all image features, one token each",
+            found="none",
+            fix="Give the model pixel_values, in one graph (fullgraph=True), or use a "
+            "recipe that does not look at the vision tower.",
+        )
+
+
 def _edge(recipe: Recipe, cut: Cut, attention: Attention) -> tuple[str, str | None]:
     """The node behind which tokens leave, and the residual stream there."""
     stream = attention.stream
@@ -241,7 +258,7 @@ def _edge(recipe: Recipe, cut: Cut, attention: Attention) -> tuple[str, str | No
         if cut.site == "after_layer"
         else (stream.start, stream.entry)
     )
-    if end is None:
+    if end is None or (recipe.recycle and hidden is None):
         raise PlanError(
             f"recipe {recipe.name}, cut at layer {cut.layer}",
             expected=f"one value that is the residual stream, to cut it {cut.site}",

@@ -88,22 +88,25 @@ class Cut(_Strict):
 
 
 class Recycle(_Strict):
-    """Dropped tokens are clustered into a few new ones, as SparseVLM does.
+    """Dropped tokens become a few new ones, as in SparseVLM and VisionZip.
 
     Of n dropped tokens the best scored m form C clusters.
 
     Attributes:
         tau: The share of the dropped tokens that is clustered.
         theta: Clusters, as a share of those.
-        form: ``code``: m is ``int(tau n) + 1`` and C ``int(theta m) + 1``, tokens join
-            the centre nearest to them, and a new token is the mean of its cluster.
-            ``paper``: m is ``int(tau n)`` and C ``int(theta m)``, both at least 1,
-            tokens join the centre most like them by cosine, and a new token is the sum.
+        form: ``code``: m is ``int(tau n) + 1`` and C ``int(theta m) + 1``, clusters are
+            density peaks of the hidden states, tokens join the centre nearest to them,
+            and a new token is the mean of its cluster (SparseVLM's code). ``paper``: m
+            is ``int(tau n)`` and C ``int(theta m)``, both at least 1, tokens join the
+            centre most like them by cosine, and a new token is the sum (SparseVLM's
+            paper). ``contextual``: as many as in ``paper``, and clusters go by the keys
+            of the vision tower; the one cut is before layer 0 (VisionZip).
     """
 
     tau: Annotated[float, Field(ge=0, le=1)]
     theta: Annotated[float, Field(ge=0, le=1)]
-    form: Literal["code", "paper"] = "code"
+    form: Literal["code", "paper", "contextual"] = "code"
 
     def counts(self, dropped: int) -> tuple[int, int]:
         """How many of the dropped tokens are clustered, and into how many new ones."""
@@ -112,6 +115,10 @@ class Recycle(_Strict):
 
     def _rounded(self, share: float) -> int:
         return int(share) + 1 if self.form == "code" else max(int(share), 1)
+
+
+_AHEAD = (0, "before_layer")
+"""Layer and site of a cut ahead of the decoder."""
 
 
 class Provenance(_Strict):
@@ -137,6 +144,7 @@ Method = Literal[
     "vtw",
     "dart",
     "divprune",
+    "visionzip",
     "baseline",
     "custom",
 ]
@@ -156,7 +164,7 @@ class Recipe(_Strict):
         positions: ``kept``: a surviving token keeps its rotary position;
             ``compacted``: behind a cut the tokens left take the first positions.
         recycle: How dropped tokens become new ones, or None. Every cut must then be
-            ``after_layer``.
+            ``after_layer``, or for contextual ones ``before_layer`` 0.
         layers: Decoder layers of the model the recipe was made for.
         visual_tokens: Visual tokens per sample of that model.
         of: Reference count of visual tokens, or None where ``drop`` is a plain count.
@@ -208,9 +216,6 @@ class Recipe(_Strict):
                 f"cuts in layers 0 to {self.layers - 1} ('layers' is {self.layers})",
                 f"a cut in layer {layers[-1]}",
             )
-        sites = {cut.site for cut in self.cuts}
-        if self.recycle and not sites <= {"after_layer"}:
-            raise _wrong("cuts", "cuts after_layer, to recycle", " and ".join(sites))
         return self
 
     @model_validator(mode="after")
@@ -226,6 +231,21 @@ class Recipe(_Strict):
                 f"cuts that drop at most the {most} visual tokens there are",
                 f"{total} dropped",
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_recycled(self) -> Self:
+        sites = {cut.site for cut in self.cuts}
+        if self.recycle is None or not self.cuts:
+            return self
+        if self.recycle.form == "contextual":
+            if [(cut.layer, cut.site) for cut in self.cuts] != [_AHEAD]:
+                found = ", ".join(f"{cut.site} {cut.layer}" for cut in self.cuts)
+                raise _wrong("cuts", "one cut before_layer 0, to recycle", found)
+            if self.adaptive:
+                raise _wrong("cuts", "counts, to recycle", "a rule by rank")
+        elif sites != {"after_layer"}:
+            raise _wrong("cuts", "cuts after_layer, to recycle", " and ".join(sites))
         return self
 
     def __hash__(self) -> int:
@@ -300,9 +320,14 @@ class Recipe(_Strict):
 
         That layer's cache then does not tell how long the prompt was.
         """
-        ahead = (0, "before_layer")
         cuts = (cut for cut in self.cuts if cut.drop or cut.by_rank)
-        return any((cut.layer, cut.site) == ahead for cut in cuts)
+        return any((cut.layer, cut.site) == _AHEAD for cut in cuts)
+
+    @property
+    def sees_tower(self) -> bool:
+        """Whether it needs a graph that has the vision tower in it."""
+        merges = self.recycle is not None and self.recycle.form == "contextual"
+        return merges or scorers.sees_tower(self.score)
 
     def baseline(self, score: Literal["inverted", "random", "uniform"]) -> Recipe:
         """The same cuts, with tokens chosen by a score that no method would use."""

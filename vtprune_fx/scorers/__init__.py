@@ -47,11 +47,14 @@ class Scorer:
             enters the decoder; which text is instruction. None: all behind the images.
         rows: How many query rows of attention it computes, None for all: what ``cost``
             counts for it.
+        tower: Whether it reads ``Evidence.class_attention``. The graph must then have
+            the vision tower in it.
     """
 
     rate: Rate
     raters: Raters | None = None
     rows: int | None = None
+    tower: bool = False
 
     def options(self) -> dict[str, object]:
         """Names and defaults of the options: ``rate``'s keyword-only parameters."""
@@ -64,7 +67,8 @@ class Scorer:
 
 _BUILT_IN: dict[str, int | None] = {
     # The module of that name in this package, and ``Scorer.rows`` (of keys for dart,
-    # of the residual stream for divprune).
+    # of the residual stream for divprune, of the vision tower for visionzip, which is
+    # not counted).
     "dart": 8,
     "divprune": None,
     "fitprune": None,
@@ -74,13 +78,22 @@ _BUILT_IN: dict[str, int | None] = {
     "sparsevlm": None,
     "sparsevlm-plus": None,
     "uniform": 0,
+    "visionzip": 0,
 }
+
+_OF_TOWER = frozenset({"visionzip"})
+"""Those that read ``Evidence.class_attention``."""
 
 _REGISTERED: dict[str, Scorer] = {}
 
 
 def register_scorer(
-    name: str, rate: Rate, raters: Raters | None = None, *, rows: int | None = None
+    name: str,
+    rate: Rate,
+    raters: Raters | None = None,
+    *,
+    rows: int | None = None,
+    tower: bool = False,
 ) -> None:
     """Let recipes use a scorer.
 
@@ -90,6 +103,7 @@ def register_scorer(
             may set, each with a number for a default.
         raters: As in ``Scorer``.
         rows: As in ``Scorer``.
+        tower: As in ``Scorer``.
 
     Raises:
         RecipeError: A scorer that ships with vtprune has that name.
@@ -101,7 +115,7 @@ def register_scorer(
             found="that of a scorer that ships with vtprune",
             fix="Register it under another name.",
         )
-    _REGISTERED[name] = Scorer(rate, raters, rows)
+    _REGISTERED[name] = Scorer(rate, raters, rows, tower)
 
 
 def is_built_in(name: str) -> bool:
@@ -120,12 +134,17 @@ def scorer(name: str) -> Scorer:
         return _REGISTERED[name]
     module = importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
     raters = getattr(module, "raters", None)
-    return Scorer(module.rate, raters, _BUILT_IN[name])
+    return Scorer(module.rate, raters, _BUILT_IN[name], name in _OF_TOWER)
 
 
 def rows(name: str) -> int | None:
     """``Scorer.rows``, without importing torch."""
     return _BUILT_IN[name] if name in _BUILT_IN else _REGISTERED[name].rows
+
+
+def sees_tower(name: str) -> bool:
+    """``Scorer.tower``, without importing torch."""
+    return name in _OF_TOWER or (name in _REGISTERED and _REGISTERED[name].tower)
 
 
 def rate_of(recipe: Recipe) -> Callable[..., Tensor]:

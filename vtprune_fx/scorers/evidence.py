@@ -35,6 +35,9 @@ class Evidence(NamedTuple):
         cos: [B or 1, S, D], what queries and keys were rotated by, or None where the
             graph does not show it.
         sin: As ``cos``.
+        class_attention: [B, S] float32, what a visual token's patch gets of the vision
+            tower's attention (``patches.class_attention``), for scorers that say they
+            look at it (``Scorer.tower``); else None.
     """
 
     query: Tensor
@@ -45,6 +48,7 @@ class Evidence(NamedTuple):
     hidden: Tensor | None = None
     cos: Tensor | None = None
     sin: Tensor | None = None
+    class_attention: Tensor | None = None
 
 
 def logits(seen: Evidence) -> Tensor:
