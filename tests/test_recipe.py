@@ -424,7 +424,7 @@ WRONG: dict[str, tuple[Fields, str, str, str]] = {
     "an unknown form of recycling": (
         changed(recycle={"tau": 0.3, "theta": 0.1, "form": "cosine"}),
         "field recycle.form",
-        "'code' or 'paper'",
+        "'code', 'paper' or 'contextual'",
         "'cosine'",
     ),
     "more dropped than the share's whole": (
