@@ -44,7 +44,7 @@ from vtprune_fx.graph import Inserter, Stamp, set_value, value_at_full_length
 from vtprune_fx.passes.base import Pass
 from vtprune_fx.plan import PlannedCut, PrunePlan
 from vtprune_fx.scorers import rate_of, scorer
-from vtprune_fx.scoring import lowest_first, token_roles
+from vtprune_fx.scoring import lowest_first, marked, token_roles
 
 aten = torch.ops.aten
 
@@ -113,8 +113,8 @@ class InsertScores(Pass):
     ) -> Node:
         """Insert the roles with the first cut, whose layer's mask tells the padding."""
         insert = partial(inserter.trace, anchor, Stamp("score", -1))
-        visual, mask = seen.node(self._plan.visual), seen.node(cut.attention.mask)
-        roles = insert(token_roles, visual, mask)
+        visual = insert(marked, *map(seen.node, self._plan.visual))
+        roles = insert(token_roles, visual, seen.node(cut.attention.mask))
         if raters := scorer(self._plan.recipe.score).raters:
             roles = insert(raters, self._embeddings(seen), roles)
         roles._rename(ROLES)

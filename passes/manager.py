@@ -125,7 +125,7 @@ def _shortest_prompt(plan: PrunePlan) -> int:
 def _check_leaves_two(graph: Graph, plan: PrunePlan) -> None:
     """Let the graph know how long a prompt is at least."""
     least = _shortest_prompt(plan)
-    mask = next(node for node in graph.nodes if node.name == plan.visual)
+    mask = next(node for node in graph.nodes if node.name in plan.visual)
     length = size_hint(mask.meta["val"].shape[1])
     if length < least:
         raise PlanError(

@@ -13,11 +13,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed
+from torch.utils import _pytree as pytree
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
 from vtprune_fx import cache as ragged
 from vtprune_fx.backend import inner_compiler, vtprune_backend
 from vtprune_fx.decoding import mark_dynamic, set_attention, use_ragged_attention
+from vtprune_fx.encoding import FEATURES, encoded, own_positions, token_axis
 from vtprune_fx.errors import InputError, VtpruneError
 from vtprune_fx.recipe import Recipe, load_recipe
 from vtprune_fx.report import PruneReport
@@ -124,10 +126,6 @@ def _forward_of(model: PreTrainedModel) -> object:
     return vars(model).get("forward")
 
 
-_NO_TOKEN = -1
-"""The id of no token."""
-
-
 class _PrunedForward:
     """Stands for a model's ``forward``: prompts pruned, steps on ragged caches."""
 
@@ -138,7 +136,7 @@ class _PrunedForward:
         self._was_own = _forward_of(model) is not None
         self._text = model.config.get_text_config()
         self._attention = self._text._attn_implementation
-        self._image_token: int = _image_token_of(model)
+        self._visual_ids = torch.tensor(visual_ids(model))
         self._model = weakref.ref(model)
         self._options = options | {"tell": self._note}
         self.report: PruneReport | None = None
@@ -150,6 +148,12 @@ class _PrunedForward:
 
     def _note(self, report: PruneReport) -> None:
         self.report = report
+
+    def _owner(self) -> PreTrainedModel:
+        """The model, which holds this object."""
+        model = self._model()
+        assert model is not None
+        return model
 
     def _give_up(self) -> None:
         """A model that cannot be pruned is left as it was."""
@@ -188,6 +192,7 @@ class _PrunedForward:
             named["past_key_values"] = DynamicCache(config=self._text)
             named["attention_mask"] = _without_room(named)
         room = None if static is None else static.get_max_length()
+        named = encoded(self._owner(), named)
         _mark_prompt(named)
         visual = self._visual(named.get("input_ids"))
         outputs = self._compiled_for(int(visual.max()))(**named)
@@ -209,7 +214,7 @@ class _PrunedForward:
                 found="none",
                 fix="Pass input_ids, not inputs_embeds.",
             )
-        return torch.eq(ids, self._image_token).sum(dim=1)
+        return torch.isin(ids, self._visual_ids.to(ids.device)).sum(dim=1)
 
     def _compiled_for(self, visual: int) -> Callable[..., Any]:
         """The compiled model for prompts with at most so many visual tokens.
@@ -235,6 +240,9 @@ class _PrunedForward:
         mark_dynamic(3, mask)
         if new > 1:
             mark_dynamic(2, mask)
+        positions = own_positions(self._owner(), named)
+        if positions is not None:
+            named["position_ids"] = positions
         _mark_prompt(named | {"attention_mask": None})
         layers: list[Any] = cache.layers
         for layer in layers:
@@ -244,13 +252,16 @@ class _PrunedForward:
         return step(**named | {"attention_mask": mask})
 
 
-def _image_token_of(model: PreTrainedModel) -> int:
-    found: int | None = getattr(model.config, "image_token_id", None)
-    if found is None:
+def visual_ids(model: PreTrainedModel) -> list[int]:
+    """Ids of the placeholders of images and videos."""
+    names = ("image_token_id", "video_token_id")
+    ids = [getattr(model.config, name, None) for name in names]
+    found = [token for token in ids if token is not None]
+    if not found:
         logger.warning(
             "%s has no visual tokens: it is compiled, not pruned.", type(model).__name__
         )
-    return _NO_TOKEN if found is None else found
+    return found
 
 
 def _refuse(named: Mapping[str, Any]) -> None:
@@ -274,11 +285,14 @@ def _first_given(named: Mapping[str, Any], *names: str) -> Any:
 
 
 def _mark_prompt(named: dict[str, Any]) -> None:
-    """Let a prompt's length vary; that of one token is a step's."""
-    for name in ("input_ids", "attention_mask", "position_ids", "inputs_embeds"):
-        value = named.get(name)
-        if value is not None and value.shape[1] > 1:
-            mark_dynamic(1, value)
+    """Let a prompt's length and its features' number vary; one token is a step's."""
+    prompt = _first_given(named, "input_ids", "inputs_embeds").shape[:2]
+    for value in named.values():
+        axis = token_axis(value, prompt)
+        if axis is not None and prompt[1] > 1:
+            mark_dynamic(axis, value)
+    for features in pytree.tree_leaves(named.get(FEATURES)):
+        torch._dynamo.maybe_mark_dynamic(features, 0)
 
 
 def _without_room(named: dict[str, Any]) -> Tensor | None:

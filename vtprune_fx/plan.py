@@ -68,7 +68,7 @@ class PrunePlan:
     Attributes:
         recipe: The recipe.
         tokens: The symbol of the prompt's length.
-        visual: Name of the mask of visual tokens, [B, S] or [B, S, 1].
+        visual: Names of the masks of visual tokens, [B, S] or [B, S, 1].
         visual_tokens: Visual tokens a sample comes with.
         embeddings: Name of what enters the decoder, [B, S, E], where the graph shows
             it.
@@ -79,7 +79,7 @@ class PrunePlan:
 
     recipe: Recipe
     tokens: sympy.Symbol
-    visual: str
+    visual: tuple[str, ...]
     visual_tokens: int
     embeddings: str | None
     attentions: tuple[Attention, ...]

@@ -9,12 +9,20 @@ Shapes: B samples, S tokens.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 CONTEXT, VISUAL, INSTRUCTION, PADDING = 0, 1, 2, 3
 """Roles of tokens: text ahead of or between images, images, text behind the last, and
 what nobody attends to."""
+
+
+def marked(*masks: Tensor) -> Tensor:
+    """[B, S] bool: what any of some masks [B, S] or [B, S, 1] marks."""
+    flat = (mask.flatten(1) for mask in masks)
+    return functools.reduce(torch.logical_or, flat)
 
 
 def token_roles(visual: Tensor, mask: Tensor | None) -> Tensor:
