@@ -16,10 +16,16 @@ import transformers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+import vtprune_fx
+from tests.tiny import recipe_for
+from vtprune_fx import oracle
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from transformers import PreTrainedConfig, PreTrainedModel
+
+    from vtprune_fx.recipe import Recipe
 
 Inputs = dict[str, Tensor]
 
@@ -41,6 +47,7 @@ class Kind:
         video: The same of a video, None where it takes none.
         per_sample: Whether images come as [samples, images, ...].
         times: Whether a text token stands ahead of each pair of frames of a video.
+        features_until: The first layer that no visual features enter any more.
         papers: Whether a pruning paper reports on it.
     """
 
@@ -49,6 +56,7 @@ class Kind:
     video: Callable[[torch.Generator, int], Inputs] | None = None
     per_sample: bool = False
     times: bool = False
+    features_until: int = 0
     papers: bool = False
 
 
@@ -121,6 +129,67 @@ def visual_tokens(model: PreTrainedModel, kind: str, inputs: Inputs) -> int:
     return sum(part.numel() for part in each) // WIDTH
 
 
+def recipe_of(name: str, **fields: Any) -> Recipe:
+    """A recipe that drops two visual tokens in each of two layers."""
+    first = ZOO[name].features_until
+    return recipe_for(LAYERS, {first: 2, first + 1: 2}, **fields)
+
+
+def assert_generates_like_the_oracle(
+    name: str,
+    prompts: Sequence[Prompt],
+    recipe: Recipe,
+    new: int = 8,
+    inner: str = "eager",
+) -> None:
+    """Compare a compiled model with the oracle, sample by sample.
+
+    Tokens kept at each cut, tokens that each layer holds, and the logits of the first
+    and of each following new token, fed by what is likeliest.
+    """
+    model = tiny(name)
+    inputs = batch(name, model, *prompts)
+    samples = oracle.split_batch(model, **inputs)
+    torch.compiler.reset()
+    vtprune_fx.compile(model, recipe, inner=inner)
+    made: Any = model.generate(
+        **inputs,
+        max_new_tokens=new,
+        do_sample=False,
+        eos_token_id=None,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    report = vtprune_fx.report_of(model)
+    assert report is not None
+    lengths = [layer.held() for layer in made.past_key_values.layers]
+    for row, sample in enumerate(samples):
+        state = oracle.prefill(model, recipe, sample)
+        padding = inputs["input_ids"].shape[1] - len(sample.input_ids)
+        _compare_kept(report.keep_sets, row, padding, state)
+        expected = [padding + keys.shape[1] + new - 1 for keys in state.keys]
+        assert lengths == expected, f"sample {row}"
+        logits = state.logits[-1]
+        for step in range(new):
+            torch.testing.assert_close(
+                made.logits[step][row], logits, atol=1e-4, rtol=0
+            )
+            if step + 1 < new:
+                token = int(made.sequences[row, step - new])
+                assert token == int(logits.argmax())
+                logits = oracle.step(model, state, token)
+
+
+def _compare_kept(
+    keep_sets: dict[int, Tensor], row: int, padding: int, run: oracle.Prefill
+) -> None:
+    assert sorted(keep_sets) == sorted(run.scores), "layers with a cut"
+    for layer, positions in keep_sets.items():
+        kept = [int(p) for p in positions[row] - padding if p >= 0]
+        expected = [p for p in run.kept[layer].tolist() if p >= 0]
+        assert kept == expected, f"{layer=}, sample {row}"
+
+
 def _padded(rows: Sequence[Tensor]) -> Inputs:
     ids = torch.full((len(rows), max(map(len, rows))), PAD)
     mask = torch.zeros_like(ids)
@@ -172,8 +241,7 @@ def _stacked(samples: Sequence[Sequence[Inputs]]) -> Inputs:
 def _token_types(model: PreTrainedModel, ids: Tensor) -> Inputs:
     """What kind each token is of, where a model asks for it."""
     types = (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
-    asked = getattr(model.base_model, "get_rope_index", None)
-    if asked is not None:
+    if hasattr(model.base_model, "get_rope_index"):
         return {"mm_token_type_ids": types}
     if model.config.model_type == "gemma3":
         return {"token_type_ids": types}
@@ -434,7 +502,11 @@ ZOO: dict[str, Kind] = {
     ),
     "Gemma 3": Kind(gemma3, pixels(24)),
     "Qwen3-VL": Kind(
-        lambda: qwen_vl("qwen3_vl"), patches("image"), patches("video"), times=True
+        lambda: qwen_vl("qwen3_vl"),
+        patches("image"),
+        patches("video"),
+        times=True,
+        features_until=1,
     ),
 }
 """By the name that documentation uses."""

@@ -24,12 +24,15 @@ FEATURES = "mm_encoder_outputs"
 """The argument of ``forward`` that takes what encoders gave."""
 
 
-def encoded(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
+def encoded(
+    model: PreTrainedModel, inputs: Mapping[str, Any], *, anyway: bool = False
+) -> dict[str, Any]:
     """Inputs whose images and videos are encoded, where sizes depend on values.
 
     Args:
         model: An unmodified transformers model.
         inputs: What its processor returned.
+        anyway: Encode where sizes do not depend on values, too.
 
     Returns:
         The same, or with ``mm_encoder_outputs`` and ``position_ids`` in the place of
@@ -40,7 +43,7 @@ def encoded(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]
     positions = own_positions(model, ready)
     if positions is not None:
         ready["position_ids"] = positions
-    if _is_told_sizes(model, ready):
+    if gives_pixels(ready) and (anyway or _is_told_sizes(model, ready)):
         # The method by which ``generate`` encodes, for every model alike.
         ready = owner._prepare_multimodal_encoder_kwargs_for_generation(ready)
     if ready.get(FEATURES):
@@ -85,11 +88,14 @@ def token_axis(value: object, prompt: torch.Size) -> int | None:
     return value.dim() - 1 if value.shape[-2:] == prompt else None
 
 
+def gives_pixels(inputs: Mapping[str, Any]) -> bool:
+    """Whether there are images or videos to encode."""
+    return any(inputs.get(name) is not None for name in _PIXELS)
+
+
 def _is_told_sizes(model: PreTrainedModel, inputs: Mapping[str, Any]) -> bool:
     """Whether encoders are given more than pixels."""
     given = {name for name, value in inputs.items() if value is not None}
-    if not given & _PIXELS:
-        return False
     encoders = (
         getattr(model.base_model, f"get_{kind}_features", None) for kind in _KINDS
     )

@@ -12,14 +12,20 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch._dynamo.exc import BackendCompilerFailed
+from torch._dynamo.exc import BackendCompilerFailed, Unsupported
 from torch.utils import _pytree as pytree
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
 from vtprune_fx import cache as ragged
 from vtprune_fx.backend import inner_compiler, vtprune_backend
 from vtprune_fx.decoding import mark_dynamic, set_attention, use_ragged_attention
-from vtprune_fx.encoding import FEATURES, encoded, own_positions, token_axis
+from vtprune_fx.encoding import (
+    FEATURES,
+    encoded,
+    gives_pixels,
+    own_positions,
+    token_axis,
+)
 from vtprune_fx.errors import InputError, VtpruneError
 from vtprune_fx.recipe import Recipe, load_recipe
 from vtprune_fx.report import PruneReport
@@ -142,6 +148,7 @@ class _PrunedForward:
         self.report: PruneReport | None = None
         self._compiled: dict[int | None, Callable[..., Any]] = {}
         self._decode = decode
+        self._encodes_ahead = False
         functools.update_wrapper(self, self._whole)
         self._signature = inspect.signature(self._whole)
         use_ragged_attention(model)
@@ -192,10 +199,8 @@ class _PrunedForward:
             named["past_key_values"] = DynamicCache(config=self._text)
             named["attention_mask"] = _without_room(named)
         room = None if static is None else static.get_max_length()
-        named = encoded(self._owner(), named)
-        _mark_prompt(named)
         visual = self._visual(named.get("input_ids"))
-        outputs = self._compiled_for(int(visual.max()))(**named)
+        outputs = self._run_encoded(named, int(visual.max()))
         filled = getattr(outputs, "past_key_values", None)
         if filled is not None:
             came, mask = named["input_ids"].shape[1], named.get("attention_mask")
@@ -204,6 +209,18 @@ class _PrunedForward:
             static.layers = outputs.past_key_values.layers
             outputs.past_key_values = static
         return outputs
+
+    def _run_encoded(self, named: dict[str, Any], visual: int) -> Any:
+        """Run a prompt whole; encoders that Dynamo cannot trace run ahead of it."""
+        named = encoded(self._owner(), named, anyway=self._encodes_ahead)
+        _mark_prompt(named)
+        try:
+            return self._compiled_for(visual)(**named)
+        except Unsupported:
+            if self._encodes_ahead or not gives_pixels(named):
+                raise
+        self._encodes_ahead = True
+        return self._run_encoded(named, visual)
 
     def _visual(self, ids: Tensor | None) -> Tensor:
         """[B] visual tokens of each sample."""
@@ -291,7 +308,7 @@ def _mark_prompt(named: dict[str, Any]) -> None:
         axis = token_axis(value, prompt)
         if axis is not None and prompt[1] > 1:
             mark_dynamic(axis, value)
-    for features in pytree.tree_leaves(named.get(FEATURES)):
+    for features in pytree.tree_leaves(named.get(FEATURES) or {}):
         torch._dynamo.maybe_mark_dynamic(features, 0)
 
 

@@ -8,14 +8,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import sympy
+import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
 from vtprune_fx.anatomy import Anatomy, Attention
 from vtprune_fx.errors import PlanError
-from vtprune_fx.graph import axes_of, mentions, size_expr
+from vtprune_fx.graph import axes_of, mentions, size_expr, tensor_of
 from vtprune_fx.recipe import Cut, Recipe, Site
-from vtprune_fx.stream import seen_through
+from vtprune_fx.stream import module_path, seen_through
+
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,7 @@ def place(recipe: Recipe, anatomy: Anatomy, graph: Graph) -> PrunePlan:
         dropped += drop - new
         attention = anatomy.layers[cut.layer]
         edge, hidden = _edge(recipe, cut, attention)
+        uses.check_complete(edge, recipe, cut)
         live = _live(uses, edge, anatomy, lengths)
         planned = PlannedCut(
             attention=attention,
@@ -232,10 +236,38 @@ class _Uses:
             for node in self.nodes
         }
 
+    def check_complete(self, name: str, recipe: Recipe, cut: Cut) -> None:
+        """Refuse a cut ahead of features that are placed by a mask once more.
+
+        They are as many as visual tokens came, and would no longer fit.
+        """
+        edge = self.order[self.named[name]]
+        later = [n for n in self.nodes[edge + 1 :] if _takes_features(n)]
+        if later:
+            raise PlanError(
+                f"recipe {recipe.name}, cut at layer {cut.layer}",
+                expected="a cut behind all layers that visual features enter",
+                found=f"features that enter {module_path(later[-1])} behind it, node "
+                f"{later[-1].name}",
+                fix="Cut in later layers, behind the model's deep-stacked features.",
+            )
+
     def across(self, name: str) -> list[Node]:
         """Nodes that stand at or before ``name`` and are read after it."""
         edge = self.order[self.named[name]]
         return [n for n in self.nodes[: edge + 1] if self.last[n] > edge]
+
+
+def _takes_features(node: Node) -> bool:
+    """Whether rows are put where a mask says."""
+    if node.target == aten.masked_scatter.default:
+        return True
+    if node.target != aten.index_put.default:
+        return False
+    indices = node.args[1]
+    assert isinstance(indices, (list, tuple))
+    masks = (tensor_of(n) for n in indices if isinstance(n, Node))
+    return any(m is not None and m.dtype == torch.bool for m in masks)
 
 
 def _live(
@@ -274,10 +306,4 @@ def _is_batch(size: int, batch: sympy.Expr) -> bool:
 
 
 def _is_length(value: object, tokens: sympy.Symbol) -> bool:
-    return (
-        not isinstance(value, Tensor)
-        and mentions(value, tokens)
-        and (
-            size_expr(value) == tokens  # type: ignore[arg-type]
-        )
-    )
+    return isinstance(value, torch.SymInt) and size_expr(value) == tokens
