@@ -8,6 +8,7 @@ import inspect
 import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -27,7 +28,7 @@ from vtprune_fx.encoding import (
     token_axis,
 )
 from vtprune_fx.errors import InputError, VtpruneError
-from vtprune_fx.recipe import Recipe, load_recipe
+from vtprune_fx.recipe import Recipe, default, load_recipe
 from vtprune_fx.report import PruneReport
 
 logger = logging.getLogger(__name__)
@@ -132,6 +133,25 @@ def _forward_of(model: PreTrainedModel) -> object:
     return vars(model).get("forward")
 
 
+@dataclass(frozen=True)
+class _Numbers:
+    """What a graph is made for.
+
+    Attributes:
+        visual: Visual tokens that shares are taken of.
+        own: Whether each sample loses its own share.
+    """
+
+    visual: int
+    own: bool
+
+
+_TEXT = _Numbers(0, own=False)
+
+_NEARLY = 0.9
+"""Share of what could leave that a graph made before must let leave, to be taken."""
+
+
 class _PrunedForward:
     """Stands for a model's ``forward``: prompts pruned, steps on ragged caches."""
 
@@ -146,7 +166,7 @@ class _PrunedForward:
         self._model = weakref.ref(model)
         self._options = options | {"tell": self._note}
         self.report: PruneReport | None = None
-        self._compiled: dict[int | None, Callable[..., Any]] = {}
+        self._compiled: dict[_Numbers, Callable[..., Any]] = {}
         self._decode = decode
         self._encodes_ahead = False
         functools.update_wrapper(self, self._whole)
@@ -200,27 +220,51 @@ class _PrunedForward:
             named["attention_mask"] = _without_room(named)
         room = None if static is None else static.get_max_length()
         visual = self._visual(named.get("input_ids"))
-        outputs = self._run_encoded(named, int(visual.max()))
+        numbers = self._numbers(visual, named)
+        outputs = self._run_encoded(named, numbers)
         filled = getattr(outputs, "past_key_values", None)
         if filled is not None:
             came, mask = named["input_ids"].shape[1], named.get("attention_mask")
-            ragged.make_ragged(filled, came, mask, visual, room)
+            left = self._left_ahead(visual) if numbers.own else None
+            ragged.make_ragged(filled, came, mask, visual, room, left)
         if static is not None:
             static.layers = outputs.past_key_values.layers
             outputs.past_key_values = static
         return outputs
 
-    def _run_encoded(self, named: dict[str, Any], visual: int) -> Any:
+    def _numbers(self, visual: Tensor, named: dict[str, Any]) -> _Numbers:
+        """How many visual tokens shares are taken of."""
+        counts: list[int] = visual.tolist()
+        recipe = self._recipe(max(counts))
+        if recipe.of is None or not recipe.cuts or len({*counts} - {0}) <= 1:
+            return _Numbers(max(counts), own=False)
+        if named.get("attention_mask") is None:
+            named["attention_mask"] = torch.ones_like(named["input_ids"])
+        padding = named["attention_mask"].shape[1] - named["attention_mask"].sum(dim=1)
+        return _Numbers(recipe.common(counts, padding.tolist()), own=True)
+
+    def _recipe(self, visual: int) -> Recipe:
+        given: Recipe | None = self._options["recipe"]
+        return given or default(self._text.num_hidden_layers, max(visual, 1))
+
+    def _left_ahead(self, visual: Tensor) -> list[Tensor]:
+        """[B] for each layer: visual tokens that left each sample ahead of it."""
+        layers = self._text.num_hidden_layers
+        recipe = self._recipe(int(visual.max()))
+        left = [recipe.gone_ahead(count, layers) for count in visual.tolist()]
+        return list(torch.tensor(left, device=visual.device).unbind(dim=1))
+
+    def _run_encoded(self, named: dict[str, Any], numbers: _Numbers) -> Any:
         """Run a prompt whole; encoders that Dynamo cannot trace run ahead of it."""
         named = encoded(self._owner(), named, anyway=self._encodes_ahead)
         _mark_prompt(named)
         try:
-            return self._compiled_for(visual)(**named)
+            return self._compiled_for(numbers)(**named)
         except Unsupported:
             if self._encodes_ahead or not gives_pixels(named):
                 raise
         self._encodes_ahead = True
-        return self._run_encoded(named, visual)
+        return self._run_encoded(named, numbers)
 
     def _visual(self, ids: Tensor | None) -> Tensor:
         """[B] visual tokens of each sample."""
@@ -233,20 +277,31 @@ class _PrunedForward:
             )
         return torch.isin(ids, self._visual_ids.to(ids.device)).sum(dim=1)
 
-    def _compiled_for(self, visual: int) -> Callable[..., Any]:
+    def _compiled_for(self, numbers: _Numbers) -> Callable[..., Any]:
         """The compiled model for prompts with at most so many visual tokens.
 
-        Shares become counts when a graph is made; counts fit any number.
+        Shares become counts when a graph is made; counts fit any number. Where samples
+        lose numbers of their own, a graph by which nearly as many leave will do.
         """
         recipe: Recipe | None = self._options["recipe"]
         counted = recipe is not None and recipe.of is None
-        key = None if counted or visual == 0 else visual
+        key = _TEXT if counted or numbers.visual == 0 else numbers
+        if key.own:
+            enough = range(int(_NEARLY * key.visual), key.visual + 1)
+            made = [k for k in self._compiled if k.own and k.visual in enough]
+            key = max(made, default=key, key=lambda k: k.visual)
         if key not in self._compiled:
             options: Any = self._options
-            if visual:
-                options = options | {"visual_tokens": visual}
-            self._compiled[key] = torch.compile(
-                self._whole, backend=vtprune_backend, options=options, fullgraph=True
+            if numbers.visual:
+                told = {"visual_tokens": key.visual or numbers.visual, "own": key.own}
+                options = options | told
+            self._compiled[key] = torch.compile(  # type: ignore[call-overload] # missing
+                self._whole,
+                backend=vtprune_backend,
+                options=options,
+                fullgraph=True,
+                # Graphs for other numbers do not count as recompilations of this one.
+                isolate_recompiles=True,
             )
         return self._compiled[key]
 
@@ -265,7 +320,7 @@ class _PrunedForward:
         for layer in layers:
             if isinstance(layer, ragged.RaggedLayer):
                 mark_dynamic(2, layer.keys, layer.values)
-        step = self._compiled_for(0) if self._decode else self._whole
+        step = self._compiled_for(_TEXT) if self._decode else self._whole
         return step(**named | {"attention_mask": mask})
 
 
