@@ -484,7 +484,7 @@ def masked(generator: torch.Generator, _: int) -> Inputs:
 ZOO: dict[str, Kind] = {
     "LLaVA-1.5": Kind(llava, pixels(12), papers=True),
     "LLaVA-NeXT": Kind(llava_next, tiles, papers=True),
-    "LLaVA-NeXT, Mistral": Kind(lambda: llava_next("mistral"), tiles, papers=True),
+    "LLaVA-NeXT (Mistral)": Kind(lambda: llava_next("mistral"), tiles, papers=True),
     "LLaVA-NeXT-Video": Kind(llava_next_video, tiles, frames(12, 8), papers=True),
     "Video-LLaVA": Kind(video_llava, pixels(12), frames(12, 8), papers=True),
     "Qwen2-VL": Kind(

@@ -43,7 +43,7 @@ def encoded(
     positions = own_positions(model, ready)
     if positions is not None:
         ready["position_ids"] = positions
-    if gives_pixels(ready) and (anyway or _is_told_sizes(model, ready)):
+    if gives_pixels(ready) and (anyway or is_told_sizes(model, ready)):
         # The method by which ``generate`` encodes, for every model alike.
         ready = owner._prepare_multimodal_encoder_kwargs_for_generation(ready)
     if ready.get(FEATURES):
@@ -93,7 +93,7 @@ def gives_pixels(inputs: Mapping[str, Any]) -> bool:
     return any(inputs.get(name) is not None for name in _PIXELS)
 
 
-def _is_told_sizes(model: PreTrainedModel, inputs: Mapping[str, Any]) -> bool:
+def is_told_sizes(model: PreTrainedModel, inputs: Mapping[str, Any]) -> bool:
     """Whether encoders are given more than pixels."""
     given = {name for name, value in inputs.items() if value is not None}
     encoders = (
