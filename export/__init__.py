@@ -12,7 +12,12 @@ if __name__ != "vtprune_fx.export":
 from vtprune_fx.export.manifest import is_export
 from vtprune_fx.export.onnx_model import OnnxModel, require_onnxruntime
 from vtprune_fx.export.runtime import load
-from vtprune_fx.export.to_onnx import OnnxOptions, export_onnx, write_onnx
+from vtprune_fx.export.to_onnx import (
+    OnnxOptions,
+    export_onnx,
+    prefill_inputs,
+    write_onnx,
+)
 
 __all__ = [
     "OnnxModel",
@@ -20,6 +25,7 @@ __all__ = [
     "export_onnx",
     "is_export",
     "load",
+    "prefill_inputs",
     "require_onnxruntime",
     "write_onnx",
 ]

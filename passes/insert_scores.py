@@ -41,11 +41,26 @@ from vtprune_fx import patches, rank, recycling
 from vtprune_fx.errors import PlanError, VtpruneError
 from vtprune_fx.graph import Inserter, Stamp, set_value, value_at_full_length
 from vtprune_fx.passes.base import Pass
-from vtprune_fx.passes.leaving import Leaving, by_number, by_rank
+from vtprune_fx.passes.leaving import (
+    Leaving,
+    behind_those_leaving,
+    by_number,
+    by_rank,
+)
 from vtprune_fx.plan import PlannedCut, PrunePlan
 from vtprune_fx.recipe import Recipe
 from vtprune_fx.scorers import rate_of, scorer
-from vtprune_fx.scoring import lowest_first, token_roles
+from vtprune_fx.scoring import (
+    front_keys,
+    lowest_first,
+    marked,
+    own_keep_set,
+    own_leaving,
+    own_order,
+    own_stand_ins,
+    token_roles,
+    visual_counts,
+)
 from vtprune_fx.tower import Tower
 
 aten = torch.ops.aten
@@ -59,15 +74,12 @@ CLASS_ATTENTION = "vtprune_class_attention"
 KEEP_PREFIX = "vtprune_keep_"
 """A cut's keep set is named this and the layer's number, in every exported form too."""
 
-
 NEW_PREFIX = "vtprune_new_"
 """The new tokens that a cut makes of dropped ones are named this and its layer."""
 
 STAND_IN_PREFIX = "vtprune_stand_in_"
-"""Where a cut makes new tokens: positions, new tokens having those of another one."""
-
-Insert = Callable[..., Node]
-"""``(operator, *args) -> node``: inserts at the cut at hand."""
+"""Where a keep set has negative numbers: positions, new tokens having those of another
+one, and who left in place as padding its own."""
 
 
 class InsertScores(Pass):
@@ -75,7 +87,9 @@ class InsertScores(Pass):
 
     1. A cut behind attention or layer: rated by the layer's own queries and keys.
     2. A cut ahead of a layer: rated by copies of what will be its queries and keys.
-    3. No cuts: unchanged.
+    3. Samples that lose numbers of their own: who leaves where fewer leave in all stays
+       in place as padding.
+    4. No cuts: unchanged.
     """
 
     def __init__(self, plan: PrunePlan) -> None:
@@ -91,6 +105,7 @@ class InsertScores(Pass):
         rate = rate_of(plan.recipe)
         roles: Node | None = None
         attended: Node | None = None
+        came: Node | None = None
         for cut in plan.cuts:
             anchor = named[cut.edge].next
             stamp = Stamp("score", cut.attention.layer)
@@ -100,31 +115,46 @@ class InsertScores(Pass):
                 attended = self._insert_class_attention(inserter, anchor, seen)
             evidence = (*_evidence(cut, seen, roles), attended)
             rated = _trace(inserter, anchor, stamp, plan.recipe.score, rate, evidence)
-            order = inserter.trace(anchor, stamp, lowest_first, rated, roles)
-            at = (inserter, anchor, order, cut)
-            if cut.rule is None:
-                leaving = by_number(*at)
+            if plan.of is None:
+                order = inserter.trace(anchor, stamp, lowest_first, rated, roles)
+                at = (inserter, anchor, order, cut)
+                self._insert_keep_set(at, seen, evidence)
             else:
-                leaving = by_rank(*at, evidence, plan.recipe)
+                came = came or inserter.trace(
+                    anchor, Stamp("score", -1), visual_counts, roles
+                )
+                rating = (rated, roles, came)
+                _insert_own(inserter, anchor, cut, rating, plan.of)
             seen.erase_unread()
-            insert = partial(inserter.call, anchor, Stamp("keep", cut.attention.layer))
-            if cut.new:
-                new = _New(inserter, anchor, cut, plan.recipe)
-                merged = new.merge(seen, leaving, self._tower_of_new, plan.visual)
-                new.insert(merged, roles, leaving)
-            else:
-                staying = leaving.staying
-                keep = insert(getitem, insert(aten.sort.default, staying, 1), 0)
-                keep._rename(f"{KEEP_PREFIX}{cut.attention.layer}")
         return True
+
+    def _insert_keep_set(
+        self,
+        at: tuple[Inserter, Node, Node, PlannedCut],
+        seen: _Seen,
+        evidence: tuple[Node | float | None, ...],
+    ) -> None:
+        """Choose who stays; ``at`` has the order of leaving behind the anchor."""
+        inserter, anchor, _, cut = at
+        recipe, roles = self._plan.recipe, evidence[3]
+        assert isinstance(roles, Node)
+        leaving = by_number(*at) if cut.rule is None else by_rank(*at, evidence, recipe)
+        if cut.new:
+            new = _New(inserter, anchor, cut, recipe)
+            merged = new.merge(seen, leaving, self._tower_of_new, self._plan.visual)
+            new.insert(merged, roles, leaving)
+            return
+        insert = partial(inserter.call, anchor, Stamp("keep", cut.attention.layer))
+        keep = insert(getitem, insert(aten.sort.default, leaving.staying, 1), 0)
+        keep._rename(f"{KEEP_PREFIX}{cut.attention.layer}")
 
     def _insert_roles(
         self, inserter: Inserter, anchor: Node, cut: PlannedCut, seen: _Seen
     ) -> Node:
         """Insert the roles with the first cut, whose layer's mask tells the padding."""
         insert = partial(inserter.trace, anchor, Stamp("score", -1))
-        visual, mask = seen.node(self._plan.visual), seen.node(cut.attention.mask)
-        roles = insert(token_roles, visual, mask)
+        visual = insert(marked, *map(seen.node, self._plan.visual))
+        roles = insert(token_roles, visual, seen.node(cut.attention.mask))
         if raters := scorer(self._plan.recipe.score).raters:
             roles = insert(raters, self._embeddings(seen), roles)
         roles._rename(ROLES)
@@ -137,7 +167,7 @@ class InsertScores(Pass):
         tower = self._plan.tower
         if tower is None or not scorer(self._plan.recipe.score).tower:
             return None
-        heads = map(seen.node, (tower.query, tower.key, self._plan.visual))
+        heads = map(seen.node, (tower.query, tower.key, *self._plan.visual))
         insert = partial(inserter.trace, anchor, Stamp("score", -1))
         sizes = tower.scale, tower.leading
         attended = insert(patches.class_attention, *heads, *sizes)
@@ -241,6 +271,37 @@ def _look_ahead(
     return inserter.copy(anchor, Stamp("score", at.layer), reversed(behind))
 
 
+def _insert_own(
+    inserter: Inserter,
+    anchor: Node,
+    cut: PlannedCut,
+    rating: tuple[Node, Node, Node],
+    of: int,
+) -> None:
+    """Choose who stays where each sample loses its own number.
+
+    ``rating`` is scores, roles and the numbers of visual tokens that samples came with.
+    Who leaves where fewer leave in all stays in place as padding, in front of the row,
+    and is -1 in the keep set.
+    """
+    rated, roles, came = rating
+    layer = cut.attention.layer
+    stamp = Stamp("keep", layer)
+    trace, insert = (partial(f, anchor, stamp) for f in (inserter.trace, inserter.call))
+    numbers = (came, cut.share, of)
+    order = trace(own_order, rated, roles, *numbers)
+    leaving = trace(own_leaving, order, *numbers)
+    staying, gone = (behind_those_leaving(insert, n, cut) for n in (order, leaving))
+    keys = trace(front_keys, staying, gone, dropped=cut.drop)
+    ascending = insert(getitem, insert(aten.sort.default, keys, 1), 0)
+    for name, function in (
+        (KEEP_PREFIX, own_keep_set),
+        (STAND_IN_PREFIX, own_stand_ins),
+    ):
+        found = trace(function, ascending, dropped=cut.drop)
+        found._rename(f"{name}{layer}")
+
+
 class _New:
     """Inserts the new tokens of one cut, and the keep set that holds them."""
 
@@ -254,13 +315,17 @@ class _New:
         self._paper = recipe.recycle is not None and recipe.recycle.form == "paper"
 
     def merge(
-        self, seen: _Seen, leaving: Leaving, tower: Tower | None, visual: str
+        self,
+        seen: _Seen,
+        leaving: Leaving,
+        tower: Tower | None,
+        visual: tuple[str, ...],
     ) -> Node:
         """Insert the new tokens: by a vision tower's keys, or by hidden states."""
         hidden, clustered = seen.node(self._cut.hidden), leaving.clustered
         assert hidden is not None, "the edge of such a cut is the residual stream"
         if tower is not None:
-            by = map(seen.node, (tower.key, visual))
+            by = map(seen.node, (tower.key, *visual))
             keys = self._trace(patches.mean_keys, *by, tower.leading)
             return self._trace(patches.merge, hidden, keys, clustered, leaving.clusters)
         of = (hidden, clustered, leaving.clusters, self._paper)

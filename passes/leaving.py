@@ -14,6 +14,7 @@ By rank, the host reads from the data how many stay::
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -26,6 +27,9 @@ from vtprune_fx.plan import PlannedCut
 from vtprune_fx.recipe import Recipe
 
 aten = torch.ops.aten
+
+Insert = Callable[..., Node]
+"""``(operator, *args) -> node``: inserts at the cut at hand."""
 
 _END = sys.maxsize
 """A slice to the end of a dimension."""
@@ -56,15 +60,22 @@ def by_number(
 ) -> Leaving:
     """As many as the plan says."""
     stamp = Stamp("keep", cut.attention.layer)
-    # They are sorted next: ascending order keeps a causal mask causal.
-    part = (order, 1, cut.drop, _END)
-    staying = inserter.call(anchor, stamp, aten.slice.Tensor, *part, drop=cut.drop)
+    insert = partial(inserter.call, anchor, stamp)
+    staying = behind_those_leaving(insert, order, cut)
     clustered = None
     if cut.new:
         counts = (cut.drop, cut.clustered)
         trace = partial(inserter.trace, anchor, stamp)
         clustered = trace(recycling.best_of_dropped, order, *counts)
     return Leaving(order, staying, clustered, cut.new, cut.new)
+
+
+def behind_those_leaving(insert: Insert, values: Node, cut: PlannedCut) -> Node:
+    """[B, S - drop]: of values in the order of leaving, those of who stays.
+
+    They are sorted next: ascending order keeps a causal mask causal.
+    """
+    return insert(aten.slice.Tensor, values, 1, cut.drop, _END, drop=cut.drop)
 
 
 def by_rank(

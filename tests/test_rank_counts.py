@@ -63,11 +63,14 @@ def test_equal_raters_are_one_rank() -> None:
     query, key = torch.randn(2, 2, 9, 8, generator=generator)
     query[:, 8] = query[:, 6]
     visual = torch.arange(9) < 6
-    one = torch.zeros(9, 8)
-    seen = Seen(query, key, 0.3, one, one, one, visual, ~visual)
+    allowed = torch.ones(9, 9, dtype=torch.bool).tril()
+    logits = (query @ key.transpose(1, 2) * 0.3).masked_fill(~allowed, -torch.inf)
+    one, maps = torch.zeros(9, 8), logits.softmax(dim=2)
+    evidence = (query, key, 0.3, one, one, one, visual, ~visual, one[:, :0], allowed)
+    seen = Seen(*evidence, maps)
     # Mean over heads would mix them otherwise; one head alone has two rows of three.
-    assert attention_rank(dataclasses.replace(seen, query=query[:1], key=key[:1])) == 2
-    attended = seen.probabilities.mean(dim=0)[6:, :6].numpy()
+    assert attention_rank(dataclasses.replace(seen, probabilities=maps[:1])) == 2
+    attended = maps.mean(dim=0)[6:, :6].numpy()
     assert attention_rank(seen) == np.linalg.matrix_rank(attended) == 3
     nothing = dataclasses.replace(seen, visual=torch.zeros_like(visual))
     assert attention_rank(nothing) == 0

@@ -1,47 +1,48 @@
 """The oracle's look into the vision tower, and VisionZip's merge, written out in loops.
 
-For towers built like CLIP's. Shapes: I images, N tokens of the tower for each, v visual
-tokens, m of them merged, w width of a head, h hidden size.
+For LLaVA with a tower built like CLIP's. Shapes: I images, N tokens of the tower for
+each, v visual tokens, m of them merged, w width of a head, h hidden size.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from transformers import LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration, PreTrainedModel
 
 
-def encode(
-    model: LlavaForConditionalGeneration, pixel_values: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Encode images, and look at the layer of the tower that is selected.
+@contextlib.contextmanager
+def watched(model: PreTrainedModel) -> Iterator[Callable[[int], Tensor | None]]:
+    """Look at the layer of the tower that is selected, while a model encodes images.
 
-    Args:
-        model: The model.
-        pixel_values: [I, 3, height, width]
-
-    Returns:
-        The projector's outputs [v, h]; and for each patch, in float32, the attention
-        that it gets from the class token, sum over heads, or in a tower without one
-        from all patches, mean over them; behind that its key, mean over heads.
-        [v, 1 + w]
+    Yields:
+        A function of v, to call afterwards. It gives, for each patch, in float32, the
+        attention that it gets from the class token, sum over heads, or in a tower
+        without one from all patches, mean over them; behind that its key, mean over
+        heads: [v, 1 + w]. None where the model has no such tower, or encoded nothing.
     """
     layer, entered = _selected_layer(model), list[Tensor]()
-    hook = layer.layer_norm1.register_forward_hook(
-        lambda _module, _inputs, normed: entered.append(normed)
-    )
+
+    def note(_module: object, _inputs: object, normed: Tensor) -> None:
+        entered.append(normed)
+
+    hook = None if layer is None else layer.layer_norm1.register_forward_hook(note)
     try:
-        encoded = model.get_image_features(pixel_values=pixel_values, return_dict=True)
+        yield lambda visual: _looked(layer, entered[0], visual) if entered else None
     finally:
-        hook.remove()
-    images = list(encoded.pooler_output)
-    leading = entered[0].shape[1] - len(images[0])
+        if hook is not None:
+            hook.remove()
+
+
+def _looked(layer: Any, entered: Tensor, visual: int) -> Tensor:
+    """[v, 1 + w] of what entered the layer's attention, [I, N, ...]."""
+    leading = entered.shape[1] - visual // len(entered)
     attention, found = layer.self_attn, []
-    for normed in entered[0]:
+    for normed in entered:
         query = _heads(attention.q_proj(normed), attention.num_heads)
         key = _heads(attention.k_proj(normed), attention.num_heads)
         logits = query @ key.transpose(1, 2) * attention.scale
@@ -49,15 +50,18 @@ def encode(
         received = maps[0] if leading else maps.mean(dim=0)
         looked = torch.cat((received[:, None], key.float().mean(dim=0)), dim=1)
         found.append(looked[leading:])
-    return torch.cat(images), torch.cat(found)
+    return torch.cat(found)
 
 
-def _selected_layer(model: LlavaForConditionalGeneration) -> Any:
-    """The layer of the tower whose output the features are."""
-    layers: Any = model.model.vision_tower.encoder.layers
-    selected: Any = model.config.vision_feature_layer
+def _selected_layer(model: PreTrainedModel) -> Any:
+    """The layer of the tower whose output the features are, or None."""
+    encoder = getattr(getattr(model.base_model, "vision_tower", None), "encoder", None)
+    selected: Any = getattr(model.config, "vision_feature_layer", None)
+    known = isinstance(model, LlavaForConditionalGeneration) and encoder is not None
+    if not known or not isinstance(selected, int):
+        return None
     # Hidden states are the embeddings', and then one a layer.
-    return layers[selected % (len(layers) + 1) - 1]
+    return encoder.layers[selected % (len(encoder.layers) + 1) - 1]
 
 
 def _heads(projected: Tensor, heads: int) -> Tensor:
