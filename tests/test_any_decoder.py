@@ -101,7 +101,8 @@ def test_any_decoder_is_the_oracle(part: int) -> None:
 
 def made(fields: dict[str, Any]) -> Any:
     torch.manual_seed(0)
-    model = LlavaForConditionalGeneration(zoo.llava(**fields))
+    config: Any = zoo.llava(**fields)
+    model = LlavaForConditionalGeneration(config)
     model.train(mode=False)
     return model
 
