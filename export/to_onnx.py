@@ -353,6 +353,8 @@ def _export(
         opset_version=options.opset,
         optimize=False,
         quantizer=None if options.quantize is None else WeightOnly(options.quantize),
+        # How grouped heads are repeated depends on strides, which would be guards.
+        prefer_deferred_runtime_asserts_over_guards="past_key_values" in inputs,
     )
     return ExportedComponent(*exporter.export_program(model, dict(inputs), config))
 
