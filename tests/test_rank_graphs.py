@@ -10,8 +10,6 @@ import onnx_ir
 import onnxruntime
 import pytest
 import torch
-from onnxscript import FLOAT, INT64, script
-from onnxscript import opset20 as op
 
 from tests.test_rank_counts import by_rank, drop, keep
 from tests.tiny import (
@@ -26,7 +24,7 @@ from tests.tiny import (
 from vtprune_fx import oracle, rank
 from vtprune_fx.errors import InputError
 from vtprune_fx.export import export_onnx
-from vtprune_fx.export.rank_in_onnx import AttentionRank
+from vtprune_fx.export.rank_functions import FUNCTIONS
 from vtprune_fx.recipe import Recipe, Recycle
 from vtprune_fx.scoring import INSTRUCTION, VISUAL
 
@@ -135,12 +133,6 @@ def test_a_graph_counts_as_the_recipe_does(
         assert (counts[rank.CLUSTERS], counts[rank.NEW]) == (max(1, new), new)
 
 
-@script(default_opset=op)
-def in_onnx(attended: FLOAT[...], roles: INT64[...]) -> INT64:
-    """A model of the function alone."""
-    return AttentionRank(attended, roles)
-
-
 @pytest.mark.parametrize(
     ("raters", "visual", "of"),
     [(5, 16, 3), (6, 16, 6), (23, 576, 17), (60, 30, 30), (0, 5, 0), (3, 0, 0)],
@@ -154,8 +146,9 @@ def test_onnx_finds_the_rank(raters: int, visual: int, of: int) -> None:
     attended[0, length - raters :, 1 : 1 + visual] = product / max(1, of)
     roles = np.zeros((1, length), np.int64)
     roles[0, 1 : 1 + visual], roles[0, length - raters :] = VISUAL, INSTRUCTION
-    model = in_onnx.to_model_proto().SerializeToString()
-    session = onnxruntime.InferenceSession(model)
+    function: Any = FUNCTIONS[0]
+    model = function.to_model_proto(functions=FUNCTIONS[1:])
+    session = onnxruntime.InferenceSession(model.SerializeToString())
     [found] = session.run(None, {"attended": attended, "roles": roles})
     assert int(found) == of
     given = (torch.from_numpy(attended), torch.from_numpy(roles))
