@@ -1,7 +1,7 @@
 """Writing pruned models for other runtimes, and running what was written.
 
-``export_onnx`` and ``load`` are the two calls: a folder is written by the first, and
-the second gives an object with ``generate`` for it.
+``write_onnx`` and ``write_tensorrt`` write a folder, and ``load`` gives an object with
+``generate`` for it.
 """
 
 from __future__ import annotations
@@ -9,15 +9,23 @@ from __future__ import annotations
 if __name__ != "vtprune_fx.export":
     raise ImportError("import vtprune_fx.export: a bare `export` makes second classes")
 
+from vtprune_fx.export.loading import load
 from vtprune_fx.export.manifest import is_export
-from vtprune_fx.export.onnx_model import OnnxModel, load, require_onnxruntime
+from vtprune_fx.export.onnx_model import OnnxModel, require_onnxruntime
+from vtprune_fx.export.profile import Sizes, Span
+from vtprune_fx.export.tensorrt_model import TensorRTModel
 from vtprune_fx.export.to_onnx import export_onnx, write_onnx
+from vtprune_fx.export.to_tensorrt import write_tensorrt
 
 __all__ = [
     "OnnxModel",
+    "Sizes",
+    "Span",
+    "TensorRTModel",
     "export_onnx",
     "is_export",
     "load",
     "require_onnxruntime",
     "write_onnx",
+    "write_tensorrt",
 ]

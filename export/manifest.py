@@ -37,7 +37,7 @@ class Manifest(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     schema_version: Literal[1] = 1
-    target: Literal["onnx"]
+    target: Literal["onnx", "tensorrt"]
     recipe: Recipe
     visual_tokens: int
     tokens_per_layer: list[int]
