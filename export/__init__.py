@@ -16,6 +16,7 @@ from vtprune_fx.export.profile import Sizes, Span
 from vtprune_fx.export.tensorrt_model import TensorRTModel
 from vtprune_fx.export.to_onnx import export_onnx, write_onnx
 from vtprune_fx.export.to_tensorrt import write_tensorrt
+from vtprune_fx.export.to_triton import write_triton
 
 __all__ = [
     "OnnxModel",
@@ -28,4 +29,5 @@ __all__ = [
     "require_onnxruntime",
     "write_onnx",
     "write_tensorrt",
+    "write_triton",
 ]

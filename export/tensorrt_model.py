@@ -31,7 +31,7 @@ FORMAT = "tensorrt"
 """What transformers calls exports of this kind."""
 
 OUTPUTS = "outputs"
-"""Where an engine's record has the order of its outputs."""
+"""Where an engine's record has its outputs in order, which the engine does not say."""
 
 _TYPES = {
     "FLOAT": torch.float32,
@@ -67,10 +67,10 @@ class TensorRTRunner(ModelRunner):
         super().__init__(metadata)
         self._engine, self._device = engine, device
         self._context = engine.create_execution_context()
-        outputs = metadata.export_config[OUTPUTS]
+        outputs = list(metadata.export_config[OUTPUTS])
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         self._inputs = [name for name in names if name not in outputs]
-        self._outputs: list[str] = outputs
+        self._outputs = outputs
 
     @property
     def device(self) -> torch.device:

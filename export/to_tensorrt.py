@@ -60,6 +60,7 @@ class Built:
         layers: Of the network that it was built from.
         inputs: What it takes: smallest, most usual, largest.
         outputs: What it gives, in the order of the graph.
+        types: Type of each, as ONNX names it.
     """
 
     plan: bytes = field(repr=False)
@@ -67,6 +68,17 @@ class Built:
     layers: int
     inputs: Shapes
     outputs: Shapes
+    types: Mapping[str, str]
+
+    def record(self) -> dict[str, Any]:
+        """What whoever runs the engine cannot read from it, or not without a GPU."""
+        return {
+            kind: {
+                name: {"type": self.types[name], "shapes": shapes[name]}
+                for name in shapes
+            }
+            for kind, shapes in (("inputs", self.inputs), (OUTPUTS, self.outputs))
+        }
 
 
 @dataclass(frozen=True)
@@ -199,7 +211,9 @@ def build(
         check_shapes(name, parsed.network, inputs, outputs)
         plan = _build(name, builder, parsed.network, inputs, capability)
     seconds = time.perf_counter() - start
-    return Built(plan, seconds, parsed.network.num_layers, inputs, outputs)
+    values = (*model.graph.inputs, *model.graph.outputs)
+    types = {str(value.name): value.dtype.name for value in values if value.dtype}
+    return Built(plan, seconds, parsed.network.num_layers, inputs, outputs, types)
 
 
 def fold_constants(model: onnx_ir.Model) -> None:
@@ -293,8 +307,7 @@ def _engines_of(
     components = {}
     for name, built in engines.items():
         metadata = exported.components[name].metadata
-        # An engine does not say in which order its outputs came.
-        metadata.export_config = sizes.fields() | {OUTPUTS: list(built.outputs)}
+        metadata.export_config = sizes.fields() | built.record()
         components[name] = ExportedComponent(built.plan, metadata)
     return ExportedModel(
         components, FORMAT, exported.config, exported.generation_config

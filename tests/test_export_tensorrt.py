@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
+import importlib.metadata
+import importlib.util
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import onnx_ir
+import onnxruntime
 import pytest
 import torch
+import typer
+from google.protobuf import text_format
 from torch import Tensor, nn
-from transformers import LlavaForConditionalGeneration
+from transformers import (
+    AutoModelForImageTextToText,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 from typer.testing import CliRunner
 
 from tests.ort_engine import OrtEngine
-from tests.tiny import batch, counted_positions, recipe_for, tiny_llava
+from tests.tiny import IMAGE, batch, counted_positions, recipe_for, tiny_llava
 from vtprune_fx import oracle
 from vtprune_fx.checkpoint import CheckpointSpec, build_checkpoint
 from vtprune_fx.cli import app
@@ -27,8 +40,11 @@ from vtprune_fx.export import (
     preflight,
     tensorrt_library,
     tensorrt_model,
+    to_onnx,
     to_tensorrt,
+    write_onnx,
     write_tensorrt,
+    write_triton,
 )
 from vtprune_fx.export.to_onnx import example_prompts, export_onnx
 from vtprune_fx.inputs import open_checkpoint
@@ -57,8 +73,11 @@ class Export:
         }
         self.folder = root / "engines"
         with pytest.MonkeyPatch.context() as patch:
-            # Exported once, for the engines and for what stands in for them here.
+            # Exported once, for all folders and for what stands in for engines here.
             patch.setattr(to_tensorrt, "export_onnx", lambda *_: exported)
+            patch.setattr(to_onnx, "export_onnx", lambda *_: exported)
+            self.onnx = root / "onnx"
+            write_onnx(model, processor, RECIPE, self.onnx)
             self.report = write_tensorrt(
                 model, processor, RECIPE, self.folder, SIZES, "8.9"
             )
@@ -137,6 +156,55 @@ def test_a_network_with_other_sizes_than_its_graph_is_refused(
         to_tensorrt.check_shapes(
             "decode", parsed.network, built.inputs, built.outputs | {name: wrong}
         )
+
+
+@pytest.mark.slow
+def test_bfloat16_engines_have_bfloat16_caches() -> None:
+    model = copy.deepcopy(tiny_llava(layers=LAYERS)).bfloat16()
+    inputs = batch(model, (5, 9), (2, 4))
+    inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
+    exported, _ = export_onnx(model, inputs, RECIPE)
+    graphs = [part.program.graph for part in exported.components.values()]
+    to_tensorrt.build_engines(exported, SIZES)
+    kinds = {v.name: v.dtype for graph in graphs for v in graph.outputs}
+    assert set(kinds.values()) == {onnx_ir.DataType.BFLOAT16}
+
+
+@pytest.mark.slow
+def test_two_layers_at_7b_width_build_in_a_minute(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    text = LlamaConfig(
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_attention_heads=32,
+        num_hidden_layers=2,
+        vocab_size=32064,
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, image_size=336,
+        patch_size=14, num_attention_heads=4,
+    )  # fmt: skip
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=IMAGE
+    )
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float16)
+    model.train(mode=False)
+    inputs = batch(model, (5, 20), (5, 20))
+    inputs["pixel_values"] = inputs["pixel_values"].half()
+    recipe = recipe_for(2, {0: 200, 1: 150}, visual_tokens=576)
+    exported, report = export_onnx(model, inputs, recipe)
+    del model
+    sizes = Sizes(Span(1, 1, 4), Span(600, 700, 1024), new_tokens=512)
+    engines = to_tensorrt.build_engines(exported, sizes, "8.9")
+    with capsys.disabled():
+        typer.echo(to_tensorrt.EngineReport(report, engines))
+    assert [built.seconds < 60 for built in engines.values()] == [True, True]
+    # Two layers of 4 x 4096^2 + 3 x 4096 x 11008, two tables of 32064 x 4096, fp16.
+    weights = 2 * (2 * (4 * 4096**2 + 3 * 4096 * 11008) + 2 * 32064 * 4096)
+    assert all(len(built.plan) > 0.99 * weights for built in engines.values())
+    cached = engines["decode"].inputs["input.past_key_values.layers.1.keys"]
+    assert cached == [(1, 32, 0, 128), (1, 32, 755, 128), (4, 32, 1335, 128)]
 
 
 # ---------------------------------------------------------------------- preflight
@@ -385,3 +453,115 @@ def test_the_command_refuses_ahead_of_opening_the_model(
     assert isinstance(result.exception, InputError)
     assert message in str(result.exception)
     assert not output.exists()
+
+
+# ------------------------------------------------------------------------- Triton
+
+
+def schema() -> Any:
+    """The class of Triton's own model configurations.
+
+    From its client library, whose other modules want packages that are not here.
+    """
+    files = importlib.metadata.files("tritonclient") or []
+    [file] = [f for f in files if f.name == "model_config_pb2.py"]
+    spec = importlib.util.spec_from_file_location("model_config_pb2", file.locate())
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.ModelConfig
+
+
+def configurations(models: list[Path]) -> dict[str, Any]:
+    """Every ``config.pbtxt``, parsed with Triton's schema, by the graph's name."""
+    found = {}
+    for model in models:
+        text = (model / "config.pbtxt").read_text()
+        found[model.name.rpartition("_")[2]] = text_format.Parse(text, schema()())
+    return found
+
+
+TRITON_TYPES = {"tensor(int64)": 9, "tensor(float)": 11}
+"""ONNX Runtime's names of types, and their numbers in Triton's ``DataType``."""
+
+
+def dims_of(value: Any) -> list[int]:
+    return [size if isinstance(size, int) else -1 for size in value.shape]
+
+
+@pytest.mark.parametrize("max_batch", [0, 4])
+def test_triton_is_told_what_onnx_runtime_takes(
+    export: Export, tmp_path: Path, max_batch: int
+) -> None:
+    models = write_triton(export.onnx, tmp_path / "repository", max_batch)
+    assert sorted(models) == sorted((tmp_path / "repository").iterdir())
+    for part, config in configurations(models).items():
+        folder = tmp_path / "repository" / f"onnx_{part}"
+        joined = max_batch if part == "prefill" else 0
+        assert (config.name, config.backend) == (folder.name, "onnxruntime")
+        assert config.max_batch_size == joined
+        assert config.HasField("dynamic_batching") == bool(joined)
+        file = folder / "1" / config.default_model_filename
+        session = onnxruntime.InferenceSession(file)
+        for told, taken in (
+            (config.input, session.get_inputs()),
+            (config.output, session.get_outputs()),
+        ):
+            # Without a batch ahead of them, joined inputs have one row a request.
+            expected = {
+                value.name: (TRITON_TYPES[value.type], dims_of(value)[bool(joined) :])
+                for value in taken
+                if not (joined and value.name == "image_hidden_states")
+            }
+            found = {t.name: (t.data_type, list(t.dims)) for t in told}
+            assert found == expected
+
+
+def test_triton_is_told_what_engines_take(export: Export, tmp_path: Path) -> None:
+    folder = as_of_full_tensorrt(export, tmp_path / "engines")
+    models = write_triton(folder, tmp_path / "repository", 4)
+    config = configurations(models)["prefill"]
+    assert (config.backend, config.max_batch_size) == ("tensorrt", 4)
+    assert {t.name: (t.data_type, list(t.dims)) for t in config.input} == {
+        "input_ids": (9, [-1]),
+        "attention_mask": (9, [-1]),
+        "position_ids": (9, [-1]),
+        "pixel_values": (11, [3, 56, 56]),
+    }
+    assert [list(t.dims) for t in config.output if t.name == "logits"] == [[-1, 287]]
+    linked = models[0] / "1" / "prefill.engine"
+    assert linked.samefile(folder / "prefill.engine")
+
+
+def as_of_full_tensorrt(export: Export, folder: Path) -> Path:
+    shutil.copytree(export.folder, folder)
+    contents = manifest.read(folder)
+    packages = contents.packages | {"tensorrt": "11.0"}
+    contents.model_copy(update={"packages": packages}).write(folder)
+    return folder
+
+
+def test_triton_does_not_join_more_than_engines_take(
+    export: Export, tmp_path: Path
+) -> None:
+    folder = as_of_full_tensorrt(export, tmp_path / "engines")
+    with pytest.raises(InputError, match=r"--max-batch: expected at most 4.*found 5"):
+        write_triton(folder, tmp_path / "repository", 5)
+
+
+def test_triton_reads_no_engines_of_tensorrt_for_rtx(
+    export: Export, tmp_path: Path
+) -> None:
+    with pytest.raises(ExportError, match="found engines of TensorRT for RTX"):
+        write_triton(export.folder, tmp_path / "repository", 4)
+
+
+def test_a_model_in_the_repository_is_left_alone(
+    export: Export, tmp_path: Path
+) -> None:
+    taken = tmp_path / "onnx_decode"
+    taken.mkdir()
+    with pytest.raises(InputError, match=r"onnx_decode: .* a folder that is there"):
+        write_triton(export.onnx, tmp_path, 4)
+    assert list(tmp_path.rglob("*")) == [taken]

@@ -334,6 +334,29 @@ def export_to_tensorrt(
     )
 
 
+@export_app.command("triton")
+def export_to_triton(
+    folder: Annotated[Path, typer.Argument(help="An exported folder.")],
+    output: Annotated[Path, typer.Option(help="Model repository, new or not.")],
+    max_batch: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Prompts that Triton may join, of one image each. With 0, requests "
+            "bring batches of their own.",
+        ),
+    ] = 4,
+) -> None:
+    """Write a model repository for NVIDIA Triton Inference Server.
+
+    Example: [bold]vtprune export triton llava-60 --output models[/bold]
+    """
+    from vtprune_fx.export import write_triton
+
+    for model in write_triton(folder, output, max_batch):
+        typer.echo(f"Wrote {model}")
+
+
 @app.command("generate")
 def generate(
     model: Annotated[
