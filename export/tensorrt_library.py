@@ -69,10 +69,11 @@ def compute_capability(text: str | None) -> Any:
 
     Raises:
         InputError: The library does not build for it.
+        MissingDependencyError: There is no library.
     """
+    kinds = getattr(library(), "ComputeCapability", None)
     if text is None:
         return None
-    kinds = getattr(library(), "ComputeCapability", None)
     known = {
         f"{name[2:-1]}.{name[-1]}": member
         for name, member in getattr(kinds, "__members__", {}).items()

@@ -49,6 +49,7 @@ from vtprune_fx.export import (
 from vtprune_fx.export.to_onnx import example_prompts, export_onnx
 from vtprune_fx.inputs import open_checkpoint
 from vtprune_fx.picture import sample_photo
+from vtprune_fx.recipe import Recipe
 
 if TYPE_CHECKING:
     pass
@@ -350,6 +351,19 @@ def test_an_input_that_is_missing_is_named(loaded: Loaded) -> None:
 ONES = torch.ones(1, 30, dtype=torch.long)
 
 
+def test_an_engine_is_read_from_its_file(export: Export) -> None:
+    plan = tensorrt_model.TensorRTFormat.load_program(export.folder / "decode.engine")
+    assert plan[:] == export.report.engines["decode"].plan
+    if torch.cuda.is_available():
+        return
+    # Taken as it is: what fails is CUDA.
+    log = tensorrt_library.log()
+    runtime = tensorrt_library.library().Runtime(log)
+    log.errors.clear()
+    assert runtime.deserialize_cuda_engine(plan) is None
+    assert "Cuda" in log.errors[0]
+
+
 def test_without_a_gpu_loading_says_so(export: Export) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")
@@ -434,6 +448,15 @@ def test_without_tensorrt_the_error_names_both_install_lines(
         match=r"vtprune-fx\[tensorrt\].*vtprune-fx\[tensorrt-rtx\]",
     ):
         tensorrt_library.library.__wrapped__()
+
+
+def test_counts_that_depend_on_the_prompt_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Recipe, "adaptive", True, raising=False)
+    nothing: Any = None  # refused ahead of the model
+    with pytest.raises(ExportError, match="found numbers that depend on the prompt"):
+        write_tensorrt(nothing, nothing, RECIPE, tmp_path / "engines", SIZES)
 
 
 @pytest.mark.parametrize(
