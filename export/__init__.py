@@ -9,10 +9,10 @@ from __future__ import annotations
 if __name__ != "vtprune_fx.export":
     raise ImportError("import vtprune_fx.export: a bare `export` makes second classes")
 
-from vtprune_fx.export.loading import load
 from vtprune_fx.export.manifest import is_export
 from vtprune_fx.export.onnx_model import OnnxModel, require_onnxruntime
 from vtprune_fx.export.profile import Sizes, Span
+from vtprune_fx.export.runtime import load
 from vtprune_fx.export.tensorrt_model import TensorRTModel
 from vtprune_fx.export.to_onnx import export_onnx, write_onnx
 from vtprune_fx.export.to_tensorrt import write_tensorrt

@@ -141,29 +141,31 @@ def decode_points(
 ) -> list[Point]:
     """The three points of a decode graph, each layer's cache with a length of its own.
 
-    The smallest cache is empty: a prompt of text alone is read token by token.
+    The smallest cache is empty: there a prompt of text alone begins.
 
     Args:
-        graph: Takes one token, and a mask as long as what came before and that token.
+        graph: Takes new tokens, one or any number, the cache, and a mask as long as
+            both.
         sizes: What the prefill was asked to take.
         filled: For each output of the prefill that is a cache, its length at the
             prefill's points.
     """
     assert sizes.prompt is not None, "filled in by for_prompts"
+    _, usual, largest = sizes.prompt
     most = sizes.new_tokens - 1
     grown = (most // 2, most)
     points: list[Point] = [{}, {}, {}]
     for value in graph.inputs:
-        assert value.name is not None
-        symbols = _symbols(value)
-        if value.name.startswith(_CACHE):
-            lengths = filled[value.name.removeprefix("input.")]
-            ends = (0, *(n + g for n, g in zip(lengths[1:], grown, strict=True)))
-        else:
-            _, usual, largest = sizes.prompt
+        name = str(value.name)
+        if name.startswith(_CACHE):
+            lengths = filled[name.removeprefix("input.")]
+            ends = (0, lengths[1] + grown[0], lengths[2] + grown[1])
+        elif name == "attention_mask":
             ends = (1, usual + grown[0] + 1, largest + grown[1] + 1)
+        else:
+            ends = (1, 1, largest)
         for point, samples, end in zip(points, sizes.batch, ends, strict=True):
-            point |= dict(zip(symbols, (samples, end), strict=False))
+            point |= dict(zip(_symbols(value), (samples, end), strict=False))
     return points
 
 

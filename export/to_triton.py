@@ -162,6 +162,13 @@ def _graphs(folder: Path, contents: Manifest, max_batch: int) -> dict[str, Graph
     for part, component in record["components"].items():
         # Weights lie beside a graph, under its name and what follows.
         names = sorted(n for n in contents.files if n.startswith(component["file"]))
+        if not names:
+            raise ExportError(
+                f"export {folder}",
+                expected=f"the graph of its {part}",
+                found=f"no file {component['file']}",
+                fix="Export the model again.",
+            )
         files = tuple(folder / name for name in names)
         if contents.target == "onnx":
             found[part] = Graph(files, *_of_onnx(files[0]))
