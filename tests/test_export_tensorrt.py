@@ -47,6 +47,7 @@ from vtprune_fx.export import (
     write_tensorrt,
     write_triton,
 )
+from vtprune_fx.export.profile import decode_points
 from vtprune_fx.export.to_onnx import example_prompts, export_onnx
 from vtprune_fx.inputs import open_checkpoint
 from vtprune_fx.picture import sample_photo
@@ -135,6 +136,19 @@ def test_decode_has_a_range_for_each_layers_cache(export: Export) -> None:
             (1, 4, 60 - gone + 4, 8),
             (4, 4, 120 - gone + 8, 8),
         ]
+
+
+def test_decode_may_take_any_number_of_new_tokens() -> None:
+    def given(name: str, *sizes: str) -> onnx_ir.Value:
+        return onnx_ir.Value(name=name, shape=onnx_ir.Shape(sizes))
+
+    ids = given("input_ids", "batch", "new")
+    mask = given("attention_mask", "batch", "seen")
+    graph = onnx_ir.Graph([ids, mask], [], nodes=[])
+    points = decode_points(graph, SIZES, {})
+    # A prompt of text alone is at most as long as any other.
+    assert [point["new"] for point in points] == [1, 1, 120]
+    assert [point["seen"] for point in points] == [1, 65, 129]
 
 
 def test_the_report_tells_sizes_times_and_profiles(export: Export) -> None:
