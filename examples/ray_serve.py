@@ -30,9 +30,6 @@ from vtprune_fx.picture import sample_photo
 NEW_TOKENS = 16
 
 
-# A run holds the graphs, so a replica answers one request after another, and Ray sends
-# what waits to whichever replica is free. With GPUs: ray_actor_options={"num_gpus": 1}.
-@serve.deployment(num_replicas=1, max_ongoing_requests=1)
 class Answers:
     """An exported model behind HTTP.
 
@@ -60,9 +57,14 @@ class Answers:
         return {"answer": self.answer(asked["prompt"], image)}
 
 
+# A run holds the graphs, so a replica answers one request after another, and Ray sends
+# what waits to whichever replica is free. With GPUs: ray_actor_options={"num_gpus": 1}.
+deployment: Any = serve.deployment(Answers, num_replicas=1, max_ongoing_requests=1)
+
+
 def app(arguments: dict[str, str]) -> Any:
     """What ``serve run`` starts."""
-    return Answers.bind(arguments["folder"])
+    return deployment.bind(arguments["folder"])
 
 
 def main() -> str:
@@ -72,7 +74,7 @@ def main() -> str:
         checkpoint = build_checkpoint(Path(scratch) / "checkpoint", spec)
         folder = Path(scratch) / "export"
         write_onnx(*open_checkpoint(checkpoint), None, folder)
-        serve.run(Answers.bind(str(folder)))
+        serve.run(deployment.bind(str(folder)))
         try:
             return ask("What is it?", sample_photo())
         finally:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from vtprune_fx.errors import ExportError
 from vtprune_fx.export.tensorrt_library import library, log
@@ -22,12 +24,17 @@ _SCOPES, _TRACE = "pkg.torch.onnx.name_scopes", "pkg.torch.onnx.stack_trace"
 """Where torch.onnx notes what a node was made of."""
 
 
+_SMALL = 1024
+"""Bytes up to which a constant stays in the graph: axes and the like."""
+
+
 @dataclass(frozen=True)
 class Parsed:
-    """A network, and the parser that owns its weights."""
+    """A network, the parser that it needs, and the weights that both read."""
 
     network: Any
     parser: Any
+    weights: Mapping[str, np.ndarray[Any, Any]]
 
 
 @dataclass(frozen=True)
@@ -53,25 +60,23 @@ class Refusal:
         return f"{self.operator} ({self.node}) in {place}: {self.reason}"
 
 
-def parse(builder: Any, file: Path) -> Parsed:
-    """Parse a graph into a network.
+def parse(builder: Any, model: onnx_ir.Model, name: str) -> Parsed:
+    """Parse a graph into a network. Weights are read where they are.
 
     Args:
         builder: A TensorRT builder.
-        file: An ONNX file, its weights beside it.
+        model: The graph. Where nodes are refused they are taken out of it.
+        name: What errors call it.
 
     Raises:
         ExportError: The parser refuses nodes; the message names every one.
     """
-    import onnx_ir  # noqa: PLC0415 - an optional package
-
-    model = onnx_ir.load(file)
-    parsed = _parse(builder, model, file)
+    parsed = _parse(builder, model)
     if not parsed.parser.num_errors:
         return parsed
-    refusals = _refusals(builder, model, file, parsed.parser)
+    refusals = _refusals(builder, model, parsed)
     raise ExportError(
-        f"graph {file.stem}",
+        f"graph {name}",
         expected="operators that TensorRT takes",
         found=f"{len(refusals)} that its parser refuses:\n"
         + "\n".join(map(str, refusals)),
@@ -79,24 +84,46 @@ def parse(builder: Any, file: Path) -> Parsed:
     )
 
 
-def _parse(builder: Any, model: onnx_ir.Model, file: Path) -> Parsed:
-    import onnx_ir  # noqa: PLC0415 - an optional package
-
+def _parse(builder: Any, model: onnx_ir.Model) -> Parsed:
     trt = library()
     flag = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
     network = builder.create_network(flag)
     parser = trt.OnnxParser(network, log())
-    parser.parse(onnx_ir.to_proto(model).SerializeToString(), str(file))
-    return Parsed(network, parser)
+    graph, weights = _without_weights(model)
+    parser.load_model_proto(graph)
+    for name, array in weights.items():
+        parser.load_initializer(name, array.ctypes.data, array.nbytes)
+    parser.parse_model_proto()
+    return Parsed(network, parser, weights)
 
 
-def _refusals(
-    builder: Any, model: onnx_ir.Model, file: Path, parser: Any
-) -> list[Refusal]:
-    """Every node that is refused, in order; empties the graph of them."""
+def _without_weights(
+    model: onnx_ir.Model,
+) -> tuple[bytes, dict[str, np.ndarray[Any, Any]]]:
+    """The serialised graph, and the weights beside it: it may be larger than 2 GiB."""
+    import onnx_ir  # noqa: PLC0415 - an optional package
+
+    weights = {}
+    kept = {}
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        if tensor is None or tensor.nbytes <= _SMALL:
+            continue
+        kept[name], weights[name] = tensor, np.ascontiguousarray(tensor.numpy())
+        value.const_value = onnx_ir.ExternalTensor(
+            "weights", 0, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=name
+        )
+    graph = onnx_ir.to_proto(model).SerializeToString()
+    for name, tensor in kept.items():
+        model.graph.initializers[name].const_value = tensor
+    return graph, weights
+
+
+def _refusals(builder: Any, model: onnx_ir.Model, parsed: Parsed) -> list[Refusal]:
+    """Every node that is refused, in order; takes them out of the graph."""
     found: list[Refusal] = []
-    while parser.num_errors:
-        error = parser.get_error(0)
+    while parsed.parser.num_errors:
+        error = parsed.parser.get_error(0)
         named = {node.name: node for node in model.graph}
         node = named.get(error.node_name())
         if node is None:  # about the graph as a whole
@@ -105,7 +132,7 @@ def _refusals(
         found.append(_refusal(node, error.desc()))
         if not _take_out(model.graph, node):
             break
-        parser = _parse(builder, model, file).parser
+        parsed = _parse(builder, model)
     return found
 
 

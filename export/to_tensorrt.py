@@ -8,7 +8,6 @@ smallest, most usual and largest inputs.
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -193,8 +192,6 @@ def build(
     Raises:
         ExportError: TensorRT does not take the graph, or makes other sizes of it.
     """
-    import onnx_ir  # noqa: PLC0415 - an optional package
-
     start = time.perf_counter()
     fold_constants(model)
     inputs, outputs = (
@@ -203,13 +200,9 @@ def build(
     )
     log().errors.clear()
     builder = library().Builder(log())
-    # Beside its weights in a file, a graph may be larger than 2 GiB.
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / f"{name}.onnx"
-        onnx_ir.save(model, file, external_data=f"{file.name}.data")
-        parsed = preflight.parse(builder, file)
-        check_shapes(name, parsed.network, inputs, outputs)
-        plan = _build(name, builder, parsed.network, inputs, capability)
+    parsed = preflight.parse(builder, model, name)
+    check_shapes(name, parsed.network, inputs, outputs)
+    plan = _build(name, builder, parsed.network, inputs, capability)
     seconds = time.perf_counter() - start
     values = (*model.graph.inputs, *model.graph.outputs)
     types = {str(value.name): value.dtype.name for value in values if value.dtype}

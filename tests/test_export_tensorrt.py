@@ -158,13 +158,10 @@ def test_the_report_tells_sizes_times_and_profiles(export: Export) -> None:
     assert "pixel_values  1x3x56x56 : 1x3x56x56 : 8x3x56x56" in text
 
 
-def test_a_network_with_other_sizes_than_its_graph_is_refused(
-    export: Export, tmp_path: Path
-) -> None:
+def test_a_network_with_other_sizes_than_its_graph_is_refused(export: Export) -> None:
     built = export.report.engines["decode"]
-    onnx_ir.save(export.graphs["decode"], tmp_path / "decode.onnx")
     builder = tensorrt_library.library().Builder(tensorrt_library.log())
-    parsed = preflight.parse(builder, tmp_path / "decode.onnx")
+    parsed = preflight.parse(builder, export.graphs["decode"], "decode")
     to_tensorrt.check_shapes("decode", parsed.network, built.inputs, built.outputs)
     name = "output.past_key_values.layers.1.keys"
     wrong = [*built.outputs[name][:2], (4, 4, 125, 8)]
@@ -244,8 +241,7 @@ class Users(nn.Module):
         return values
 
 
-def test_preflight_names_every_refused_node_with_its_layer(tmp_path: Path) -> None:
-    file = tmp_path / "users.onnx"
+def test_preflight_names_every_refused_node_with_its_layer() -> None:
     program = torch.onnx.export(
         Users().train(mode=False),
         (torch.ones(3, 4),),
@@ -254,10 +250,9 @@ def test_preflight_names_every_refused_node_with_its_layer(tmp_path: Path) -> No
         verbose=False,
     )
     assert program is not None
-    program.save(file)
     builder = tensorrt_library.library().Builder(tensorrt_library.log())
     with pytest.raises(ExportError, match=r"graph users: .* 2 that its parser") as info:
-        preflight.parse(builder, file)
+        preflight.parse(builder, program.model, "users")
     line = Sparse.forward.__code__.co_firstlineno + 1
     for layer in ("layers.1", "layers.3"):
         assert f"in module {layer}, {__file__}:{line}:" in str(info.value)
@@ -265,7 +260,7 @@ def test_preflight_names_every_refused_node_with_its_layer(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_a_users_layer_in_the_decoder_is_named(tmp_path: Path) -> None:
+def test_a_users_layer_in_the_decoder_is_named() -> None:
     model = tiny_llava(layers=LAYERS)
     layers = model.model.language_model.layers
     plain = layers[1].mlp
