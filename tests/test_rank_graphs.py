@@ -147,7 +147,7 @@ def test_onnx_finds_the_rank(raters: int, visual: int, of: int) -> None:
     roles = np.zeros((1, length), np.int64)
     roles[0, 1 : 1 + visual], roles[0, length - raters :] = VISUAL, INSTRUCTION
     function: Any = FUNCTIONS[0]
-    model = function.to_model_proto(functions=FUNCTIONS[1:])
+    model = function.to_model_proto()
     session = onnxruntime.InferenceSession(model.SerializeToString())
     [found] = session.run(None, {"attended": attended, "roles": roles})
     assert int(found) == of
