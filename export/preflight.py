@@ -110,8 +110,9 @@ def _without_weights(
         if tensor is None or tensor.nbytes <= _SMALL:
             continue
         kept[name], weights[name] = tensor, np.ascontiguousarray(tensor.numpy())
+        shape = onnx_ir.Shape(weights[name].shape)
         value.const_value = onnx_ir.ExternalTensor(
-            "weights", 0, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=name
+            "weights", 0, tensor.nbytes, tensor.dtype, shape=shape, name=name
         )
     graph = onnx_ir.to_proto(model).SerializeToString()
     for name, tensor in kept.items():
