@@ -110,7 +110,7 @@ def _without_weights(
         if tensor is None or tensor.nbytes <= _SMALL:
             continue
         kept[name], weights[name] = tensor, np.ascontiguousarray(tensor.numpy())
-        shape = onnx_ir.Shape(tensor.shape.numpy())
+        shape = onnx_ir.Shape(weights[name].shape)
         value.const_value = onnx_ir.ExternalTensor(
             "weights", 0, tensor.nbytes, tensor.dtype, shape=shape, name=name
         )

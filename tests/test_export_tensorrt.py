@@ -7,6 +7,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import shutil
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -209,10 +210,13 @@ def test_two_layers_at_7b_width_build_in_a_minute(
     exported, report = export_onnx(model, inputs, recipe)
     del model
     sizes = Sizes(Span(1, 1, 4), Span(600, 700, 1024), new_tokens=512)
+    # Of all cores together: what they take alone on a machine is less.
+    start = time.process_time()
     engines = to_tensorrt.build_engines(exported, sizes, "8.9")
+    seconds = time.process_time() - start
     with capsys.disabled():
         typer.echo(to_tensorrt.EngineReport(report, engines))
-    assert [built.seconds < 60 for built in engines.values()] == [True, True]
+    assert seconds < 60
     # Two layers of 4 x 4096^2 + 3 x 4096 x 11008, two tables of 32064 x 4096, fp16.
     weights = 2 * (2 * (4 * 4096**2 + 3 * 4096 * 11008) + 2 * 32064 * 4096)
     assert all(len(built.plan) > 0.99 * weights for built in engines.values())
