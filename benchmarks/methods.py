@@ -24,14 +24,11 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import track
-from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel, ProcessorMixin
-from transformers.utils import ModelOutput
+from transformers import AutoConfig
 
 from vtprune_fx.accuracy import Evaluation, Result
 from vtprune_fx.cost import Geometry, cost
@@ -170,7 +167,7 @@ def answered(recipe: Recipe, run: Path, seed: int, limit: int) -> Result:
         fields = told["result"]
         return Result(**fields | {k: tuple(fields[k]) for k in ("answers", "right")})
     torch.set_num_threads(1)
-    result = evaluate_one(*_opened(), recipe, _asked(seed, limit))
+    result = evaluate_one(*open_checkpoint(CHECKPOINT), recipe, _asked(seed, limit))
     done = {"asked": asked, "result": dataclasses.asdict(result)}
     replace_file(file, (json.dumps(done) + "\n").encode())
     return result
@@ -180,25 +177,6 @@ def answered(recipe: Recipe, run: Path, seed: int, limit: int) -> Result:
 def _asked(seed: int, limit: int) -> list[Sample]:
     """The questions: drawn once a process, which costs as much as answering them."""
     return list(draw_samples("test", seed, limit))
-
-
-@functools.cache
-def _opened() -> tuple[PreTrainedModel, ProcessorMixin]:
-    """The model, which encodes a batch of pictures once a process.
-
-    All recipes are asked about the same ones, and that is a third of the work.
-    """
-    model, processor = open_checkpoint(CHECKPOINT)
-    encode, known = model.get_image_features, dict[bytes, ModelOutput]()
-
-    def encode_once(pixel_values: Tensor, **options: Any) -> ModelOutput:
-        key = hashlib.sha256(pixel_values.numpy().tobytes()).digest()
-        if key not in known:
-            known[key] = encode(pixel_values=pixel_values, **options)
-        return known[key]
-
-    model.get_image_features = encode_once
-    return model, processor
 
 
 def main() -> None:

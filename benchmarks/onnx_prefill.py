@@ -129,14 +129,17 @@ def _session(path: Path, threads: int, profile: Path | None = None) -> Any:
 def _seconds(
     paths: Mapping[str, Path], feed: Feed, threads: int
 ) -> dict[str, list[float]]:
-    """Of each graph's runs, all in turn in every round, the first not counted."""
+    """Of each graph's runs, all in turn in every round, the first not counted.
+
+    Of the processor: with one thread as long as a run takes where nothing else runs.
+    """
     sessions = {name: _session(path, threads) for name, path in paths.items()}
     seconds: dict[str, list[float]] = {name: [] for name in paths}
     for _ in range(ROUNDS + 1):
         for name, session in sessions.items():
-            start = time.perf_counter()
+            start = time.process_time()
             session.run(["logits"], feed)
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(time.process_time() - start)
     return {name: times[1:] for name, times in seconds.items()}
 
 

@@ -13,10 +13,11 @@ import argparse
 import itertools
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+import onnx_ir
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -66,17 +67,17 @@ def measure(folder: Path, samples: Sequence[Sample]) -> dict[str, dict[str, floa
     recipe = load_recipe(RECIPE)
     for name, cuts in (("pruned", recipe), ("dense", recipe.keep_all())):
         expected = _oracles(cuts, batches)
-        for variant, path in _exports(folder, name, cuts, batches[0]).items():
-            answers = _answers(path, batches)
-            found[f"{name}, {variant}"] = _shares(expected, answers)
+        for variant, path in _exports(folder, name, cuts, batches[0]):
+            shares = _shares(expected, _answers(path, batches))
+            found[f"{name}, {variant}"] = shares
+            print(f"{name}, {variant}: {shares}", flush=True)
     return found
 
 
 def _exports(
     folder: Path, name: str, recipe: Recipe, example: dict[str, Any]
-) -> dict[str, Path]:
+) -> Iterator[tuple[str, Path]]:
     """An export for each precision, and for each type that weights are rounded to."""
-    paths: dict[str, Path] = {}
     for precision in PRECISIONS:
         path = folder / f"{name}-{precision}"
         if not path.exists():
@@ -86,13 +87,13 @@ def _exports(
             two["attention_mask"] = example["attention_mask"][:2]
             two["pixel_values"] = example["pixel_values"][:2].to(parts[0].dtype)
             write_onnx(*parts, recipe.bound(int(visual[0])), path, two)
-        paths[precision] = path
+        yield precision, path
+    whole = folder / f"{name}-float32"
     for to in get_args(Quantized):
         path = folder / f"{name}-{to}"
         if not path.exists():
-            _round(paths["float32"], path, to)
-        paths[to] = path
-    return paths
+            _round(whole, path, to)
+        yield to, path
 
 
 def _round(whole: Path, path: Path, to: Quantized) -> None:
@@ -101,6 +102,7 @@ def _round(whole: Path, path: Path, to: Quantized) -> None:
     (path / manifest.FILE).unlink()
     for name in ("prefill.onnx", "decode.onnx"):
         graph = OnnxExporter.load_program(whole / name)
+        onnx_ir.external_data.load_to_model(graph)
         rounded = WeightOnly(to).quantize(graph, {}, ExportFormat.ONNX)
         OnnxExporter.save_program(rounded, path / name)
     changes = {"quantize": to, "files": manifest.hashes(path)}

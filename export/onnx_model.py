@@ -66,9 +66,12 @@ class OnnxModel(PreTrainedModel, GenerationMixin):
         self.generation_config = exported.generation_config
         self.manifest = contents
         self._exported = exported
-        runner: Any = exported.runners["prefill"]
-        self._prompts = _Prefill(runner.metadata, runner.session)
-        del exported.runners["prefill"]
+        self._prompts = self._prompt_runner(exported.runners.pop("prefill"))
+
+    @staticmethod
+    def _prompt_runner(runner: Any) -> Any:
+        """What runs prompts, and may have noted their keep sets."""
+        return _Prefill(runner.metadata, runner.session)
 
     def show_keep_sets(self, folder: Path) -> None:
         """Make keep sets outputs of a prefill that was exported without ``keep_sets``.
@@ -107,7 +110,7 @@ class OnnxModel(PreTrainedModel, GenerationMixin):
         For each layer with a cut, [B, K]: positions in the prompt as it came, -1 for
         tokens made of dropped ones.
         """
-        return in_prompt(self._prompts.keep_sets)
+        return in_prompt(getattr(self._prompts, "keep_sets", {}))
 
     @property
     def device(self) -> torch.device:

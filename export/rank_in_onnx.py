@@ -1,108 +1,52 @@
-"""The rank of attention in ONNX, which has no singular values.
-
-Of the raters' attention P, [t, v], the rank is the number of singular values above
-``tolerance = largest * max(t, v) * 2^-23``: the number of eigenvalues of
-``P P^T - tolerance^2 I`` above zero. By Sylvester's law of inertia that is the number
-of positive pivots of its elimination, in any order; the largest come first. In double
-precision, since the tolerance is squared. The largest singular value is found by
-iteration: P has no negative entries, so a vector of ones is never far from its vector.
-"""
-
-# mypy: disable-error-code="name-defined,no-any-return,no-untyped-call"
-# onnxscript's functions are a language of their own in Python's syntax.
+"""Write out for ONNX what torch has as one operator where counts follow the rank."""
 
 from __future__ import annotations
 
-import onnx_ir
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 import torch
-from onnxscript import DOUBLE, FLOAT, INT64, script
-from onnxscript import opset20 as op
-from onnxscript.values import Opset
 from torch import Tensor
 from torch.fx import GraphModule
 
 from vtprune_fx import recycling
 from vtprune_fx.graph import Inserter, Stamp
 
-_DOMAIN, _NAME = "vtprune", "AttentionRank"
+if TYPE_CHECKING:
+    import onnx_ir
 
-
-@script(Opset(_DOMAIN, 1), default_opset=op)
-def Largest(gram: DOUBLE[...]) -> DOUBLE:  # noqa: N802
-    """The largest eigenvalue of a matrix without negative entries."""
-    found = op.ReduceSum(gram, op.Constant(value_ints=[1]), keepdims=1)
-    for _ in range(64):  # few digits of it are needed
-        length = op.ReduceL2(found, keepdims=1)
-        found = op.MatMul(gram, found / length)
-    return op.ReduceL2(found, keepdims=0)
-
-
-@script(Opset(_DOMAIN, 1), default_opset=op)
-def Positive(matrix: DOUBLE[...]) -> INT64:  # noqa: N802
-    """How many eigenvalues of a symmetric matrix are above zero."""
-    size = op.Squeeze(op.Shape(matrix, start=0, end=1))
-    zero = op.Cast(op.Constant(value_float=0.0), to=11)
-    same = op.EyeLike(matrix)
-    left = op.Identity(matrix)
-    count = op.Constant(value_int=0)
-    for _ in range(size):
-        diagonal = op.ReduceSum(left * same, op.Constant(value_ints=[1]), keepdims=0)
-        place = op.ArgMax(op.Abs(diagonal), keepdims=1)
-        pivot = op.Gather(diagonal, place)
-        column = op.Gather(left, place, axis=1)
-        count = count + op.Squeeze(op.Cast(pivot > zero, to=7))
-        other = op.Gather(op.Constant(value_int=1) - op.Cast(same, to=7), place, axis=1)
-        rest = op.Cast(op.MatMul(other, op.Transpose(other, perm=[1, 0])), to=11)
-        outer = op.MatMul(column, op.Transpose(column, perm=[1, 0]))
-        left = (left - outer / pivot) * rest
-    return count
-
-
-@script(Opset(_DOMAIN, 1), default_opset=op)
-def AttentionRank(attended: FLOAT[...], roles: INT64[...]) -> INT64:  # noqa: N802
-    """As ``rank.attention_rank``; visual tokens have role 1, raters 2."""
-    kinds = op.Reshape(roles, op.Constant(value_ints=[-1]))
-    pairs = op.Squeeze(attended, op.Constant(value_ints=[0]))
-    rows = op.Compress(pairs, kinds == op.Constant(value_int=2), axis=0)
-    rated = op.Compress(rows, kinds == op.Constant(value_int=1), axis=1)
-    exact = op.Cast(rated, to=11)
-    gram = op.MatMul(exact, op.Transpose(exact, perm=[1, 0]))
-    largest = Largest(gram)
-    size = op.ReduceMax(op.Shape(rated), keepdims=0)
-    step = op.Cast(op.Constant(value_float=2.0**-23), to=11)
-    tolerance = op.Cast(size, to=11) * step
-    same = op.EyeLike(gram)
-    return Positive(gram - largest * tolerance * tolerance * same)
+_DOMAIN = "vtprune"
 
 
 def spell_rank(module: GraphModule) -> None:
-    """Write out in a graph, in place, what only torch knows as one operator."""
-    spelled = {
+    """Write the operators out in a graph, in place: the rank as a function's name."""
+    spelled: dict[object, Callable[..., Tensor]] = {
         torch.ops.vtprune.attention_rank.default: _named,
         torch.ops.vtprune.merge.default: recycling.merge,
     }
     graph, stamp = module.graph, Stamp("keep", -1)
     nodes = [node for node in graph.nodes if node.target in spelled]
     for node in nodes:
-        function = spelled[node.target]
-        written = Inserter(graph).trace(node, stamp, function, *node.args)
+        written = Inserter(graph).trace(node, stamp, spelled[node.target], *node.args)
         node.replace_all_uses_with(written)
         graph.erase_node(node)
-    module.recompile()
+    if nodes:
+        module.recompile()
 
 
 def _named(attended: Tensor, roles: Tensor) -> Tensor:
-    of = (attended, roles)
-    return torch.onnx.ops.symbolic(
-        f"{_DOMAIN}::{_NAME}", of, dtype=torch.int64, shape=(), version=1
-    )
+    of, name = (attended, roles), f"{_DOMAIN}::AttentionRank"
+    return torch.onnx.ops.symbolic(name, of, dtype=torch.int64, shape=(), version=1)
 
 
 def define_rank(model: onnx_ir.Model) -> None:
-    """Add the functions to a model that names them."""
+    """Add the function to a model that names it."""
     if not any(node.domain == _DOMAIN for node in model.graph.all_nodes()):
         return
-    for function in (AttentionRank, Largest, Positive):
+    # onnxscript is an optional package.
+    from vtprune_fx.export.rank_functions import FUNCTIONS  # noqa: PLC0415
+
+    for function in FUNCTIONS:
         made = function.function_ir
         model.functions[made.identifier()] = made
     model.graph.opset_imports[_DOMAIN] = 1

@@ -284,7 +284,7 @@ def write_onnx(
     """
     require_onnxruntime()
     check_free(folder)
-    precision = _precision(model)
+    _precision(model)
     inputs = example_prompts(processor) if example is None else example
     if is_told_sizes(model, inputs):
         raise ExportError(
@@ -301,18 +301,31 @@ def write_onnx(
         processor.save_pretrained(scratch)
         Manifest(
             target="onnx",
-            source=_source(model),
-            recipe=report.plan.recipe,
-            visual_tokens=report.plan.visual_tokens,
-            tokens_per_layer=report.visual_tokens,
-            image_token_id=model.config.image_token_id,
-            precision=precision,
-            tolerance=TOLERANCES[precision],
+            **described(model, report),
             **asdict(options),
             packages=versions(),
             files=hashes(scratch),
         ).write(scratch)
     return report
+
+
+def described(model: PreTrainedModel, report: PruneReport) -> dict[str, Any]:
+    """What a manifest says of the model, and of what was cut.
+
+    Raises:
+        ExportError: The model's weights are of a type that is not exported.
+    """
+    assert report.plan is not None, "an exporter that does not prune raises"
+    precision = _precision(model)
+    return {
+        "source": _source(model),
+        "recipe": report.plan.recipe,
+        "visual_tokens": report.plan.visual_tokens,
+        "tokens_per_layer": report.visual_tokens,
+        "image_token_id": model.config.image_token_id,
+        "precision": precision,
+        "tolerance": TOLERANCES[precision],
+    }
 
 
 def _precision(model: PreTrainedModel) -> Precision:

@@ -137,11 +137,11 @@ def verify(folder: Path, model: str | None = None, seed: int = 0) -> Verificatio
         InputError: There is no such model, or the oracle does not know it.
     """
     exported = load(folder)
-    if not isinstance(exported, OnnxModel):
+    if exported.manifest.target != "onnx":
         raise ExportError(
             f"export {folder}",
             expected="graphs for ONNX Runtime",
-            found=f"a {type(exported).__name__}",
+            found=f"a {type(exported).__name__}, which does not tell its keep sets",
             fix="Verify the ONNX export that it was built from.",
         )
     contents = exported.manifest

@@ -155,10 +155,9 @@ def _longer_than_cuts(
 def _ranges_read(module: GraphModule) -> dict[sympy.Symbol, ValueRanges[Any]]:
     """Ranges of counts that are read from the data."""
     environment = fake_mode_of(module.graph).shape_env
-    read = [
-        node.meta["val"].node.expr for node in module.graph.nodes if READ in node.meta
-    ]
-    assert environment is not None or not read
+    assert environment is not None, "the prompt's length is a symbol of it"
+    values = (n.meta["val"] for n in module.graph.nodes if READ in n.meta)
+    read = [value.node.expr for value in values]
     return {symbol: environment.var_to_range[symbol] for symbol in read}
 
 

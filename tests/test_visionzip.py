@@ -55,7 +55,7 @@ def visionzip(layers: int) -> Recipe:
 
 # Token 0 is text. 1, 2, 3, 5 and 6 leave: every 5 // 2-th is a target, 1 and 3.
 HIDDEN = tensor([[9, 9], [1, 0], [10, 20], [0, 1], [7, 7], [4, 6], [8, 2]]).float()
-LOWEST_FIRST = tensor([[3, 1, 5, 2, 6, 4, 0]])
+CLUSTERED = tensor([[3, 1, 5, 2, 6]])
 LEAVING = [1, 2, 3, 5, 6]
 
 
@@ -81,7 +81,7 @@ def test_others_join_the_target_with_the_key_most_like_theirs(
     keys: list[list[int]], expected: list[list[float]]
 ) -> None:
     of_keys = tensor(keys).float()
-    found = patches.merge(HIDDEN[None], of_keys[None], LOWEST_FIRST, 5, 5, 2)
+    found = patches.merge(HIDDEN[None], of_keys[None], CLUSTERED, 2)
     torch.testing.assert_close(found, tensor([expected]).float())
     plain = oracle_tower.merge(HIDDEN[LEAVING], of_keys[LEAVING], 2)
     torch.testing.assert_close(plain, tensor(expected).float())

@@ -343,6 +343,103 @@ def verify_export(
         raise typer.Exit(1)
 
 
+class Precision(enum.StrEnum):
+    """Types of an engine's weights."""
+
+    fp16 = "fp16"
+    bf16 = "bf16"
+    fp32 = "fp32"
+
+    @property
+    def dtype(self) -> str:
+        """What torch calls it."""
+        return {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}[self]
+
+
+@export_app.command("tensorrt")
+def export_to_tensorrt(
+    model: ModelArgument,
+    output: Annotated[Path, typer.Option(help="New folder, or an earlier export.")],
+    recipe: OptionalRecipe = None,
+    batch: Annotated[
+        str, typer.Option(help="Prompts at once: smallest:usual:largest, or one.")
+    ] = "1:1:4",
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            help="Tokens of a prompt, visual ones included, as 600:700:1024. "
+            "Default: 16, 128 and 448 more than the visual ones."
+        ),
+    ] = None,
+    images: Annotated[str, typer.Option(help="Images of a prompt.")] = "1",
+    new_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens to generate at most.")
+    ] = 512,
+    precision: Annotated[Precision, typer.Option(help="Of weights.")] = Precision.fp16,
+    compute_capability: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the GPU, as 8.9. Default: TensorRT for RTX builds for all from "
+            "8.0 on, full TensorRT for the one at hand."
+        ),
+    ] = None,
+) -> None:
+    """Build a prefill and a decode engine; for TensorRT for RTX that needs no GPU.
+
+    Example: [bold]vtprune export tensorrt llava-hf/llava-1.5-7b-hf
+    --recipe fitprune-llava-1.5-7b-60 --prompt 600:700:1024 --output llava-60[/bold]
+    """
+    import torch
+
+    from vtprune_fx.export import Sizes, Span, write_tensorrt
+    from vtprune_fx.export.folder import check_free
+    from vtprune_fx.export.tensorrt_library import (
+        compute_capability as check_capability,
+    )
+    from vtprune_fx.inputs import open_checkpoint
+
+    # What can be refused is refused before anything slow.
+    sizes = Sizes(
+        batch=Span.parse(batch, "--batch"),
+        prompt=None if prompt is None else Span.parse(prompt, "--prompt"),
+        images=Span.parse(images, "--images"),
+        new_tokens=new_tokens,
+    )
+    check_capability(compute_capability)
+    check_free(output)
+    loaded = recipes_module.load_recipe(recipe) if recipe else None
+    checkpoint = open_checkpoint(model, getattr(torch, precision.dtype))
+    with Console(stderr=True).status(f"Building {model} (minutes for a deep model)"):
+        report = write_tensorrt(*checkpoint, loaded, output, sizes, compute_capability)
+    typer.echo(report)
+    typer.echo(
+        f"Wrote {output}. Try: vtprune generate {output} --image FILE --prompt TEXT"
+    )
+
+
+@export_app.command("triton")
+def export_to_triton(
+    folder: Annotated[Path, typer.Argument(help="An exported folder.")],
+    output: Annotated[Path, typer.Option(help="Model repository, new or not.")],
+    max_batch: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Prompts that Triton may join, of one image each. With 0, requests "
+            "bring batches of their own.",
+        ),
+    ] = 4,
+) -> None:
+    """Write a model repository for NVIDIA Triton Inference Server.
+
+    Example: [bold]vtprune export triton llava-60 --output models[/bold]
+    """
+    from vtprune_fx.export import write_triton
+
+    for model in write_triton(folder, output, max_batch):
+        typer.echo(f"Wrote {model}")
+
+
 @app.command("generate")
 def generate(
     model: Annotated[

@@ -16,7 +16,7 @@ import functools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import sympy
 import torch
@@ -47,7 +47,7 @@ class Stamp:
     layer: int
 
 
-Count = int | sympy.Expr
+Count: TypeAlias = int | sympy.Expr
 """A number of tokens: known when the graph is made, or a symbol where it is read from
 the data."""
 

@@ -55,10 +55,11 @@ def _looked(layer: Any, entered: Tensor, visual: int) -> Tensor:
 
 def _selected_layer(model: PreTrainedModel) -> Any:
     """The layer of the tower whose output the features are, or None."""
-    encoder = getattr(getattr(model.base_model, "vision_tower", None), "encoder", None)
-    selected: Any = getattr(model.config, "vision_feature_layer", None)
-    known = isinstance(model, LlavaForConditionalGeneration) and encoder is not None
-    if not known or not isinstance(selected, int):
+    if not isinstance(model, LlavaForConditionalGeneration):
+        return None
+    encoder: Any = getattr(model.model.vision_tower, "encoder", None)
+    selected: Any = model.config.vision_feature_layer
+    if encoder is None or not isinstance(selected, int):
         return None
     # Hidden states are the embeddings', and then one a layer.
     return encoder.layers[selected % (len(encoder.layers) + 1) - 1]

@@ -117,7 +117,7 @@ class PrunePlan:
     def needed(self) -> int:
         """Visual tokens that a sample must have for every cut to find what it drops.
 
-        None where counts follow the rank: they stop at what a sample has.
+        Any number will do where counts follow the rank.
         """
         return 0 if self.recipe.adaptive else self.recipe.needed(self.visual_tokens)
 

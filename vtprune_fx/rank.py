@@ -57,7 +57,8 @@ def attention_rank(attended: Tensor, roles: Tensor) -> Tensor:
     rated = attended[0][roles[0] == INSTRUCTION][:, roles[0] == VISUAL]
     if not rated.numel():
         return roles.new_zeros(())
-    return torch.linalg.matrix_rank(rated)
+    found: Tensor = torch.linalg.matrix_rank(rated)
+    return found
 
 
 @attention_rank.register_fake

@@ -1,0 +1,304 @@
+"""Exporting a pruned model to TensorRT: a prefill engine and a decode engine.
+
+The graphs are those of ``to_onnx``. TensorRT's parser wants constants as such, so they
+are folded first; weights have the type that the model has, since networks are strongly
+typed. What the parser makes of a graph has to have the sizes that the graph has, at the
+smallest, most usual and largest inputs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from transformers import PreTrainedModel, ProcessorMixin
+from transformers.exporters import ExportedComponent, ExportedModel
+
+from vtprune_fx.errors import ExportError
+from vtprune_fx.export import preflight
+from vtprune_fx.export.folder import check_free, written_at_once
+from vtprune_fx.export.manifest import Manifest, hashes, versions
+from vtprune_fx.export.profile import (
+    Point,
+    Sizes,
+    cache_lengths,
+    decode_points,
+    prefill_points,
+    shape_at,
+)
+from vtprune_fx.export.tensorrt_library import (
+    compute_capability,
+    library,
+    log,
+    version,
+)
+from vtprune_fx.export.tensorrt_model import FORMAT, OUTPUTS
+from vtprune_fx.export.to_onnx import described, example_prompts, export_onnx
+from vtprune_fx.optional import optional
+from vtprune_fx.recipe import Recipe
+from vtprune_fx.report import PruneReport
+
+if TYPE_CHECKING:
+    import onnx_ir
+
+Shapes = dict[str, list[tuple[int, ...]]]
+"""For each input or output, its shape at each point."""
+
+
+@dataclass(frozen=True)
+class Built:
+    """One engine, and how it was built.
+
+    Attributes:
+        plan: The serialised engine.
+        seconds: Parsing and building took.
+        layers: Of the network that it was built from.
+        inputs: What it takes: smallest, most usual, largest.
+        outputs: What it gives, in the order of the graph.
+        types: Type of each, as ONNX names it.
+    """
+
+    plan: bytes = field(repr=False)
+    seconds: float
+    layers: int
+    inputs: Shapes
+    outputs: Shapes
+    types: Mapping[str, str]
+
+    def record(self) -> dict[str, Any]:
+        """What whoever runs the engine cannot read from it, or not without a GPU."""
+        return {
+            kind: {
+                name: {"type": self.types[name], "shapes": shapes[name]}
+                for name in shapes
+            }
+            for kind, shapes in (("inputs", self.inputs), (OUTPUTS, self.outputs))
+        }
+
+
+@dataclass(frozen=True)
+class EngineReport:
+    """What was pruned, and the engines that were built."""
+
+    pruned: PruneReport
+    engines: Mapping[str, Built]
+
+    def __str__(self) -> str:
+        [(name, number)] = version().items()
+        lines = [str(self.pruned)]
+        for engine, built in self.engines.items():
+            lines.append(
+                f"{engine}: {len(built.plan) / 2**20:.1f} MiB, built in "
+                f"{built.seconds:.1f} s by {name} {number}, {built.layers} layers"
+            )
+            for tensor, shapes in built.inputs.items():
+                ranges = " : ".join("x".join(map(str, shape)) for shape in shapes)
+                lines.append(f"  {tensor}  {ranges}")
+        return "\n".join(lines)
+
+
+def write_tensorrt(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    recipe: Recipe | None,
+    folder: Path,
+    sizes: Sizes,
+    capability: str | None = None,
+) -> EngineReport:
+    """Export a model with its processor as engines that ``load`` can run.
+
+    Args:
+        model: An unmodified transformers model, in the precision to run in.
+        processor: Its processor.
+        recipe: What to cut, or None for the default that fits the model.
+        folder: New, empty, or an earlier export, which is replaced at the end.
+        sizes: What the engines shall take.
+        capability: Compute capability of the GPU, as ``8.9``. Left out, TensorRT for
+            RTX builds for every GPU from 8.0 on, full TensorRT for the one at hand.
+
+    Raises:
+        InputError: The folder holds something else, or no engine can be built for
+            these sizes or this GPU.
+        MissingDependencyError: TensorRT, or the packages that write ONNX, are missing.
+        AnatomyError: The model has no visual tokens, or no decoder that can be pruned.
+        PlanError: The recipe does not fit the model.
+        ExportError: TensorRT does not take the graphs.
+    """
+    for package in ("onnx", "onnxscript"):
+        optional(package, package, "exporting to TensorRT", FORMAT)
+    compute_capability(capability)
+    _check_counts(recipe)
+    check_free(folder)
+    inputs = _in_precision(example_prompts(processor), model)
+    exported, report = export_onnx(model, inputs, recipe)
+    assert report.plan is not None, "an exporter that does not prune raises"
+    sizes = sizes.for_prompts(report.plan.visual_tokens, report.plan.dropped)
+    engines = build_engines(exported, sizes, capability)
+    with written_at_once(folder) as scratch:
+        _engines_of(exported, engines, sizes).save_pretrained(scratch)
+        processor.save_pretrained(scratch)
+        Manifest(
+            target="tensorrt",
+            **described(model, report),
+            packages=versions() | version(),
+            files=hashes(scratch),
+        ).write(scratch)
+    return EngineReport(report, engines)
+
+
+def build_engines(
+    exported: ExportedModel, sizes: Sizes, capability: str | None = None
+) -> dict[str, Built]:
+    """Build what ``export_onnx`` exported.
+
+    Args:
+        exported: Its graphs; constants in them are folded.
+        sizes: With a prompt.
+        capability: As in ``write_tensorrt``.
+
+    Raises:
+        ExportError: TensorRT does not take a graph, or makes other sizes of it.
+    """
+    graphs = {name: part.program for name, part in exported.components.items()}
+    points = {"prefill": prefill_points(graphs["prefill"].graph, sizes)}
+    filled = cache_lengths(graphs["prefill"].graph, points["prefill"])
+    points["decode"] = decode_points(graphs["decode"].graph, sizes, filled)
+    return {
+        name: build(name, graphs[name], points[name], capability) for name in points
+    }
+
+
+def build(
+    name: str,
+    model: onnx_ir.Model,
+    points: list[Point],
+    capability: str | None = None,
+) -> Built:
+    """Build one engine.
+
+    Args:
+        name: What errors call it.
+        model: Its graph; constants in it are folded.
+        points: Smallest, most usual, largest sizes.
+        capability: As in ``write_tensorrt``.
+
+    Raises:
+        ExportError: TensorRT does not take the graph, or makes other sizes of it.
+    """
+    start = time.perf_counter()
+    fold_constants(model)
+    inputs, outputs = (
+        {str(value.name): [shape_at(value, p) for p in points] for value in values}
+        for values in (model.graph.inputs, model.graph.outputs)
+    )
+    log().errors.clear()
+    builder = library().Builder(log())
+    parsed = preflight.parse(builder, model, name)
+    check_shapes(name, parsed.network, inputs, outputs)
+    plan = _build(name, builder, parsed.network, inputs, capability)
+    seconds = time.perf_counter() - start
+    values = (*model.graph.inputs, *model.graph.outputs)
+    types = {str(value.name): value.dtype.name for value in values if value.dtype}
+    return Built(plan, seconds, parsed.network.num_layers, inputs, outputs, types)
+
+
+def fold_constants(model: onnx_ir.Model) -> None:
+    """Compute what depends on constants alone.
+
+    The parser wants axes and the like as constants; torch.onnx computes some.
+    """
+    from onnxscript import optimizer  # noqa: PLC0415 - an optional package
+
+    optimizer.fold_constants(model, onnx_shape_inference=True)
+    optimizer.remove_unused_nodes(model)
+
+
+def check_shapes(name: str, network: Any, inputs: Shapes, outputs: Shapes) -> None:
+    """Check that a network has the sizes that its graph has, at every point.
+
+    Raises:
+        ExportError: It has others.
+    """
+    takes = [network.get_input(i) for i in range(network.num_inputs)]
+    gives = [network.get_output(i) for i in range(network.num_outputs)]
+    dynamic = [tuple(tensor.shape) for tensor in takes]
+    for point in range(3):
+        for tensor in takes:
+            tensor.shape = inputs[tensor.name][point]
+        for tensor in gives:
+            expected = outputs[tensor.name][point]
+            if tuple(tensor.shape) != expected:
+                raise ExportError(
+                    f"engine {name}, output {tensor.name}",
+                    expected=f"the graph's shape {expected}",
+                    found=f"{tuple(tensor.shape)} in the network that was parsed",
+                    fix="Report the model and the version of TensorRT.",
+                )
+    for tensor, shape in zip(takes, dynamic, strict=True):
+        tensor.shape = shape
+
+
+def _build(
+    name: str, builder: Any, network: Any, inputs: Shapes, capability: str | None
+) -> bytes:
+    config = builder.create_builder_config()
+    profile = builder.create_optimization_profile()
+    for tensor, shapes in inputs.items():
+        profile.set_shape(tensor, *shapes)
+    config.add_optimization_profile(profile)
+    if capability is not None:
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(compute_capability(capability), 0)
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise ExportError(
+            f"engine {name}",
+            expected="TensorRT to build it",
+            found=log().errors[0] if log().errors else "no engine, and no reason given",
+            fix="Name a smaller --batch or --prompt, or run the model on ONNX Runtime.",
+        )
+    return bytes(plan)
+
+
+def _check_counts(recipe: Recipe | None) -> None:
+    """Refuse recipes whose counts depend on what a prompt holds.
+
+    Raises:
+        ExportError: It is one of these.
+    """
+    if getattr(recipe, "adaptive", False):
+        raise ExportError(
+            f"recipe {recipe.name if recipe else None}",
+            expected="as many tokens to leave from every prompt: an engine's sizes "
+            "follow from its inputs' sizes",
+            found="numbers that depend on the prompt",
+            fix="Use a recipe with counts, or run the model with torch.",
+        )
+
+
+def _in_precision(inputs: Mapping[str, Any], model: PreTrainedModel) -> dict[str, Any]:
+    """Pixels as the model's own weights are."""
+    return {
+        name: value.to(model.dtype)
+        if isinstance(value, Tensor) and value.is_floating_point()
+        else value
+        for name, value in inputs.items()
+    }
+
+
+def _engines_of(
+    exported: ExportedModel, engines: Mapping[str, Built], sizes: Sizes
+) -> ExportedModel:
+    """The engines in place of the graphs, with all else that was recorded of them."""
+    components = {}
+    for name, built in engines.items():
+        metadata = exported.components[name].metadata
+        metadata.export_config = sizes.fields() | built.record()
+        components[name] = ExportedComponent(built.plan, metadata)
+    return ExportedModel(
+        components, FORMAT, exported.config, exported.generation_config
+    )
