@@ -21,5 +21,5 @@ echo "Installing into $venv (a few minutes the first time)" >&2
 # range would let pip prefer a newer build that brings all of CUDA.
 "$python" -m pip install -qq --disable-pip-version-check torch==2.13.0
 "$python" -m pip install -qq --disable-pip-version-check \
-  -c constraints.txt -e ".[onnxruntime,demo,dev]"
+  -c constraints.txt -e ".[onnxruntime,demo,dev,docs]"
 printf '%s' "$wanted" >"$stamp"
