@@ -31,13 +31,14 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 from transformers import LlavaForConditionalGeneration as Llava
 
-from vtprune_fx import oracle, oracle_scores
+from vtprune_fx import oracle
 from vtprune_fx.calibration import open_calibration
 from vtprune_fx.cost import Geometry
 from vtprune_fx.exact import Trials
 from vtprune_fx.fit import Account, Found, Prompts, search
 from vtprune_fx.inputs import open_checkpoint
 from vtprune_fx.observe import observed
+from vtprune_fx.oracle_decoder import Decoder, Heads
 from vtprune_fx.reference import CHECKPOINT
 from vtprune_fx.statistics import Counts, Statistics, merged, observe
 
@@ -60,7 +61,7 @@ def published(
     """The recipe for a budget, as the published code searches it.
 
     Args:
-        model: A LLaVA whose decoder the oracle knows.
+        model: A LLaVA, running (``Decoder.running``).
         samples: Calibration prompts, without padding.
         prompts: The same, for what they cost.
         budget: Share of the MACs to save.
@@ -111,9 +112,8 @@ def _sums(
     run = _Run(model, sample)
     sums = []
     for layer in range(layers):
-        attended, cross, own = run.attention(layer)
+        run.hidden, cross, own = run.attention(layer)
         sums.append((cross.sum(), own.sum()))
-        run.finish(layer, attended)
     return sums
 
 
@@ -121,39 +121,36 @@ class _Run:
     """One sample on its way through the decoder."""
 
     def __init__(self, model: Llava, sample: oracle.Sample) -> None:
-        self.decoder, self.layers = oracle._decoder(model)
+        self.decoder = Decoder(model)
         self.hidden = oracle._embed(model, sample)
         self.visual = sample.input_ids == model.config.image_token_id
         self.instruction = oracle._after_last(self.visual)
-        self.tables = oracle._rotary(self.decoder, self.hidden, sample.positions)
+        self.positions = sample.positions
 
     def attention(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Attention output, and what visual tokens receive, by both sums."""
-        layer = self.layers[index]
-        query, key, value = oracle._project(layer, self.hidden, *self.tables)
-        maps = oracle_scores.causal_attention(query, key, layer.self_attn.scaling)
+        """The layer's output, and what visual tokens receive, by both sums."""
+        count = len(self.hidden)
+        heads = Heads(torch.ones(count, count, dtype=torch.bool).tril())
+        tables = self.decoder.tables(index, self.hidden, self.positions)
+        after = self.decoder.run(index, self.hidden, tables, heads)
+        maps = heads.probabilities
         largest = maps.amax(dim=0)[:, self.visual]
         cross = largest[self.instruction].sum(dim=0) / self.instruction.sum()
         own = largest[self.visual].sum(dim=0) / self.visual.sum().clamp(min=1)
-        return oracle._mix(maps, value), cross, own
+        return after, cross, own
 
     def layer(self, index: int, whole: tuple[Tensor, Tensor], alpha: float) -> int:
         """Run a layer and drop what it may lose."""
-        attended, cross, own = self.attention(index)
+        after, cross, own = self.attention(index)
         by_cross = _candidates(cross, whole[0] * (1 - alpha))
         by_own = _candidates(own, whole[1] * (1 - alpha))
         leaving = sorted(by_cross & by_own)
         stay = torch.ones_like(self.visual)
         stay[self.visual.nonzero()[:, 0][leaving]] = False
-        self.hidden, self.visual = self.hidden[stay], self.visual[stay]
+        self.hidden, self.visual = after[stay], self.visual[stay]
         self.instruction = self.instruction[stay]
-        self.tables = (self.tables[0][stay], self.tables[1][stay])
-        self.finish(index, attended[stay])
+        self.positions = self.positions[stay]
         return len(leaving)
-
-    def finish(self, index: int, attended: Tensor) -> None:
-        """Output projection and MLP."""
-        self.hidden = oracle._finish(self.layers[index], attended, self.hidden)
 
 
 def _candidates(received: Tensor, least: Tensor) -> set[int]:
@@ -194,7 +191,9 @@ class Task:
 
     def published(self, budget: float) -> Found:
         """The recipe for a budget, from the prompts on, as published."""
-        return published(self.model, self.samples(), self.prompts(), budget)
+        samples = self.samples()
+        with Decoder(self.model).running():
+            return published(self.model, samples, self.prompts(), budget)
 
     def statistics(self) -> list[Statistics]:
         """One pass over the unpruned model."""

@@ -11,13 +11,14 @@ if __name__ != "vtprune_fx.export":
 
 from vtprune_fx.export.manifest import is_export
 from vtprune_fx.export.onnx_model import OnnxModel, load, require_onnxruntime
-from vtprune_fx.export.to_onnx import export_onnx, write_onnx
+from vtprune_fx.export.to_onnx import export_onnx, prefill_inputs, write_onnx
 
 __all__ = [
     "OnnxModel",
     "export_onnx",
     "is_export",
     "load",
+    "prefill_inputs",
     "require_onnxruntime",
     "write_onnx",
 ]

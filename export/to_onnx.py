@@ -30,6 +30,8 @@ from transformers.exporters import (
 from vtprune_fx import capture
 from vtprune_fx.capture import dynamic_shapes, images_as_one_sequence
 from vtprune_fx.decoding import ragged_attention
+from vtprune_fx.encoding import encoded, is_told_sizes
+from vtprune_fx.errors import ExportError
 from vtprune_fx.export.folder import check_free, written_at_once
 from vtprune_fx.export.manifest import Manifest, hashes, versions
 from vtprune_fx.export.onnx_model import require_onnxruntime
@@ -84,9 +86,10 @@ def export_onnx(
 ) -> tuple[ExportedModel, PruneReport]:
     """Export the graphs that generation needs.
 
-    ``prefill`` takes ids, mask, positions and pixels and returns logits and a ragged
-    cache; batch, prompt length and number of images are dynamic. ``decode`` takes one
-    token and the cache, each layer's length a dimension of its own.
+    ``prefill`` takes what ``prefill_inputs`` gives, ids, mask, positions and pixels or
+    features, and returns logits and a ragged cache; batch, prompt length and number of
+    images are dynamic. ``decode`` takes one token and the cache, each layer's length a
+    dimension of its own.
 
     Args:
         model: An unmodified transformers model.
@@ -97,9 +100,7 @@ def export_onnx(
         AnatomyError: The model has no visual tokens, or no decoder that can be pruned.
         PlanError: The recipe does not fit the model.
     """
-    inputs = capture.example(inputs)
-    positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
-    inputs["position_ids"] = positions
+    inputs = prefill_inputs(model, capture.example(inputs))
     # Behind cuts nearly every symbolic size is new: remembering fakes doubles the time.
     with torch._dynamo.config.patch(fake_tensor_cache_enabled=False), _quietly():
         exporter = PrunedOnnxExporter(recipe)
@@ -112,6 +113,19 @@ def export_onnx(
         components, ExportFormat.ONNX, model.config, model.generation_config
     )
     return exported, exporter.report
+
+
+def prefill_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What an exported prefill graph takes, made of what a processor returned.
+
+    Positions, and where a model's encoders are told sizes the features that they give
+    (``encoding.encoded``).
+    """
+    with torch.no_grad():
+        ready = encoded(model, inputs)
+    if ready.get("position_ids") is None:
+        ready["position_ids"] = (ready["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    return ready
 
 
 _CHATTY = ("torch.onnx", "transformers.exporters.utils", "onnx_ir")
@@ -153,6 +167,8 @@ def write_onnx(
 
     Raises:
         InputError: The folder holds something else.
+        ExportError: The model's encoders are told sizes, so that features depend on
+            values.
         MissingDependencyError: The packages that write ONNX are not installed.
         AnatomyError: The model has no visual tokens, or no decoder that can be pruned.
         PlanError: The recipe does not fit the model.
@@ -160,6 +176,14 @@ def write_onnx(
     require_onnxruntime()
     check_free(folder)
     inputs = example_prompts(processor) if example is None else example
+    if is_told_sizes(model, inputs):
+        raise ExportError(
+            f"model {type(model).__name__}",
+            expected="encoders that see pixels alone, to write as a graph",
+            found="encoders that are told sizes of images",
+            fix="Run it with vtprune_fx.compile, or take the graphs that "
+            "vtprune_fx.export.export_onnx returns, which start with features.",
+        )
     exported, report = export_onnx(model, inputs, recipe)
     assert report.plan is not None, "an exporter that does not prune raises"
     with written_at_once(folder) as scratch:

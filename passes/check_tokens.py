@@ -16,6 +16,8 @@ gains::
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch.fx import GraphModule
 
@@ -23,7 +25,7 @@ from vtprune_fx.graph import Inserter, Stamp
 from vtprune_fx.passes.base import Pass
 from vtprune_fx.passes.insert_scores import ROLES
 from vtprune_fx.plan import PrunePlan
-from vtprune_fx.scoring import enough_to_drop
+from vtprune_fx.scoring import enough_padding, enough_to_drop
 
 
 class CheckTokens(Pass):
@@ -32,7 +34,9 @@ class CheckTokens(Pass):
     1. Count recipes: a sample holds at least what all cuts drop.
     2. Share recipes (``of``): a sample holds exactly what the shares were taken of.
     3. A sample of text alone, beside others with images: padding leaves instead.
-    4. No cuts: nothing to assert.
+    4. Samples that lose numbers of their own: each holds the padding that makes up for
+       those it loses fewer than others.
+    5. No cuts: nothing to assert.
     """
 
     def __init__(self, plan: PrunePlan) -> None:
@@ -48,15 +52,25 @@ class CheckTokens(Pass):
         stamp = Stamp("check", -1)
         inserter = Inserter(graph)
         anchor = roles.next
-        enough = inserter.trace(
-            anchor, stamp, enough_to_drop, roles, plan.needed, exactly
-        )
+        check = partial(inserter.trace, anchor, stamp)
+        if plan.of is None:
+            enough = check(enough_to_drop, roles, plan.needed, exactly)
+        else:
+            drops = tuple(cut.drop for cut in plan.cuts)
+            shares = tuple(cut.share for cut in plan.cuts)
+            enough = check(enough_padding, roles, drops, shares, plan.of)
         message = self._message(exactly)
         inserter.call(anchor, stamp, torch.ops.aten._assert_async.msg, enough, message)
         return True
 
     def _message(self, exactly: int | None) -> str:
         needed = self._plan.needed
+        if self._plan.of is not None:
+            return (
+                f"recipe {self._plan.recipe.name}: every sample of a batch must hold "
+                f"visual tokens and padding for {needed} to leave; run samples that do "
+                "not by themselves"
+            )
         held = f"at least {needed}" if exactly is None else f"exactly {exactly}"
         return (
             f"recipe {self._plan.recipe.name}: every sample of a batch must hold "

@@ -53,7 +53,7 @@ from vtprune_fx.passes.insert_scores import (
 )
 from vtprune_fx.plan import LiveValue, PlannedCut, PrunePlan
 from vtprune_fx.recycling import hidden_from_each_other, hide
-from vtprune_fx.scoring import VISUAL
+from vtprune_fx.scoring import VISUAL, mask_without, roles_without
 
 aten = torch.ops.aten
 
@@ -70,8 +70,10 @@ class GatherTokens(Pass):
        that have visual tokens.
     5. The residual stream where dropped tokens become new ones: gathered from the
        stream with the new tokens behind it, all else by stand-in.
-    6. The output: reads what it read.
-    7. No cuts: unchanged.
+    6. Samples that lose numbers of their own: roles and masks have padding in the
+       places of those who left without the row becoming shorter.
+    7. The output: reads what it read.
+    8. No cuts: unchanged.
     """
 
     def __init__(self, plan: PrunePlan) -> None:
@@ -145,6 +147,8 @@ class _Gather:
             taken = _take(insert, value, self._rows, index, live.axes)
             if cut.new and len(live.axes) == 2:
                 taken = self._in_order(anchor, stamp, taken, stand_in)
+            if cut.share is not None:
+                taken = self._without_gone(anchor, stamp, taken, keep, live)
             shorter[original] = taken
         return length, shorter
 
@@ -178,13 +182,25 @@ class _Gather:
         hidden = trace(hidden_from_each_other, stand_in)
         return trace(hide, mask, hidden)
 
+    def _without_gone(
+        self, anchor: Node, stamp: Stamp, taken: Node, keep: Node, live: LiveValue
+    ) -> Node:
+        """Gathered roles or a mask, in which who left in place is padding."""
+        gone = dropped_tokens(keep)
+        assert gone is not None
+        trace = partial(self._inserter.trace, anchor, stamp, dropped=gone)
+        if live.node == ROLES:
+            return trace(roles_without, taken, keep)
+        return trace(mask_without, taken, keep) if len(live.axes) == 2 else taken
+
 
 def _last_inserted(cut: PlannedCut) -> str:
     """Name of the positions that a cut gathers by, the last node of its score.
 
-    The keep set, unless new tokens are made.
+    The keep set, unless that has negative numbers.
     """
-    return f"{STAND_IN_PREFIX if cut.new else KEEP_PREFIX}{cut.attention.layer}"
+    stands_in = cut.new or cut.share is not None
+    return f"{STAND_IN_PREFIX if stands_in else KEEP_PREFIX}{cut.attention.layer}"
 
 
 def _sample_rows(insert: Insert, keep: Node) -> Node:

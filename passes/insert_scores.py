@@ -44,7 +44,17 @@ from vtprune_fx.graph import Inserter, Stamp, set_value, value_at_full_length
 from vtprune_fx.passes.base import Pass
 from vtprune_fx.plan import PlannedCut, PrunePlan
 from vtprune_fx.scorers import rate_of, scorer
-from vtprune_fx.scoring import lowest_first, token_roles
+from vtprune_fx.scoring import (
+    front_keys,
+    lowest_first,
+    marked,
+    own_keep_set,
+    own_leaving,
+    own_order,
+    own_stand_ins,
+    token_roles,
+    visual_counts,
+)
 
 aten = torch.ops.aten
 
@@ -59,7 +69,8 @@ NEW_PREFIX = "vtprune_new_"
 """The new tokens that a cut makes of dropped ones are named this and its layer."""
 
 STAND_IN_PREFIX = "vtprune_stand_in_"
-"""Where a cut makes new tokens: positions, new tokens having those of another one."""
+"""Where a keep set has negative numbers: positions, new tokens having those of another
+one, and who left in place as padding its own."""
 
 Insert = Callable[..., Node]
 """``(operator, *args) -> node``: inserts at the cut at hand."""
@@ -73,7 +84,9 @@ class InsertScores(Pass):
 
     1. A cut behind attention or layer: rated by the layer's own queries and keys.
     2. A cut ahead of a layer: rated by copies of what will be its queries and keys.
-    3. No cuts: unchanged.
+    3. Samples that lose numbers of their own: who leaves where fewer leave in all stays
+       in place as padding.
+    4. No cuts: unchanged.
     """
 
     def __init__(self, plan: PrunePlan) -> None:
@@ -88,6 +101,7 @@ class InsertScores(Pass):
         inserter = Inserter(graph)
         rate = rate_of(plan.recipe)
         roles: Node | None = None
+        came: Node | None = None
         for cut in plan.cuts:
             anchor = named[cut.edge].next
             stamp = Stamp("score", cut.attention.layer)
@@ -97,15 +111,13 @@ class InsertScores(Pass):
             evidence = _evidence(cut, seen, roles)
             rated = _trace(inserter, anchor, stamp, plan.recipe.score, rate, evidence)
             seen.erase_unread()
-            insert = partial(inserter.call, anchor, Stamp("keep", cut.attention.layer))
-            order = inserter.trace(anchor, stamp, lowest_first, rated, roles)
-            staying = _insert_staying(insert, order, cut)
-            if cut.new:
-                new = _New(inserter, anchor, cut)
-                new.insert(seen.node(cut.hidden), order, roles, staying)
-            else:
-                keep = insert(getitem, insert(aten.sort.default, staying, 1), 0)
-                keep._rename(f"{KEEP_PREFIX}{cut.attention.layer}")
+            if plan.of is None:
+                hidden = seen.node(cut.hidden)
+                _insert_keep_set(inserter, anchor, cut, (rated, roles, hidden))
+                continue
+            if came is None:
+                came = inserter.trace(anchor, Stamp("score", -1), visual_counts, roles)
+            _insert_own(inserter, anchor, cut, (rated, roles, came), plan.of)
         return True
 
     def _insert_roles(
@@ -113,8 +125,8 @@ class InsertScores(Pass):
     ) -> Node:
         """Insert the roles with the first cut, whose layer's mask tells the padding."""
         insert = partial(inserter.trace, anchor, Stamp("score", -1))
-        visual, mask = seen.node(self._plan.visual), seen.node(cut.attention.mask)
-        roles = insert(token_roles, visual, mask)
+        visual = insert(marked, *map(seen.node, self._plan.visual))
+        roles = insert(token_roles, visual, seen.node(cut.attention.mask))
         if raters := scorer(self._plan.recipe.score).raters:
             roles = insert(raters, self._embeddings(seen), roles)
         roles._rename(ROLES)
@@ -208,6 +220,56 @@ def _look_ahead(
             wanted.update(node.all_input_nodes)
         node = node.prev
     return inserter.copy(anchor, Stamp("score", at.layer), reversed(behind))
+
+
+def _insert_keep_set(
+    inserter: Inserter,
+    anchor: Node,
+    cut: PlannedCut,
+    rating: tuple[Node, Node, Node | None],
+) -> None:
+    """Choose who stays: ``rating`` is scores, roles and the residual stream."""
+    rated, roles, hidden = rating
+    layer = cut.attention.layer
+    insert = partial(inserter.call, anchor, Stamp("keep", layer))
+    order = inserter.trace(anchor, Stamp("score", layer), lowest_first, rated, roles)
+    staying = _insert_staying(insert, order, cut)
+    if cut.new:
+        _New(inserter, anchor, cut).insert(hidden, order, roles, staying)
+        return
+    keep = insert(getitem, insert(aten.sort.default, staying, 1), 0)
+    keep._rename(f"{KEEP_PREFIX}{layer}")
+
+
+def _insert_own(
+    inserter: Inserter,
+    anchor: Node,
+    cut: PlannedCut,
+    rating: tuple[Node, Node, Node],
+    of: int,
+) -> None:
+    """Choose who stays where each sample loses its own number.
+
+    ``rating`` is scores, roles and the numbers of visual tokens that samples came with.
+    Who leaves where fewer leave in all stays in place as padding, in front of the row,
+    and is -1 in the keep set.
+    """
+    rated, roles, came = rating
+    layer = cut.attention.layer
+    stamp = Stamp("keep", layer)
+    trace, insert = (partial(f, anchor, stamp) for f in (inserter.trace, inserter.call))
+    numbers = (came, cut.share, of)
+    order = trace(own_order, rated, roles, *numbers)
+    leaving = trace(own_leaving, order, *numbers)
+    staying, gone = (_insert_staying(insert, node, cut) for node in (order, leaving))
+    keys = trace(front_keys, staying, gone, dropped=cut.drop)
+    ascending = insert(getitem, insert(aten.sort.default, keys, 1), 0)
+    for name, function in (
+        (KEEP_PREFIX, own_keep_set),
+        (STAND_IN_PREFIX, own_stand_ins),
+    ):
+        found = trace(function, ascending, dropped=cut.drop)
+        found._rename(f"{name}{layer}")
 
 
 def _insert_staying(insert: Insert, lowest_first: Node, cut: PlannedCut) -> Node:

@@ -50,7 +50,11 @@ def _say_default(recipe: Recipe) -> None:
 
 
 def prune_graph(
-    module: GraphModule, recipe: Recipe | None, visual_tokens: int | None = None
+    module: GraphModule,
+    recipe: Recipe | None,
+    visual_tokens: int | None = None,
+    *,
+    own: bool = False,
 ) -> PruneReport:
     """Prune a graph, in place.
 
@@ -59,6 +63,7 @@ def prune_graph(
         recipe: What to cut, or None for the default that fits the model.
         visual_tokens: Of a sample that has any, where that is known better than from
             the sizes in the graph.
+        own: Let each sample lose its own share, as ``place`` takes it.
 
     Returns:
         What was done; nothing, where the graph places no image.
@@ -76,7 +81,7 @@ def prune_graph(
     if recipe is None:
         recipe = default(len(anatomy.layers), anatomy.visual_tokens)
         _say_default(recipe)
-    plan = place(recipe, anatomy, module.graph)
+    plan = place(recipe, anatomy, module.graph, own=own)
     if plan.cuts:
         _check_leaves_two(module.graph, plan)
     with uncached_fakes(fake_mode_of(module.graph)):
@@ -125,7 +130,7 @@ def _shortest_prompt(plan: PrunePlan) -> int:
 def _check_leaves_two(graph: Graph, plan: PrunePlan) -> None:
     """Let the graph know how long a prompt is at least."""
     least = _shortest_prompt(plan)
-    mask = next(node for node in graph.nodes if node.name == plan.visual)
+    mask = next(node for node in graph.nodes if node.name in plan.visual)
     length = size_hint(mask.meta["val"].shape[1])
     if length < least:
         raise PlanError(

@@ -138,7 +138,7 @@ def _check_inserted(module: GraphModule, own: frozenset[Node], pass_name: str) -
     for node in module.graph.nodes:
         if node in own:
             continue
-        if node.target in _DYNAMIC or _indexes_by_mask(node):
+        if _depends_on_data(node):
             raise VerifyError(
                 f"pass {pass_name}, node {node.name}",
                 expected="an operator whose shape does not depend on data",
@@ -154,8 +154,14 @@ def _check_inserted(module: GraphModule, own: frozenset[Node], pass_name: str) -
             )
 
 
+def _depends_on_data(node: Node) -> bool:
+    return node.target in _DYNAMIC or (
+        node.target == aten.index.Tensor and _indexes_by_mask(node)
+    )
+
+
 def _indexes_by_mask(node: Node) -> bool:
-    if node.target != aten.index.Tensor:
+    if node.target not in {aten.index.Tensor, aten.index_put.default}:
         return False
     indices = cast("list[Node | None]", node.args[1])
     masks = (n for n in indices if n is not None)
@@ -174,7 +180,10 @@ def _run(
     if node.op == "get_attr":
         constant = _attribute(module, str(node.target))
         return constant.to(_stand_in(constant.device))
-    if node.target in _DYNAMIC or not _is_computable(node, values):
+    if node.target == aten.index_put.default and _indexes_by_mask(node):
+        # Whatever is put there, the result is like what it is put into.
+        return values[cast("Node", node.args[0])]
+    if _depends_on_data(node) or not _is_computable(node, values):
         return None
     args, kwargs = map_aggregate(
         (node.args, node.kwargs), lambda arg: _without_data(arg, values)
@@ -253,6 +262,8 @@ class Sizes:
             return type(value)(self._value(item, dropped) for item in value)
         if isinstance(value, torch.SymInt):
             return self._size(value, dropped)
+        if isinstance(value, torch.SymBool):
+            return bool(value.node.expr.subs(self._numbers))
         if not isinstance(value, Tensor):
             return value
         shape = [self._size(s, dropped) for s in value.shape]

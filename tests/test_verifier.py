@@ -255,7 +255,7 @@ def insert(module: GraphModule, anchor: Node, op: Any, *args: Any) -> Node:
 
 def visual_mask(module: GraphModule) -> Node:
     _, plan = planned({0: 3})
-    return named(module, plan.visual)
+    return named(module, plan.visual[0])
 
 
 @pytest.mark.parametrize("stamped", [True, False])

@@ -3,7 +3,8 @@
 Nothing is found by a model's name or by counting nodes:
 
 * The *visual tokens* are where image features are placed into the embeddings with
-  ``masked_scatter``; its mask says which positions are visual.
+  ``masked_scatter``; its mask says which positions are visual. Images and videos are
+  placed one after the other, each with a mask of its own.
 * The *token axis* is the symbol of that mask's second dimension: a dimension of any
   other value whose size is the same symbol runs over the same tokens.
 * The *decoder layers* are the attention nodes whose queries carry the token axis; their
@@ -101,7 +102,8 @@ class Anatomy:
     Attributes:
         tokens: The symbol that is the prompt's length.
         batch: The number of samples.
-        visual: Name of the mask of visual tokens, [B, S] or [B, S, 1].
+        visual: Names of the masks that together mark the visual tokens, [B, S] or
+            [B, S, 1]: one for each kind of visual input.
         visual_tokens: Visual tokens of a sample that has any, in the example the graph
             was traced with; those of all samples where they cannot be alike.
         layers: The decoder layers' attentions, in order.
@@ -109,7 +111,7 @@ class Anatomy:
 
     tokens: sympy.Symbol
     batch: sympy.Expr
-    visual: str
+    visual: tuple[str, ...]
     visual_tokens: int
     layers: tuple[Attention, ...]
 
@@ -127,15 +129,8 @@ def read(graph: Graph) -> Anatomy | None:
     placements = list(_placements(graph))
     if not placements:
         return None
-    if len(placements) > 1:
-        raise AnatomyError(
-            "placement of image features",
-            expected="one masked_scatter into the embeddings",
-            found=", ".join(mask.name for mask, _ in placements),
-            fix="Models with several kinds of visual input are not supported yet.",
-        )
-    [(mask, features)] = placements
-    visual = _token_mask(mask)
+    masks = [_token_mask(mask) for mask, _ in placements]
+    visual = masks[0]
     batch, tokens = (size_expr(size) for size in _shape(visual)[:2])
     _check_symbols(visual, batch, tokens)
     if any(not _has_axis(found.key, tokens) for found in _attentions(graph, tokens)):
@@ -143,16 +138,11 @@ def read(graph: Graph) -> Anatomy | None:
         return None
     for found in _attentions(graph, tokens):
         _check_sees_all(found)
-    samples = size_hint(_shape(visual)[0])
-    rows = _rows(features)
-    each, rest = divmod(rows, samples)
-    # Less than an image has: a sample is text alone, and the others have whole images.
-    each = max(each, _smallest_image(features))
     return Anatomy(
         tokens=tokens,
         batch=batch,
-        visual=visual.name,
-        visual_tokens=rows if rest else each,
+        visual=tuple(mask.name for mask in masks),
+        visual_tokens=_visual_tokens(placements, masks),
         layers=tuple(_decoder(graph, tokens)),
     )
 
@@ -221,13 +211,34 @@ def _check_symbols(visual: Node, batch: sympy.Expr, tokens: sympy.Expr) -> None:
         )
 
 
-def _rows(features: Node) -> int:
+def _visual_tokens(placements: list[tuple[Node, Node]], masks: list[Node]) -> int:
+    """Visual tokens of a sample that has any."""
+    samples = size_hint(_shape(masks[0])[0])
+    rows = sum(map(_rows, placements, masks))
+    each, rest = divmod(rows, samples)
+    if rest:
+        return rows
+    if len(placements) > 1:
+        return each
+    # Less than an image has: a sample is text alone, and the others have whole images.
+    [(_, features)] = placements
+    return max(each, _smallest_image(features))
+
+
+def _rows(placement: tuple[Node, Node], mask: Node) -> int:
     """Visual tokens in the whole example batch: [rows, width], perhaps flattened."""
-    sources = [_shape(node) for node in walk_back(features, _VIEWS_OF_A_MASK)]
-    widest = max(sources, key=len)
-    # Not Size.numel: it would make constants of symbolic sizes.
-    elements = math.prod(map(size_hint, sources[0]))
-    return elements // size_hint(widest[-1])
+    elements, covered, tokens = (
+        # Not Size.numel: it would make constants of symbolic sizes.
+        math.prod(map(size_hint, _shape(node)))
+        for node in (placement[1], _widest(placement[0]), mask)
+    )
+    return elements * tokens // covered
+
+
+def _widest(mask: Node) -> Node:
+    """The mask as it covers the embeddings, perhaps flattened."""
+    ways = list(walk_back(mask, _VIEWS_OF_A_MASK))
+    return max(ways, key=lambda node: math.prod(map(size_hint, _shape(node))))
 
 
 def _smallest_image(features: Node) -> int:

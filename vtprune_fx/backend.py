@@ -46,7 +46,7 @@ torch.compiler.assume_constant_result(  # type: ignore[no-untyped-call]
     maybe_install_capturing_hooks
 )
 
-_OPTIONS = ("recipe", "inner", "mode", "visual_tokens", "tell")
+_OPTIONS = ("recipe", "inner", "mode", "visual_tokens", "own", "tell")
 
 Compiler = Callable[..., Callable[..., Any]]
 """What compiles a graph: ``(module, example_inputs, **kwargs) -> callable``."""
@@ -67,8 +67,9 @@ def vtprune_backend(
         options: ``recipe``: a shipped name, a file, a ``Recipe``; left out, the default
             (``recipe.default``) stretched to the model, which is said once. ``inner``
             and ``mode``: as ``inner_compiler`` takes them. ``visual_tokens``: of a
-            sample that has any; read from the graph's sizes if left out. ``tell``:
-            called with a pruned graph's report after each run of it.
+            sample that has any; read from the graph's sizes if left out. ``own``: let
+            each sample lose its own share, as ``plan.place`` does. ``tell``: called
+            with a pruned graph's report after each run of it.
         kwargs: For the inner backend; ``mode`` among them is that of ``torch.compile``.
 
     Raises:
@@ -90,7 +91,8 @@ def vtprune_backend(
     recipe = (
         load_recipe(options["recipe"]) if options.get("recipe") is not None else None
     )
-    found = _prune(module, recipe, options.get("visual_tokens"))
+    own = bool(options.get("own"))
+    found = _prune(module, recipe, options.get("visual_tokens"), own=own)
     if found is None:
         return inner(module, example_inputs, **kwargs)
     pruned, report = found
@@ -161,13 +163,17 @@ def _in_mode(inner: str, mode: str) -> Compiler:
 
 
 def _prune(
-    module: GraphModule, recipe: Recipe | None, visual_tokens: int | None
+    module: GraphModule,
+    recipe: Recipe | None,
+    visual_tokens: int | None,
+    *,
+    own: bool,
 ) -> tuple[GraphModule, PruneReport] | None:
     """The pruned graph, which returns its keep sets too; None if nothing is pruned."""
     if not places_images(module):
         return None
     lowered = lower(module)
-    report = prune_graph(lowered, recipe, visual_tokens)
+    report = prune_graph(lowered, recipe, visual_tokens, own=own)
     logger.info("%s", report)
     if report.plan is None:
         return None

@@ -144,6 +144,7 @@ def make_ragged(
     attention_mask: Tensor | None,
     visual: Tensor,
     room: int | None = None,
+    left: Sequence[Tensor] | None = None,
 ) -> None:
     """Give a cache ragged layers, in place.
 
@@ -154,6 +155,8 @@ def make_ragged(
         visual: [B] visual tokens that each sample of the prompt came with.
         room: Tokens that each layer will have room for, its own cuts apart; None for
             layers that grow.
+        left: Where samples lost numbers of their own, [B] for each layer: how many
+            visual tokens left ahead of it.
 
     Raises:
         InputError: A sample is padded elsewhere.
@@ -164,6 +167,8 @@ def make_ragged(
         dropped = came - layer.keys.shape[2]
         # Where a sample had too few visual tokens, padding left in their place.
         own = padding - (dropped - visual).clamp(min=0)
+        if left is not None:
+            own = padding - dropped + left[index]
         if room is None:
             layers[index] = RaggedLayer(layer.keys, layer.values, own, dropped)
         else:

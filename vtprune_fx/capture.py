@@ -20,9 +20,11 @@ from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule, Interpreter
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
+from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 from transformers.exporters import DynamoConfig, DynamoExporter
 
+from vtprune_fx.encoding import FEATURES, encoded, token_axis
 from vtprune_fx.errors import CaptureError
 from vtprune_fx.literals import EXAMPLE, free_length, literal_length
 from vtprune_fx.subclasses import parts, rebuilt, replaced
@@ -34,12 +36,14 @@ def export(model: PreTrainedModel, inputs: Mapping[str, Any]) -> ExportedProgram
     Args:
         model: An unmodified transformers model.
         inputs: What its processor returned: ``input_ids`` [B, S], ``attention_mask``
-            [B, S], pixel values [I, ...], I images in all.
+            [B, S], pixel values [I, ...], I images in all. The program takes what
+            ``encoding.encoded`` makes of it.
 
     Raises:
         CaptureError: There are no ``input_ids``, or the model does not export.
     """
-    inputs = example(inputs)
+    with torch.no_grad():
+        inputs = encoded(model, example(inputs))
     config = DynamoConfig(dynamic_shapes=dynamic_shapes(inputs))
     with images_as_one_sequence(model):
         try:
@@ -81,13 +85,26 @@ def dynamic_shapes(inputs: Mapping[str, Any]) -> dict[str, Any]:
     batch, prompt, images = Dim("batch"), Dim("prompt"), Dim("images")
     shapes: dict[str, Any] = {}
     for name, value in inputs.items():
-        if not isinstance(value, Tensor):
-            shapes[name] = None
-        elif value.shape[:2] == prompt_shape:
-            shapes[name] = {0: batch, 1: prompt}
+        axis = token_axis(value, prompt_shape)
+        if name == FEATURES:
+            shapes[name] = {
+                kind: _rows_of(features, Dim(kind)) for kind, features in value.items()
+            }
+        elif axis is not None:
+            shapes[name] = {axis - 1: batch, axis: prompt}
         else:
-            shapes[name] = {0: images}
+            shapes[name] = {0: images} if isinstance(value, Tensor) else None
     return shapes
+
+
+def _rows_of(features: Any, rows: Dim) -> Any:
+    """The shapes of what an encoder gave, as ``torch.export`` takes them apart."""
+    if isinstance(features, Tensor):
+        return {0: rows}
+    if isinstance(features, (list, tuple)):
+        return [_rows_of(part, rows) for part in features]
+    parts, _ = pytree.SUPPORTED_NODES[type(features)].flatten_fn(features)
+    return [_rows_of(part, rows) for part in parts]
 
 
 @contextlib.contextmanager

@@ -74,8 +74,16 @@ def _of_layer(module: Any, mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
     return mask[:, :, :, : key.shape[2]]
 
 
+def _mask(*args: Any, use_vmap: bool = False, **kwargs: Any) -> Tensor | None:
+    """Transformers' mask, patterns of a model's own made by broadcasting.
+
+    Made by vmap they could not be traced a second time, to ATen operators.
+    """
+    return sdpa_mask(*args, **kwargs)
+
+
 AttentionInterface.register(ATTENTION, ragged_sdpa)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+AttentionMaskInterface.register(ATTENTION, _mask)
 
 
 def use_ragged_attention(model: PreTrainedModel) -> None:

@@ -8,18 +8,27 @@ import inspect
 import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch._dynamo.exc import BackendCompilerFailed
+from torch._dynamo.exc import BackendCompilerFailed, Unsupported
+from torch.utils import _pytree as pytree
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
 from vtprune_fx import cache as ragged
 from vtprune_fx.backend import inner_compiler, vtprune_backend
 from vtprune_fx.decoding import mark_dynamic, set_attention, use_ragged_attention
+from vtprune_fx.encoding import (
+    FEATURES,
+    encoded,
+    gives_pixels,
+    own_positions,
+    token_axis,
+)
 from vtprune_fx.errors import InputError, VtpruneError
-from vtprune_fx.recipe import Recipe, load_recipe
+from vtprune_fx.recipe import Recipe, default, load_recipe
 from vtprune_fx.report import PruneReport
 
 logger = logging.getLogger(__name__)
@@ -124,8 +133,23 @@ def _forward_of(model: PreTrainedModel) -> object:
     return vars(model).get("forward")
 
 
-_NO_TOKEN = -1
-"""The id of no token."""
+@dataclass(frozen=True)
+class _Numbers:
+    """What a graph is made for.
+
+    Attributes:
+        visual: Visual tokens that shares are taken of.
+        own: Whether each sample loses its own share.
+    """
+
+    visual: int
+    own: bool
+
+
+_TEXT = _Numbers(0, own=False)
+
+_NEARLY = 0.9
+"""Share of what could leave that a graph made before must let leave, to be taken."""
 
 
 class _PrunedForward:
@@ -138,18 +162,25 @@ class _PrunedForward:
         self._was_own = _forward_of(model) is not None
         self._text = model.config.get_text_config()
         self._attention = self._text._attn_implementation
-        self._image_token: int = _image_token_of(model)
+        self._visual_ids = torch.tensor(visual_ids(model))
         self._model = weakref.ref(model)
         self._options = options | {"tell": self._note}
         self.report: PruneReport | None = None
-        self._compiled: dict[int | None, Callable[..., Any]] = {}
+        self._compiled: dict[_Numbers, Callable[..., Any]] = {}
         self._decode = decode
+        self._encodes_ahead = False
         functools.update_wrapper(self, self._whole)
         self._signature = inspect.signature(self._whole)
         use_ragged_attention(model)
 
     def _note(self, report: PruneReport) -> None:
         self.report = report
+
+    def _owner(self) -> PreTrainedModel:
+        """The model, which holds this object."""
+        model = self._model()
+        assert model is not None
+        return model
 
     def _give_up(self) -> None:
         """A model that cannot be pruned is left as it was."""
@@ -188,17 +219,52 @@ class _PrunedForward:
             named["past_key_values"] = DynamicCache(config=self._text)
             named["attention_mask"] = _without_room(named)
         room = None if static is None else static.get_max_length()
-        _mark_prompt(named)
         visual = self._visual(named.get("input_ids"))
-        outputs = self._compiled_for(int(visual.max()))(**named)
+        numbers = self._numbers(visual, named)
+        outputs = self._run_encoded(named, numbers)
         filled = getattr(outputs, "past_key_values", None)
         if filled is not None:
             came, mask = named["input_ids"].shape[1], named.get("attention_mask")
-            ragged.make_ragged(filled, came, mask, visual, room)
+            left = self._left_ahead(visual) if numbers.own else None
+            ragged.make_ragged(filled, came, mask, visual, room, left)
         if static is not None:
             static.layers = outputs.past_key_values.layers
             outputs.past_key_values = static
         return outputs
+
+    def _numbers(self, visual: Tensor, named: dict[str, Any]) -> _Numbers:
+        """How many visual tokens shares are taken of."""
+        counts: list[int] = visual.tolist()
+        recipe = self._recipe(max(counts))
+        if recipe.of is None or not recipe.cuts or len({*counts} - {0}) <= 1:
+            return _Numbers(max(counts), own=False)
+        if named.get("attention_mask") is None:
+            named["attention_mask"] = torch.ones_like(named["input_ids"])
+        padding = named["attention_mask"].shape[1] - named["attention_mask"].sum(dim=1)
+        return _Numbers(recipe.common(counts, padding.tolist()), own=True)
+
+    def _recipe(self, visual: int) -> Recipe:
+        given: Recipe | None = self._options["recipe"]
+        return given or default(self._text.num_hidden_layers, max(visual, 1))
+
+    def _left_ahead(self, visual: Tensor) -> list[Tensor]:
+        """[B] for each layer: visual tokens that left each sample ahead of it."""
+        layers = self._text.num_hidden_layers
+        recipe = self._recipe(int(visual.max()))
+        left = [recipe.gone_ahead(count, layers) for count in visual.tolist()]
+        return list(torch.tensor(left, device=visual.device).unbind(dim=1))
+
+    def _run_encoded(self, named: dict[str, Any], numbers: _Numbers) -> Any:
+        """Run a prompt whole; encoders that Dynamo cannot trace run ahead of it."""
+        named = encoded(self._owner(), named, anyway=self._encodes_ahead)
+        _mark_prompt(named)
+        try:
+            return self._compiled_for(numbers)(**named)
+        except Unsupported:
+            if self._encodes_ahead or not gives_pixels(named):
+                raise
+        self._encodes_ahead = True
+        return self._run_encoded(named, numbers)
 
     def _visual(self, ids: Tensor | None) -> Tensor:
         """[B] visual tokens of each sample."""
@@ -209,22 +275,33 @@ class _PrunedForward:
                 found="none",
                 fix="Pass input_ids, not inputs_embeds.",
             )
-        return torch.eq(ids, self._image_token).sum(dim=1)
+        return torch.isin(ids, self._visual_ids.to(ids.device)).sum(dim=1)
 
-    def _compiled_for(self, visual: int) -> Callable[..., Any]:
+    def _compiled_for(self, numbers: _Numbers) -> Callable[..., Any]:
         """The compiled model for prompts with at most so many visual tokens.
 
-        Shares become counts when a graph is made; counts fit any number.
+        Shares become counts when a graph is made; counts fit any number. Where samples
+        lose numbers of their own, a graph by which nearly as many leave will do.
         """
         recipe: Recipe | None = self._options["recipe"]
         counted = recipe is not None and recipe.of is None
-        key = None if counted or visual == 0 else visual
+        key = _TEXT if counted or numbers.visual == 0 else numbers
+        if key.own:
+            enough = range(int(_NEARLY * key.visual), key.visual + 1)
+            made = [k for k in self._compiled if k.own and k.visual in enough]
+            key = max(made, default=key, key=lambda k: k.visual)
         if key not in self._compiled:
             options: Any = self._options
-            if visual:
-                options = options | {"visual_tokens": visual}
-            self._compiled[key] = torch.compile(
-                self._whole, backend=vtprune_backend, options=options, fullgraph=True
+            if numbers.visual:
+                told = {"visual_tokens": key.visual or numbers.visual, "own": key.own}
+                options = options | told
+            self._compiled[key] = torch.compile(  # type: ignore[call-overload] # missing
+                self._whole,
+                backend=vtprune_backend,
+                options=options,
+                fullgraph=True,
+                # Graphs for other numbers do not count as recompilations of this one.
+                isolate_recompiles=True,
             )
         return self._compiled[key]
 
@@ -235,22 +312,28 @@ class _PrunedForward:
         mark_dynamic(3, mask)
         if new > 1:
             mark_dynamic(2, mask)
+        positions = own_positions(self._owner(), named)
+        if positions is not None:
+            named["position_ids"] = positions
         _mark_prompt(named | {"attention_mask": None})
         layers: list[Any] = cache.layers
         for layer in layers:
             if isinstance(layer, ragged.RaggedLayer):
                 mark_dynamic(2, layer.keys, layer.values)
-        step = self._compiled_for(0) if self._decode else self._whole
+        step = self._compiled_for(_TEXT) if self._decode else self._whole
         return step(**named | {"attention_mask": mask})
 
 
-def _image_token_of(model: PreTrainedModel) -> int:
-    found: int | None = getattr(model.config, "image_token_id", None)
-    if found is None:
+def visual_ids(model: PreTrainedModel) -> list[int]:
+    """Ids of the placeholders of images and videos."""
+    names = ("image_token_id", "video_token_id")
+    ids = [getattr(model.config, name, None) for name in names]
+    found = [token for token in ids if token is not None]
+    if not found:
         logger.warning(
             "%s has no visual tokens: it is compiled, not pruned.", type(model).__name__
         )
-    return _NO_TOKEN if found is None else found
+    return found
 
 
 def _refuse(named: Mapping[str, Any]) -> None:
@@ -274,11 +357,14 @@ def _first_given(named: Mapping[str, Any], *names: str) -> Any:
 
 
 def _mark_prompt(named: dict[str, Any]) -> None:
-    """Let a prompt's length vary; that of one token is a step's."""
-    for name in ("input_ids", "attention_mask", "position_ids", "inputs_embeds"):
-        value = named.get(name)
-        if value is not None and value.shape[1] > 1:
-            mark_dynamic(1, value)
+    """Let a prompt's length and its features' number vary; one token is a step's."""
+    prompt = _first_given(named, "input_ids", "inputs_embeds").shape[:2]
+    for value in named.values():
+        axis = token_axis(value, prompt)
+        if axis is not None and prompt[1] > 1:
+            mark_dynamic(axis, value)
+    for features in pytree.tree_leaves(named.get(FEATURES) or {}):
+        torch._dynamo.maybe_mark_dynamic(features, 0)
 
 
 def _without_room(named: dict[str, Any]) -> Tensor | None:

@@ -1,16 +1,18 @@
 """The oracle: a slow, plain eager pruner that every pruned graph is checked against.
 
 Written for reading. It takes one sample at a time, so it has no batches, no padding
-and no attention mask but the causal triangle. It shares no code with the passes and
-runs on an unmodified ``LlavaForConditionalGeneration`` whose decoder is a Llama or one
-built like it (``DECODERS``). It calls that decoder's own linear layers, norms and
-rotary tables; rotary application, attention, scoring and the cut are written out.
+and no attention mask but the causal triangle, or what the model's own mask lets images
+see beyond it. It shares no code with the passes and runs on an unmodified transformers
+vision-language model: embeddings, features and positions are what the model's own code
+hands to its first decoder layer, the layers are the model's own, one by one
+(``oracle_decoder``). Attention, scoring and the cut are written out.
 
 At a cut of ``c`` tokens the visual tokens present are rated (``oracle_scores``) and the
 ``c`` with the lowest score leave, of equals the earlier:
 
 * ``after_attention``: the attention output and the residual, before the output
-  projection and the MLP (FitPrune, Ye et al., arXiv:2409.10197);
+  projection and the MLP (FitPrune, Ye et al., arXiv:2409.10197). Both work token by
+  token, so here they run on all and whoever leaves is dropped behind them;
 * ``after_layer``: what the layer gives the next (FastV, SparseVLM);
 * ``before_layer``: what the layer gets, rated by the queries and keys that it would
   have had (PyramidDrop).
@@ -22,39 +24,29 @@ become new ones (``oracle_recycling``).
 
 Letters in shapes: ``n`` tokens of the sample, ``m`` of them present in a layer, ``v``
 visual tokens, ``h`` hidden size, ``H`` query heads, ``K`` key/value heads, ``d`` head
-size, ``L`` layers.
+size, ``L`` layers. Positions are [n], or [axes, n] where a model counts along several.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
-from transformers import GemmaModel, LlamaModel, MistralModel, Qwen2Model
+from torch import Tensor
 
+from vtprune_fx.encoding import FEATURES
 from vtprune_fx.errors import InputError, PlanError
+from vtprune_fx.oracle_decoder import Decoder, Entered, Heads, enter
 from vtprune_fx.oracle_recycling import merge
-from vtprune_fx.oracle_scores import (
-    Seen,
-    attention_logits,
-    causal_attention,
-    rate,
-    raters,
-    softmax,
-)
+from vtprune_fx.oracle_scores import Seen, rate, raters
 
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-    from transformers import LlavaForConditionalGeneration
-    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+    from transformers import PreTrainedModel
 
     from vtprune_fx.recipe import Cut, Recipe, Recycle
-
-DECODERS = (LlamaModel, MistralModel, Qwen2Model, GemmaModel)
-"""Decoders with the same steps; norms, biases and scales are in their own modules."""
 
 _FROM_ZERO = torch.empty(0, dtype=torch.long)
 """Stands for ``arange(n)`` where a sample is made without positions."""
@@ -65,14 +57,18 @@ class Sample:
     """One prompt without padding.
 
     Attributes:
-        input_ids: Token ids, the model's image token where a visual token stands. [n]
-        features: The projector's outputs, all images of the sample in order. [v, h]
+        input_ids: Token ids, a placeholder where a visual token stands. [n]
+        features: What stands in the visual tokens' places, in their order. [v, h]
         positions: Rotary positions; 0, 1, 2, ... where none are given. [n]
+        mask: Which tokens each may attend to, None for those ahead of it. [n, n] bool
+        later: Features that the model adds behind its first layers. [v, h] each
     """
 
     input_ids: Tensor
     features: Tensor
     positions: Tensor = _FROM_ZERO
+    mask: Tensor | None = None
+    later: tuple[Tensor, ...] = ()
 
     def __post_init__(self) -> None:
         """Fill in the default positions."""
@@ -110,52 +106,80 @@ class Prefill:
 
 @torch.no_grad()
 def split_batch(
-    model: LlavaForConditionalGeneration,
+    model: PreTrainedModel,
     input_ids: Tensor,
     attention_mask: Tensor,
     *,
-    pixel_values: Tensor | None = None,
     features: Tensor | None = None,
     position_ids: Tensor | None = None,
+    **inputs: Any,
 ) -> list[Sample]:
     """Take a padded batch apart into samples.
 
     Args:
-        model: Encodes the images where ``pixel_values`` are given.
+        model: Encodes images and videos.
         input_ids: Token ids, padded on either side. [B, S]
         attention_mask: 1 where a token stands, 0 where padding does. [B, S]
-        pixel_values: The images of the batch in order. [images, 3, height, width]
-        features: The projector's outputs for the batch, instead of its images. [v, h]
-        position_ids: Rotary positions. [B, S] or [1, S]. Without them positions count
-            from the start of the padded row, as in Hugging Face's plain forward: a
-            left-padded sample starts at the number of its pads.
+        features: Of the whole batch, in the place of images. [v, h]
+        position_ids: Rotary positions, [B, S], [1, S] or [axes, B, S]. Without them
+            they are what the model's plain forward makes: most count from the start of
+            the padded row.
+        inputs: What else the processor returned: ``pixel_values``, ...
 
     Returns:
-        One sample a row. Features go to image tokens in the order of the rows.
+        One sample a row.
 
     Raises:
-        InputError: There are more or fewer features than image tokens.
+        InputError: There are more or fewer features than placeholders.
     """
-    if position_ids is None:
-        position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-    position_ids = position_ids.expand_as(input_ids)
     attended = attention_mask.bool()
-    visual = (input_ids == model.config.image_token_id) & attended
+    visual = _is_visual(model, input_ids) & attended
     counts: list[int] = visual.sum(dim=1).tolist()
-    rows = _features(model, pixel_values, features)
-    _check_features(len(rows), sum(counts))
+    pictures = ("pixel_values", "pixel_values_videos", FEATURES)
+    if any(inputs.get(name) is not None for name in pictures):
+        given = {"input_ids": input_ids, "attention_mask": attention_mask} | inputs
+        if position_ids is not None:
+            given["position_ids"] = position_ids
+        entered = enter(model, **given)
+        features = entered.hidden[visual]
+    else:
+        entered = _by_hand(input_ids, position_ids)
+        if features is None:
+            features = torch.empty(0, _width(model), device=model.device)
+    _check_features(len(features), sum(counts))
+    positions = entered.positions
+    positions = positions.expand(*positions.shape[:-2], *input_ids.shape)
+    own = torch.split(features, counts)
+    later = [torch.split(rows, counts) for rows in entered.later]
     return [
-        Sample(ids[real], own, positions[real])
-        for ids, real, own, positions in zip(
-            input_ids, attended, torch.split(rows, counts), position_ids, strict=True
+        Sample(
+            input_ids[row, real],
+            own[row],
+            positions[..., row, real],
+            _own_mask(entered.mask, row, real),
+            tuple(rows[row] for rows in later),
         )
+        for row, real in enumerate(attended)
     ]
 
 
+def _by_hand(input_ids: Tensor, position_ids: Tensor | None) -> Entered:
+    """Positions alone, for a batch whose features are given or that has none."""
+    if position_ids is None:
+        position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+    return Entered(torch.empty(0), position_ids, None, [])
+
+
+def _own_mask(mask: Tensor | None, row: int, real: Tensor) -> Tensor | None:
+    """A sample's part of a batch's mask, None where it is causal. [n, n] bool."""
+    if mask is None:
+        return None
+    own = mask[min(row, len(mask) - 1), 0][real][:, real]
+    return None if torch.equal(own, torch.ones_like(own).tril()) else own
+
+
 @torch.no_grad()
-def prefill(
-    model: LlavaForConditionalGeneration, recipe: Recipe, sample: Sample
-) -> Prefill:
+def prefill(model: PreTrainedModel, recipe: Recipe, sample: Sample) -> Prefill:
     """Run the prompt through the model and prune it on the way.
 
     A sample without visual tokens is not pruned.
@@ -163,39 +187,55 @@ def prefill(
     Raises:
         PlanError: The recipe drops more visual tokens than a layer has left, names a
             layer that the model lacks.
-        InputError: The sample has more or fewer features than image tokens.
+        InputError: The sample has more or fewer features than placeholders.
     """
-    decoder, layers = _decoder(model)
-    visual = sample.input_ids == model.config.image_token_id
-    cuts = _cuts(recipe, int(visual.sum()), len(layers))
-    hidden = _embed(model, sample)
-    present = torch.arange(len(hidden), device=hidden.device)
-    rating = raters(recipe, hidden, visual, _after_last(visual)) if cuts else visual
-    row = _Row(hidden, present, visual, rating, sample.positions)
+    decoder = Decoder(model)
+    visual = _is_visual(model, sample.input_ids)
+    cuts = _cuts(recipe, int(visual.sum()), len(decoder.layers))
+    row = _first_row(model, recipe, sample, bool(cuts))
     kept, keys, values, scores = [], [], [], {}
-    for index, layer in enumerate(layers):
-        cut = cuts.get(index)
-        row, key, value, rated = _run_layer(decoder, layer, row, recipe, cut)
-        kept.append(row.present)
-        keys.append(key)
-        values.append(value)
-        if rated is not None:
-            scores[index] = rated
-    hidden = _call(decoder.norm, row.hidden)
-    logits = _call(model.lm_head, hidden)
+    with decoder.running():
+        for index in range(len(decoder.layers)):
+            row, heads, rated = _run_layer(decoder, index, row, recipe, cuts.get(index))
+            kept.append(row.present)
+            keys.append(heads.key)
+            values.append(heads.value)
+            if rated is not None:
+                scores[index] = rated
+            if index < len(sample.later):
+                row = _with_later(row, sample.later[index], visual)
+    hidden, logits = decoder.finish(row.hidden)
     ends = _next_positions(recipe, sample, keys)
     return Prefill(logits, hidden, kept, keys, values, ends, scores)
 
 
+def _first_row(
+    model: PreTrainedModel, recipe: Recipe, sample: Sample, pruned: bool
+) -> _Row:
+    """The whole sample, ahead of the first layer."""
+    visual = _is_visual(model, sample.input_ids)
+    hidden = _embed(model, sample)
+    present = torch.arange(len(hidden), device=hidden.device)
+    rating = raters(recipe, hidden, visual, _after_last(visual)) if pruned else visual
+    return _Row(hidden, present, visual, rating, sample.positions, sample.mask)
+
+
+def _with_later(row: _Row, features: Tensor, visual: Tensor) -> _Row:
+    """Features added to those visual tokens that are left: [v, h]."""
+    added = row.hidden.new_zeros(len(visual), features.shape[1])
+    added[visual] = features.to(added)
+    return replace(row, hidden=row.hidden + added[row.present])
+
+
 def _next_positions(recipe: Recipe, sample: Sample, keys: list[Tensor]) -> list[int]:
     """The position behind the last token that each layer holds."""
-    compacted = recipe.positions == "compacted"
-    lengths = [key.shape[1] if compacted else len(sample.positions) for key in keys]
-    return [int(sample.positions[length - 1]) + 1 for length in lengths]
+    if recipe.positions == "compacted":
+        return [int(sample.positions[..., k.shape[1] - 1].max()) + 1 for k in keys]
+    return [int(sample.positions.max()) + 1] * len(keys)
 
 
 @torch.no_grad()
-def step(model: LlavaForConditionalGeneration, state: Prefill, token: int) -> Tensor:
+def step(model: PreTrainedModel, state: Prefill, token: int) -> Tensor:
     """Decode one token: append it to every layer's cache, each of its own length.
 
     Args:
@@ -206,24 +246,23 @@ def step(model: LlavaForConditionalGeneration, state: Prefill, token: int) -> Te
     Returns:
         The logits of what comes next. [vocab]
     """
-    decoder, layers = _decoder(model)
-    device = state.hidden.device
-    hidden = _call(decoder.embed_tokens, torch.tensor([token], device=device))
-    for index, layer in enumerate(layers):
-        position = torch.tensor([state.next_positions[index]], device=device)
-        cos, sin = _rotary(decoder, hidden, position)
-        query, key, value = _project(layer, hidden, cos, sin)
-        state.keys[index] = torch.cat((state.keys[index], key), dim=1)
-        state.values[index] = torch.cat((state.values[index], value), dim=1)
-        logits = attention_logits(query, state.keys[index], layer.self_attn.scaling)
-        attended = _mix(softmax(logits), state.values[index])
-        hidden = _finish(layer, attended, hidden)
+    decoder, device = Decoder(model), state.hidden.device
+    hidden = decoder.embed(torch.tensor([token], device=device))
+    with decoder.running():
+        for index in range(len(decoder.layers)):
+            position = torch.tensor([state.next_positions[index]], device=device)
+            tables = decoder.tables(index, hidden, position)
+            before = state.keys[index], state.values[index]
+            allowed = torch.ones(1, before[0].shape[1] + 1, dtype=torch.bool)
+            heads = Heads(allowed.to(device), before)
+            hidden = decoder.run(index, hidden, tables, heads)
+            state.keys[index], state.values[index] = heads.key, heads.value
     state.next_positions = [position + 1 for position in state.next_positions]
-    return _call(model.lm_head, _call(decoder.norm, hidden))[0]
+    return decoder.finish(hidden)[1][0]
 
 
 def generate(
-    model: LlavaForConditionalGeneration,
+    model: PreTrainedModel,
     recipe: Recipe,
     sample: Sample,
     max_new_tokens: int,
@@ -262,6 +301,7 @@ class _Row:
         visual: Which of them are visual. [m] bool
         instruction: Which of them are the text that rates those. [m] bool
         positions: Their rotary positions. [m]
+        mask: Which of them each may attend to, None for those ahead. [m, m] bool
     """
 
     hidden: Tensor
@@ -269,35 +309,67 @@ class _Row:
     visual: Tensor
     instruction: Tensor
     positions: Tensor
+    mask: Tensor | None
+
+    def heads(self) -> Heads:
+        """An attention to be filled in."""
+        count = len(self.hidden)
+        causal = torch.ones(count, count, dtype=torch.bool, device=self.hidden.device)
+        return Heads(causal.tril() if self.mask is None else self.mask)
+
+    def only(self, stay: Tensor) -> _Row:
+        """Some of the tokens: [m] bool."""
+        return _Row(
+            self.hidden[stay],
+            self.present[stay],
+            self.visual[stay],
+            self.instruction[stay],
+            self.positions[..., stay],
+            None if self.mask is None else self.mask[stay][:, stay],
+        )
 
 
 def _run_layer(
-    decoder: Any, layer: LlamaDecoderLayer, row: _Row, recipe: Recipe, cut: Cut | None
-) -> tuple[_Row, Tensor, Tensor, Tensor | None]:
+    decoder: Decoder, index: int, row: _Row, recipe: Recipe, cut: Cut | None
+) -> tuple[_Row, Heads, Tensor | None]:
     """One layer, and its cut.
 
     Returns:
-        The tokens left, the layer's rotated keys and its values [K, m, d], and the
-        scores of its cut [v present].
+        The tokens left, what the layer's attention was given, and the scores of its
+        cut [v present].
     """
-    site = None if cut is None else cut.site
-    scale = layer.self_attn.scaling
-    cos, sin = _rotary(decoder, row.hidden, row.positions)
-    query, key, value = _project(layer, row.hidden, cos, sin)
-    seen = Seen(query, key, scale, row.hidden, cos, sin, row.visual, row.instruction)
     scores = None
+    site = None if cut is None else cut.site
+    tables = decoder.tables(index, row.hidden, row.positions)
+    heads = row.heads()
+    after = decoder.run(index, row.hidden, tables, heads)
+    seen = _seen(row, heads, tables)
     if cut is not None and site == "before_layer":
         row, _, scores = _cut(recipe, cut, row, seen)
-        cos, sin = _rotary(decoder, row.hidden, row.positions)
-        query, key, value = _project(layer, row.hidden, cos, sin)
-    attended = _mix(causal_attention(query, key, scale), value)
+        tables = decoder.tables(index, row.hidden, row.positions)
+        heads = row.heads()
+        after = decoder.run(index, row.hidden, tables, heads)
     if cut is not None and site == "after_attention":
         row, stay, scores = _cut(recipe, cut, row, seen)
-        attended = attended[stay]
-    row = replace(row, hidden=_finish(layer, attended, row.hidden))
+        after = after[stay]
+    row = replace(row, hidden=after)
     if cut is not None and site == "after_layer":
         row, _, scores = _cut(recipe, cut, row, replace(seen, hidden=row.hidden))
-    return row, key, value, scores
+    return row, heads, scores
+
+
+def _seen(row: _Row, heads: Heads, tables: tuple[Tensor, Tensor]) -> Seen:
+    return Seen(
+        heads.query,
+        heads.key,
+        heads.scale,
+        row.hidden,
+        *tables,
+        row.visual,
+        row.instruction,
+        heads.allowed,
+        heads.probabilities,
+    )
 
 
 def _cut(
@@ -310,17 +382,12 @@ def _cut(
     """
     scores = rate(recipe, seen)
     stay = _stay(scores, row.visual, cut.drop)
-    left = _Row(
-        row.hidden[stay],
-        row.present[stay],
-        row.visual[stay],
-        row.instruction[stay],
-        row.positions[stay],
-    )
+    left = row.only(stay)
     if recipe.recycle is not None:
         left = _recycled(recipe.recycle, cut, row, left, scores)
     if recipe.positions == "compacted":
-        left = replace(left, positions=row.positions[: len(left.positions)])
+        positions = row.positions[..., : left.positions.shape[-1]]
+        left = replace(left, positions=positions)
     return left, stay, scores
 
 
@@ -331,6 +398,13 @@ def _recycled(
 
     A new token has the position of the visual token that stood last ahead of the cut.
     """
+    if before.mask is not None:
+        raise PlanError(
+            "oracle",
+            expected="tokens that attend to those ahead of them, to make new ones",
+            found="images that attend to themselves both ways",
+            fix="Use a recipe without the field 'recycle'.",
+        )
     chosen, clusters = recycle.counts(cut.drop)
     places = before.visual.nonzero()[:, 0]
     dropped = torch.argsort(scores, stable=True)[: cut.drop]
@@ -344,13 +418,16 @@ def _recycled(
     at = int((stood[~gone] <= last).sum())
     own = torch.full((clusters,), -1, device=places.device)
     yes = torch.ones(clusters, dtype=torch.bool, device=places.device)
-    position = before.positions[last].expand(clusters)
+    position = before.positions[..., last, None].expand(
+        *before.positions.shape[:-1], clusters
+    )
     return _Row(
         _insert(left.hidden, at, new),
         _insert(left.present, at, own),
         _insert(left.visual, at, yes),
         _insert(left.instruction, at, ~yes),
-        _insert(left.positions, at, position),
+        torch.cat((left.positions[..., :at], position, left.positions[..., at:]), -1),
+        None,
     )
 
 
@@ -418,93 +495,23 @@ def _check_features(features: int, placeholders: int) -> None:
         )
 
 
-def _features(
-    model: LlavaForConditionalGeneration,
-    pixel_values: Tensor | None,
-    features: Tensor | None,
-) -> Tensor:
-    """The batch's visual embeddings, [v, h]: none, as given, or from the images."""
-    if features is not None:
-        return features
-    if pixel_values is None:
-        return torch.empty(0, model.lm_head.in_features, device=model.device)
-    encoded = model.get_image_features(pixel_values=pixel_values, return_dict=True)
-    return torch.cat(list(encoded.pooler_output))
+def _is_visual(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Which tokens are placeholders of an image or a video."""
+    names = ("image_token_id", "video_token_id")
+    found = [getattr(model.config, name, None) for name in names]
+    placeholders = [token for token in found if token is not None]
+    return torch.isin(ids, torch.tensor(placeholders, device=ids.device))
 
 
-def _embed(model: LlavaForConditionalGeneration, sample: Sample) -> Tensor:
-    """Embeddings with the features in the image tokens' places. [n] -> [n, h]."""
-    decoder, _ = _decoder(model)
-    hidden = _call(decoder.embed_tokens, sample.input_ids)
-    visual = sample.input_ids == model.config.image_token_id
+def _width(model: PreTrainedModel) -> int:
+    embeddings: Any = model.get_input_embeddings()
+    return int(embeddings.weight.shape[1])
+
+
+def _embed(model: PreTrainedModel, sample: Sample) -> Tensor:
+    """Embeddings with the features in the visual tokens' places. [n] -> [n, h]."""
+    hidden = Decoder(model).embed(sample.input_ids)
+    visual = _is_visual(model, sample.input_ids)
     _check_features(len(sample.features), int(visual.sum()))
     hidden[visual] = sample.features.to(hidden)
     return hidden
-
-
-def _rotary(decoder: Any, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """The model's cosines and sines at these positions, two of [n, d]."""
-    cos, sin = decoder.rotary_emb(hidden[None], positions[None])
-    return cos[0], sin[0]
-
-
-def _project(
-    layer: LlamaDecoderLayer, hidden: Tensor, cos: Tensor, sin: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Rotated queries [H, m, d], rotated keys [K, m, d] and values [K, m, d]."""
-    attention = layer.self_attn
-    normed = _call(layer.input_layernorm, hidden)
-    query = _heads(_call(attention.q_proj, normed), attention.head_dim)
-    key = _heads(_call(attention.k_proj, normed), attention.head_dim)
-    value = _heads(_call(attention.v_proj, normed), attention.head_dim)
-    return _rotate(query, cos, sin), _rotate(key, cos, sin), value
-
-
-def _heads(projected: Tensor, head_dim: int) -> Tensor:
-    """Split heads off: [m, heads * d] -> [heads, m, d]."""
-    return projected.view(len(projected), -1, head_dim).transpose(0, 1)
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding (arXiv:2104.09864) in Hugging Face's layout.
-
-    Component i is paired with component i + d/2. Shapes: x [heads, m, d]; cos and
-    sin [m, d] -> [heads, m, d]
-    """
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
-
-
-def _mix(probabilities: Tensor, value: Tensor) -> Tensor:
-    """Average the values. [H, q, m] float32, [K, m, d] -> [q, H * d]."""
-    value = value.repeat_interleave(len(probabilities) // len(value), dim=0)
-    mixed = probabilities.to(value.dtype) @ value
-    return mixed.transpose(0, 1).flatten(1)
-
-
-def _finish(layer: LlamaDecoderLayer, attended: Tensor, residual: Tensor) -> Tensor:
-    """Output projection, MLP, residuals. [m, H * d], [m, h] -> [m, h]."""
-    hidden = residual + _call(layer.self_attn.o_proj, attended)
-    normed = _call(layer.post_attention_layernorm, hidden)
-    return hidden + _call(layer.mlp, normed)
-
-
-def _decoder(
-    model: LlavaForConditionalGeneration,
-) -> tuple[Any, list[LlamaDecoderLayer]]:
-    """The decoder in the model, and its layers."""
-    decoder = model.model.language_model
-    if not isinstance(decoder, DECODERS):
-        raise PlanError(
-            "oracle",
-            expected="a decoder like " + ", ".join(d.__name__ for d in DECODERS),
-            found=type(decoder).__name__,
-            fix="Check a graph of this model against its own unpruned forward.",
-        )
-    return decoder, cast("list[LlamaDecoderLayer]", list(decoder.layers))
-
-
-def _call(module: nn.Module, x: Tensor) -> Tensor:
-    """Call a module of one tensor; for the type checker, which sees no result type."""
-    result: Tensor = module(x)
-    return result

@@ -34,6 +34,8 @@ class Seen:
         sin: Rotary sines. [m, d]
         visual: Which tokens are visual. [m] bool
         instruction: Which text rates them. [m] bool
+        allowed: Which tokens each may attend to. [m, m] bool
+        probabilities: The layer's attention, rows are queries. [H, m, m] float32
     """
 
     query: Tensor
@@ -44,41 +46,13 @@ class Seen:
     sin: Tensor
     visual: Tensor
     instruction: Tensor
-
-    @property
-    def probabilities(self) -> Tensor:
-        """The layer's attention, rows are queries. [H, m, m] float32."""
-        return causal_attention(self.query, self.key, self.scale)
+    allowed: Tensor
+    probabilities: Tensor
 
     @property
     def count(self) -> int:
         """How many visual tokens there are."""
         return int(self.visual.sum())
-
-
-def causal_attention(query: Tensor, key: Tensor, scale: float) -> Tensor:
-    """Attention probabilities of a prompt: [H, m, d], [K, m, d] -> [H, m, m] float32.
-
-    The order of tokens is never changed, so "not later in the prompt" is "not further
-    right in what is left of it".
-    """
-    logits = attention_logits(query, key, scale)
-    later = torch.ones_like(logits[0], dtype=torch.bool).triu(diagonal=1)
-    return softmax(logits.masked_fill(later, float("-inf")))
-
-
-def attention_logits(query: Tensor, key: Tensor, scale: float) -> Tensor:
-    """QK^T * scale, each key head serving H/K query heads in a row.
-
-    Shapes: query [H, q, d], key [K, m, d] -> [H, q, m]
-    """
-    key = key.repeat_interleave(len(query) // len(key), dim=0)
-    return query @ key.transpose(1, 2) * scale
-
-
-def softmax(logits: Tensor) -> Tensor:
-    """Softmax over keys, in float32 whatever the model's precision."""
-    return logits.softmax(dim=-1, dtype=torch.float32)
 
 
 def rate(recipe: Recipe, seen: Seen) -> Tensor:
@@ -88,7 +62,8 @@ def rate(recipe: Recipe, seen: Seen) -> Tensor:
     roles = _roles(seen.visual, seen.instruction)[None]
     query, key = seen.query[None], seen.key[None]
     others = [value[None] for value in (seen.hidden, seen.cos, seen.sin)]
-    scores = scorers.rate_of(recipe)(query, key, None, roles, seen.scale, *others)
+    mask = seen.allowed[None, None]
+    scores = scorers.rate_of(recipe)(query, key, mask, roles, seen.scale, *others)
     return scores[0, seen.visual]
 
 

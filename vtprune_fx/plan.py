@@ -8,14 +8,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import sympy
+import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
 from vtprune_fx.anatomy import Anatomy, Attention
 from vtprune_fx.errors import PlanError
-from vtprune_fx.graph import axes_of, mentions, size_expr
+from vtprune_fx.graph import axes_of, mentions, size_expr, tensor_of
 from vtprune_fx.recipe import Cut, Recipe, Site
-from vtprune_fx.stream import seen_through
+from vtprune_fx.stream import module_path, seen_through
+
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,9 @@ class PlannedCut:
         site: Where in the layer.
         edge: Name of the node behind which tokens leave.
         hidden: Name of the residual stream there, [B, S, E], where the graph shows it.
-        drop: Visual tokens that leave.
+        drop: Tokens that leave: visual ones, of which each sample has as many.
+        share: Where samples lose numbers of their own, how many of ``PrunePlan.of``
+            visual tokens those are; ``drop`` then counts padding too.
         clustered: How many of them are clustered into new tokens.
         new: New tokens that these become.
         dropped: Tokens fewer when the cut is done than the prompt came with.
@@ -54,6 +59,7 @@ class PlannedCut:
     edge: str
     hidden: str | None
     drop: int
+    share: int | None
     clustered: int
     new: int
     dropped: int
@@ -68,23 +74,25 @@ class PrunePlan:
     Attributes:
         recipe: The recipe.
         tokens: The symbol of the prompt's length.
-        visual: Name of the mask of visual tokens, [B, S] or [B, S, 1].
+        visual: Names of the masks of visual tokens, [B, S] or [B, S, 1].
         visual_tokens: Visual tokens a sample comes with.
         embeddings: Name of what enters the decoder, [B, S, E], where the graph shows
             it.
         attentions: The attentions of all decoder layers, in order.
         lengths: Names of the symbolic ints that are the prompt's length.
         cuts: The cuts, in order.
+        of: Where samples lose numbers of their own, what those are shares of.
     """
 
     recipe: Recipe
     tokens: sympy.Symbol
-    visual: str
+    visual: tuple[str, ...]
     visual_tokens: int
     embeddings: str | None
     attentions: tuple[Attention, ...]
     lengths: frozenset[str]
     cuts: tuple[PlannedCut, ...]
+    of: int | None = None
 
     @property
     def layers(self) -> int:
@@ -102,8 +110,17 @@ class PrunePlan:
         return self.recipe.needed(self.visual_tokens)
 
 
-def place(recipe: Recipe, anatomy: Anatomy, graph: Graph) -> PrunePlan:
+def place(
+    recipe: Recipe, anatomy: Anatomy, graph: Graph, *, own: bool = False
+) -> PrunePlan:
     """Place a recipe's cuts on a graph.
+
+    Args:
+        recipe: The recipe.
+        anatomy: What was found in the graph.
+        graph: The graph.
+        own: Let each sample lose its own share of visual tokens. As many tokens leave
+            as if a sample had ``anatomy.visual_tokens``; padding makes up for the rest.
 
     Raises:
         PlanError: The recipe asks for what this version does not do, names a layer that
@@ -112,6 +129,9 @@ def place(recipe: Recipe, anatomy: Anatomy, graph: Graph) -> PrunePlan:
     """
     drops = recipe.drops(anatomy.visual_tokens)
     _check_fits(recipe, anatomy)
+    if own:
+        _check_own(recipe, anatomy)
+        drops = {cut.layer: drops.get(cut.layer, 0) for cut in recipe.cuts if cut.drop}
     uses = _Uses(graph)
     lengths = frozenset(
         n.name for n in graph.nodes if _is_length(n.meta.get("val"), anatomy.tokens)
@@ -127,6 +147,7 @@ def place(recipe: Recipe, anatomy: Anatomy, graph: Graph) -> PrunePlan:
         dropped += drop - new
         attention = anatomy.layers[cut.layer]
         edge, hidden = _edge(recipe, cut, attention)
+        uses.check_complete(edge, recipe, cut)
         live = _live(uses, edge, anatomy, lengths)
         planned = PlannedCut(
             attention=attention,
@@ -134,6 +155,7 @@ def place(recipe: Recipe, anatomy: Anatomy, graph: Graph) -> PrunePlan:
             edge=edge,
             hidden=hidden,
             drop=drop,
+            share=cut.drop if own else None,
             clustered=chosen,
             new=new,
             dropped=dropped,
@@ -150,6 +172,7 @@ def place(recipe: Recipe, anatomy: Anatomy, graph: Graph) -> PrunePlan:
         attentions=anatomy.layers,
         lengths=lengths,
         cuts=tuple(cuts),
+        of=recipe.of if own else None,
     )
 
 
@@ -171,12 +194,40 @@ def _of_place(recipe: Recipe, graph: Graph, anatomy: Anatomy) -> frozenset[str]:
             )
         found |= {named[layer.stream.cos], named[layer.stream.sin]}
     tables = frozenset(found)
+    _check_one_axis(recipe, tables, anatomy)
     for node in reversed(graph.nodes):
         # What nothing but the tables is made of.
         if node.users and all(user in found for user in node.users):
             found.add(node)
     views = (n for n in graph.nodes if any(v in tables for v in seen_through(n)))
     return frozenset(node.name for node in (*found, *views))
+
+
+def _check_one_axis(recipe: Recipe, tables: frozenset[Node], anatomy: Anatomy) -> None:
+    """Refuse to renumber tokens whose positions count along several axes."""
+    ahead = {node for table in tables for node in seen_through(table)}
+    for _ in range(_STEPS_TO_POSITIONS):
+        ahead |= {source for node in ahead for source in node.all_input_nodes}
+    if any(_has_axes(node, anatomy) for node in ahead):
+        raise PlanError(
+            f"recipe {recipe.name}, field positions",
+            expected="positions along one axis, to compact them",
+            found="rotary positions along several: time, height and width",
+            fix="Use a recipe with 'positions': 'kept', such as SparseVLM+'s.",
+        )
+
+
+_STEPS_TO_POSITIONS = 12
+"""Operators between rotary tables and positions: cast, scale, cosine, recomposition."""
+
+
+def _has_axes(node: Node, anatomy: Anatomy) -> bool:
+    """[axes, B, S, ...]."""
+    value = tensor_of(node)
+    if value is None or value.dim() < 3:
+        return False
+    _, batch, tokens, *_ = map(size_expr, value.shape)
+    return bool(batch == anatomy.batch and tokens == anatomy.tokens)
 
 
 def _check_fits(recipe: Recipe, anatomy: Anatomy) -> None:
@@ -195,6 +246,19 @@ def _check_fits(recipe: Recipe, anatomy: Anatomy) -> None:
             expected=f"at most {anatomy.visual_tokens} dropped, which a sample has",
             found=f"{needed} visual tokens dropped",
             fix="A recipe with the field 'of' scales to what a sample has.",
+        )
+
+
+def _check_own(recipe: Recipe, anatomy: Anatomy) -> None:
+    """Refuse what cannot be done with numbers that differ from sample to sample."""
+    masked = all(layer.mask is not None for layer in anatomy.layers)
+    if recipe.of is None or recipe.recycle or not masked:
+        found = "recycling" if recipe.recycle else "plain counts"
+        raise PlanError(
+            f"recipe {recipe.name}, samples with different numbers of visual tokens",
+            expected="shares ('of'), no recycling, and an attention_mask",
+            found=found if recipe.recycle or recipe.of is None else "no attention_mask",
+            fix="Run samples with equal numbers of visual tokens together.",
         )
 
 
@@ -232,10 +296,38 @@ class _Uses:
             for node in self.nodes
         }
 
+    def check_complete(self, name: str, recipe: Recipe, cut: Cut) -> None:
+        """Refuse a cut ahead of features that are placed by a mask once more.
+
+        They are as many as visual tokens came, and would no longer fit.
+        """
+        edge = self.order[self.named[name]]
+        later = [n for n in self.nodes[edge + 1 :] if _takes_features(n)]
+        if later:
+            raise PlanError(
+                f"recipe {recipe.name}, cut at layer {cut.layer}",
+                expected="a cut behind all layers that visual features enter",
+                found=f"features that enter {module_path(later[-1])} behind it, node "
+                f"{later[-1].name}",
+                fix="Cut in later layers, behind the model's deep-stacked features.",
+            )
+
     def across(self, name: str) -> list[Node]:
         """Nodes that stand at or before ``name`` and are read after it."""
         edge = self.order[self.named[name]]
         return [n for n in self.nodes[: edge + 1] if self.last[n] > edge]
+
+
+def _takes_features(node: Node) -> bool:
+    """Whether rows are put where a mask says."""
+    if node.target == aten.masked_scatter.default:
+        return True
+    if node.target != aten.index_put.default:
+        return False
+    indices = node.args[1]
+    assert isinstance(indices, (list, tuple))
+    masks = (tensor_of(n) for n in indices if isinstance(n, Node))
+    return any(m is not None and m.dtype == torch.bool for m in masks)
 
 
 def _live(
@@ -274,10 +366,4 @@ def _is_batch(size: int, batch: sympy.Expr) -> bool:
 
 
 def _is_length(value: object, tokens: sympy.Symbol) -> bool:
-    return (
-        not isinstance(value, Tensor)
-        and mentions(value, tokens)
-        and (
-            size_expr(value) == tokens  # type: ignore[arg-type]
-        )
-    )
+    return isinstance(value, torch.SymInt) and size_expr(value) == tokens

@@ -11,9 +11,10 @@ every sample drops there. ``of`` decides what that number means:
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -200,6 +201,41 @@ class Recipe(_Strict):
             for cut in self.cuts
         }
         return {layer: count for layer, count in counts.items() if count > 0}
+
+    def gone_ahead(self, visual_tokens: int, layers: int) -> list[int]:
+        """Visual tokens gone ahead of each layer's attention: ``layers`` numbers."""
+        drops = self.drops(visual_tokens)
+        left = [0] * (layers + 1)
+        for cut in self.cuts:
+            first = cut.layer + (cut.site != "before_layer")
+            left[first] += drops.get(cut.layer, 0)
+        return list(itertools.accumulate(left))[:layers]
+
+    def common(self, visual_tokens: Sequence[int], padding: Sequence[int]) -> int:
+        """How many may leave from every row of a batch, be they padding in some.
+
+        Told by a number of visual tokens: a sample that had as many would lose as many
+        as leave from each row. Never less than the smallest sample with images has.
+
+        Args:
+            visual_tokens: Of each sample.
+            padding: Of each sample.
+        """
+        own = [self.drops(count) for count in visual_tokens]
+        least = min(filter(None, visual_tokens))
+
+        def too_many(count: int) -> bool:
+            leave = self.drops(count)
+            for drops, room in zip(own, padding, strict=True):
+                more = (
+                    drops.get(c.layer, 0) - leave.get(c.layer, 0) for c in self.cuts
+                )
+                if min(itertools.accumulate(more, initial=room)) < 0:
+                    return True
+            return False
+
+        counts = range(least, max(visual_tokens) + 1)
+        return max(least, least + bisect.bisect_left(counts, True, key=too_many) - 1)
 
     def new_tokens(self, dropped: int) -> int:
         """How many new tokens a cut makes of those it drops."""

@@ -126,7 +126,7 @@ class Explanation:
         if self.anatomy is None:
             return [f"{self.model}: not pruned, the graph places no image"]
         assert self.plan is not None
-        name, visual = self.plan.recipe.name, self.anatomy.visual
+        name, visual = self.plan.recipe.name, " and ".join(self.anatomy.visual)
         count = self.anatomy.visual_tokens
         return [f"{self.model}: {name}, {count} visual tokens, marked by {visual}"]
 
