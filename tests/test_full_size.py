@@ -17,7 +17,7 @@ from vtprune_fx.full_size import explain_config
 from vtprune_fx.recipe import load_recipe
 from vtprune_fx.weightless import (
     build,
-    example_prompt,
+    example_prompts,
     load_config,
 )
 
@@ -28,10 +28,21 @@ RECIPE = "fitprune-llava-1.5-7b-60"
 CODE = "import sys; from vtprune_fx.cli import main; sys.argv[0] = 'vtprune'; main()"
 
 # Billions of weights, as the models' cards on the hub say.
-WEIGHTS = {"llava-1.5-7b": 7.06, "llava-1.5-13b": 13.4}
+WEIGHTS = {
+    "llava-1.5-7b": 7.06,
+    "llava-1.5-13b": 13.4,
+    "llava-next-34b": 34.8,
+    "qwen2-vl-72b": 73.4,
+}
 
-# Visual tokens of one image, as the papers say.
-VISUAL = {"llava-1.5-7b": 576, "llava-1.5-13b": 576}
+# Visual tokens of one image. LLaVA-NeXT at 672 x 672: 24 x 24 of the whole image, and
+# 48 rows of 48 with an end each. Qwen2-VL at 1008 x 1008: one for 28 x 28 pixels.
+VISUAL = {
+    "llava-1.5-7b": 576,
+    "llava-1.5-13b": 576,
+    "llava-next-34b": 576 + 48 * 49,
+    "qwen2-vl-72b": 36 * 36,
+}
 
 
 @pytest.fixture(scope="module")
@@ -53,15 +64,15 @@ def test_shipped_configurations_are_of_the_published_size(name: str) -> None:
     numbers = sum(weight.numel() for weight in model.parameters())
     assert f"{numbers / 1e9:.3g}" == str(WEIGHTS[name])
     assert {weight.device.type for weight in model.parameters()} == {"meta"}
-    prompt = example_prompt(model, None, text_tokens=75)
-    assert prompt["input_ids"].shape == (1, VISUAL[name] + 75)
+    prompt = example_prompts(model, None, text_tokens=75)
+    assert prompt["input_ids"].shape == (2, VISUAL[name] + 75)
 
 
 def test_a_prompt_of_several_images(small: str) -> None:
-    """Three images of 4 x 4 patches."""
-    prompt = example_prompt(build(load_config(small)), 48, text_tokens=2)
-    assert prompt["input_ids"].shape == (1, 50)
-    assert prompt["pixel_values"].shape == (3, 3, 56, 56)
+    """Three images of 4 x 4 patches in each of two prompts."""
+    prompt = example_prompts(build(load_config(small)), 48, text_tokens=2)
+    assert prompt["input_ids"].shape == (2, 50)
+    assert prompt["pixel_values"].shape == (6, 3, 56, 56)
 
 
 def test_a_default_recipe_is_stretched_to_the_depth(small: str) -> None:

@@ -157,5 +157,5 @@ def explain(
         plan = place(wanted, anatomy, graph)
     except VtpruneError as error:
         return Explanation(name, anatomy, None, error)
-    ports = interface(program, inputs, plan)
+    ports = interface(program, anatomy, plan)
     return Explanation(name, anatomy, plan, None, ports)

@@ -17,7 +17,7 @@ from vtprune_fx.api import explain
 from vtprune_fx.cost import Cost, Geometry, cost
 from vtprune_fx.errors import PlanError
 from vtprune_fx.interface import PROMPT, Port
-from vtprune_fx.weightless import build, example_prompt, load_config
+from vtprune_fx.weightless import build, example_prompts, load_config
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -164,7 +164,7 @@ def explain_config(
             "one with `vtprune fit`.",
         )
     model = build(config)
-    inputs = example_prompt(model, visual_tokens, text_tokens)
+    inputs = example_prompts(model, visual_tokens, text_tokens)
     with _quiet():
         found = explain(model, inputs, recipe)
     if found.refused is not None:

@@ -6,21 +6,21 @@ takes and returns.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import sympy
 from torch.utils import _pytree as pytree
 from transformers.exporters.utils import get_leaf_tensors
 
-from vtprune_fx.capture import dynamic_shapes
 from vtprune_fx.graph import size_expr
 
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.export import ExportedProgram
 
+    from vtprune_fx.anatomy import Anatomy
     from vtprune_fx.plan import PrunePlan
 
 PROMPT = "prompt"
@@ -34,7 +34,8 @@ class Port:
     Attributes:
         name: Its name.
         dtype: Its type: ``float16``.
-        shape: Its sizes: numbers, and formulas in ``batch``, ``prompt``, ``images``.
+        shape: Its sizes: numbers, and formulas in ``batch``, ``prompt``, ``images``,
+            ``features`` (rows of what encoders gave).
     """
 
     name: str
@@ -56,22 +57,26 @@ class Interface:
     outputs: tuple[Port, ...]
 
 
-def interface(
-    program: ExportedProgram, inputs: Mapping[str, Any], plan: PrunePlan
-) -> Interface:
+def interface(program: ExportedProgram, anatomy: Anatomy, plan: PrunePlan) -> Interface:
     """Inputs and outputs of the graph that a plan makes of a program.
 
     Args:
         program: What ``capture.export`` made.
-        inputs: What it was traced with.
+        anatomy: What was found in its graph.
         plan: The recipe, placed on it.
     """
-    named = {node.name: node for node in program.graph.nodes}
-    taken = program.graph_signature.user_inputs
-    values = {name: named[name].meta["val"] for name in taken if isinstance(name, str)}
-    symbols = _symbols(values, inputs)
+    inputs = list(_inputs(program))
+    symbols = {
+        anatomy.batch: sympy.Symbol("batch"),
+        anatomy.tokens: sympy.Symbol(PROMPT),
+    }
+    for name, value in inputs:
+        rows = sympy.Symbol("images" if name.startswith("pixel") else "features")
+        for size in map(size_expr, value.shape):
+            if isinstance(size, sympy.Symbol):
+                symbols.setdefault(size, rows)
     return Interface(
-        tuple(_port(name, value, symbols, 0) for name, value in values.items()),
+        tuple(_port(name, value, symbols, 0) for name, value in inputs),
         tuple(
             _port(name, value, symbols, gone)
             for name, value, gone in _outputs(program, plan)
@@ -79,16 +84,12 @@ def interface(
     )
 
 
-def _symbols(
-    values: Mapping[str, Tensor], inputs: Mapping[str, Any]
-) -> dict[sympy.Expr, sympy.Symbol]:
-    """The names that ``capture.export`` gives sizes, for the graph's own symbols."""
-    found: dict[sympy.Expr, sympy.Symbol] = {}
-    for name, dimensions in dynamic_shapes(inputs).items():
-        for axis, dimension in (dimensions or {}).items():
-            size = size_expr(values[name].shape[axis])
-            found[size] = sympy.Symbol(dimension.__name__)
-    return found
+def _inputs(program: ExportedProgram) -> Iterable[tuple[str, Tensor]]:
+    """Name and value of each input."""
+    named = {node.name: node for node in program.graph.nodes}
+    values = [named[str(n)].meta["val"] for n in program.graph_signature.user_inputs]
+    _, given = pytree.tree_unflatten(values, program.call_spec.in_spec)
+    return get_leaf_tensors(given).items()
 
 
 def _outputs(

@@ -2,8 +2,7 @@
 
 A configuration is enough to trace a model: its weights are on torch's ``meta``
 device, where a tensor is its shape and type. Inputs are made from the configuration
-too, without a processor; how many tokens an image takes is what the model's own encoder
-says.
+too, without a processor.
 """
 
 from __future__ import annotations
@@ -13,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from vtprune_fx.encoding import FEATURES
 from vtprune_fx.errors import InputError
 
 if TYPE_CHECKING:
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 META = torch.device("meta")
+
+SAMPLES = 2
+"""Prompts in an example: ``torch.export`` takes a size of 1 for a constant."""
 
 
 def config_names() -> list[str]:
@@ -87,18 +90,20 @@ def build(config: PreTrainedConfig) -> PreTrainedModel:
     return model
 
 
-def example_prompt(
+def example_prompts(
     model: PreTrainedModel, visual_tokens: int | None, text_tokens: int
-) -> dict[str, Tensor]:
-    """What an export is traced with: one prompt about one image, shapes alone.
+) -> dict[str, Any]:
+    """What an export is traced with: two prompts about images, shapes alone.
 
     Args:
         model: A model that ``build`` made.
-        visual_tokens: Visual tokens of the prompt; those of one image if left out.
+        visual_tokens: Visual tokens of each prompt; those of one image if left out.
         text_tokens: All its other tokens.
 
     Returns:
-        ``input_ids``, ``attention_mask`` and ``position_ids`` [1, S], and the pictures.
+        ``input_ids`` and ``attention_mask`` [2, S], ``position_ids`` [2, S] or
+        [3, 2, S], and pictures, or features where encoders are told sizes
+        (``encoding.encoded``).
 
     Raises:
         InputError: No images of the model take that many tokens, or there is no text.
@@ -110,8 +115,7 @@ def example_prompt(
             found=str(text_tokens),
             fix="Pass the number of tokens in the prompt that are not visual.",
         )
-    images = _IMAGES[model.config.model_type](model.config, visual_tokens)
-    taken = _tokens_of(model, images)
+    taken, images = _IMAGES[model.config.model_type](model.config, visual_tokens)
     if visual_tokens not in {None, taken}:
         raise InputError(
             "number of visual tokens",
@@ -120,31 +124,55 @@ def example_prompt(
             fix="Pass that number, or leave it out for one image.",
         )
     names = ("input_ids", "attention_mask", "position_ids")
-    shape = (1, taken + text_tokens)
+    shape = (SAMPLES, taken + text_tokens)
     text = {name: torch.empty(shape, dtype=torch.long, device=META) for name in names}
+    if getattr(model.base_model, "compute_3d_position_ids", None) is not None:
+        text["position_ids"] = text["position_ids"].expand(3, *shape)
     return text | images
 
 
-def _tokens_of(model: PreTrainedModel, images: dict[str, Tensor]) -> int:
-    """How many tokens the images take, as the model's encoder says."""
-    encode: Any = model.base_model.get_image_features  # declared by each class
-    with torch.no_grad():
-        found = encode(**images, return_dict=True).pooler_output
-    each = [found] if isinstance(found, Tensor) else found
-    width: int = model.config.get_text_config().hidden_size
-    return sum(part.numel() for part in each) // width
+Pictures = tuple[int, dict[str, Any]]
+"""Visual tokens of a prompt, and the inputs for two prompts that bring them."""
 
 
-def _fixed_size(config: Any, visual_tokens: int | None) -> dict[str, Tensor]:
-    """Images of one size, which take as many tokens each: LLaVA."""
+def _pixels(config: Any, visual_tokens: int | None) -> Pictures:
+    """Images of one size, a token for each patch: LLaVA."""
     vision = config.vision_config
     each = (vision.image_size // vision.patch_size) ** 2
     count = max(1, (visual_tokens or each) // each)
-    shape = (count, vision.num_channels, vision.image_size, vision.image_size)
-    return {"pixel_values": torch.empty(shape, dtype=config.dtype, device=META)}
+    size = (vision.num_channels, vision.image_size, vision.image_size)
+    pixels = torch.empty((SAMPLES * count, *size), dtype=config.dtype, device=META)
+    return count * each, {"pixel_values": pixels}
 
 
-_IMAGES: dict[str, Callable[[Any, int | None], dict[str, Tensor]]] = {
-    # By model type: pictures for about so many visual tokens, one picture if None.
-    "llava": _fixed_size,
+def _features(config: Any, visual_tokens: int) -> Pictures:
+    """What an encoder gives that makes as many tokens as an image is large."""
+    shape = (SAMPLES * visual_tokens, config.get_text_config().hidden_size)
+    # A list as encoders of this kind give one, though typed as a tensor.
+    rows: Any = [torch.empty(shape, dtype=config.dtype, device=META)]
+    given = BaseModelOutputWithPooling(pooler_output=rows)
+    return visual_tokens, {FEATURES: {"image": given}}
+
+
+def _any_resolution(config: Any, visual_tokens: int | None) -> Pictures:
+    """LLaVA-NeXT: the whole image, and the largest square grid with its row ends."""
+    vision = config.vision_config
+    side = vision.image_size // vision.patch_size
+    square = max(min(grid) for grid in config.image_grid_pinpoints)
+    wide = side * square // vision.image_size
+    return _features(config, visual_tokens or side**2 + wide * (wide + 1))
+
+
+def _patches(config: Any, visual_tokens: int | None) -> Pictures:
+    """Qwen2-VL: merged patches, of an image of 1008 x 1008 pixels if not told."""
+    vision = config.vision_config
+    side = 1008 // (vision.patch_size * vision.spatial_merge_size)
+    return _features(config, visual_tokens or side**2)
+
+
+_IMAGES: dict[str, Callable[[Any, int | None], Pictures]] = {
+    # By model type: what brings about so many visual tokens, those of an image if None.
+    "llava": _pixels,
+    "llava_next": _any_resolution,
+    "qwen2_vl": _patches,
 }
