@@ -45,17 +45,47 @@ VISUAL = {
 }
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """LLaVA-1.5-7B's configuration, made narrow and shallow: 16 visual tokens."""
-    config = load_config("llava-1.5-7b").to_dict()
+def shrunk(name: str, folder: Path) -> str:
+    """A shipped configuration, made narrow and shallow."""
+    config = load_config(name).to_dict()
+    text, vision = config["text_config"], config["vision_config"]
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
-    config["text_config"] |= sizes | heads
-    config["vision_config"] |= sizes | {"num_attention_heads": 2, "image_size": 56}
-    file: Path = tmp_path_factory.mktemp("config") / "config.json"
+    text |= sizes | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    text.pop("layer_types", None)
+    if name == "qwen2-vl-72b":
+        text["rope_parameters"]["mrope_section"] = [1, 1, 2]
+        vision["hidden_size"] = 32
+    else:
+        vision |= sizes | {"num_attention_heads": 2, "image_size": 56}
+    file = folder / "config.json"
     file.write_text(json.dumps(config), encoding="utf-8")
     return str(file)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """LLaVA-1.5-7B's configuration, shrunk: 16 visual tokens."""
+    return shrunk("llava-1.5-7b", tmp_path_factory.mktemp("config"))
+
+
+@pytest.mark.parametrize(
+    ("name", "positions"),
+    [
+        ("llava-next-34b", ("batch", "prompt")),
+        ("qwen2-vl-72b", ("3", "batch", "prompt")),
+    ],
+)
+def test_graphs_of_models_that_are_told_sizes_start_with_features(
+    name: str, positions: tuple[str, ...], tmp_path: Path
+) -> None:
+    found = explain_config(shrunk(name, tmp_path), None, 32, text_tokens=4)
+    assert found.plan.visual_tokens == 32
+    assert {port.name: port.shape for port in found.interface.inputs} == {
+        "input_ids": ("batch", "prompt"),
+        "attention_mask": ("batch", "prompt"),
+        "position_ids": positions,
+        "mm_encoder_outputs.image.pooler_output.0": ("features", "32"),
+    }
 
 
 @pytest.mark.parametrize("name", sorted(WEIGHTS))

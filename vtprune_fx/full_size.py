@@ -88,7 +88,9 @@ class FullSize:
 
     def _ports(self) -> Table:
         table = Table(title="An export's prefill graph", box=SIMPLE_HEAD)
-        for title in ("", "name", "type", "shape"):
+        table.add_column("", no_wrap=True)
+        table.add_column("name", overflow="fold")
+        for title in ("type", "shape"):
             table.add_column(title, no_wrap=True)
         sides = (("takes", self.interface.inputs), ("returns", self.interface.outputs))
         for side, ports in sides:
