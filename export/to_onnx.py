@@ -215,7 +215,13 @@ def _export(
     inputs: Mapping[str, Any],
     shapes: dict[str, Any],
 ) -> ExportedComponent:
-    config = OnnxConfig(dynamic_shapes=shapes, opset_version=OPSET, optimize=False)
+    config = OnnxConfig(
+        dynamic_shapes=shapes,
+        opset_version=OPSET,
+        optimize=False,
+        # How grouped heads are repeated depends on strides, which would be guards.
+        prefer_deferred_runtime_asserts_over_guards="past_key_values" in inputs,
+    )
     return ExportedComponent(*exporter.export_program(model, dict(inputs), config))
 
 

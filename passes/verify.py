@@ -41,6 +41,9 @@ _DYNAMIC: frozenset[object] = frozenset(
 )
 
 
+_PUTS = {aten.index_put.default, aten.index_put_.default}
+
+
 @dataclass(frozen=True)
 class Interface:
     """What a pass must not change: the inputs, and which values come out."""
@@ -161,7 +164,7 @@ def _depends_on_data(node: Node) -> bool:
 
 
 def _indexes_by_mask(node: Node) -> bool:
-    if node.target not in {aten.index.Tensor, aten.index_put.default}:
+    if node.target not in {aten.index.Tensor, *_PUTS}:
         return False
     indices = cast("list[Node | None]", node.args[1])
     masks = (n for n in indices if n is not None)
@@ -180,7 +183,7 @@ def _run(
     if node.op == "get_attr":
         constant = _attribute(module, str(node.target))
         return constant.to(_stand_in(constant.device))
-    if node.target == aten.index_put.default and _indexes_by_mask(node):
+    if node.target in _PUTS and _indexes_by_mask(node):
         # Whatever is put there, the result is like what it is put into.
         return values[cast("Node", node.args[0])]
     if _depends_on_data(node) or not _is_computable(node, values):

@@ -230,14 +230,15 @@ def test_backend_names_all_unknown_options() -> None:
 
 
 def test_two_placements_of_features() -> None:
-    module, _ = graph_and_anatomy()
+    """Images and videos: the visual tokens are those of both masks."""
+    module, anatomy = graph_and_anatomy()
     [placed] = calls(module, aten.masked_scatter.default)
     with module.graph.inserting_after(placed):
-        again = module.graph.node_copy(placed)
-    with pytest.raises(AnatomyError, match="one masked_scatter") as caught:
-        read(module.graph)
-    assert again.target == placed.target
-    assert "Models with several kinds of visual input" in caught.value.fix
+        module.graph.node_copy(placed)
+    both = read(module.graph)
+    assert both is not None
+    assert both.visual == anatomy.visual * 2
+    assert both.visual_tokens == 2 * anatomy.visual_tokens
 
 
 def test_layers_that_do_not_run_in_order() -> None:

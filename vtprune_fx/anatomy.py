@@ -129,7 +129,7 @@ def read(graph: Graph) -> Anatomy | None:
     placements = list(_placements(graph))
     if not placements:
         return None
-    masks = [_token_mask(mask) for mask, _ in placements]
+    masks = [_token_mask(found.mask) for found in placements]
     visual = masks[0]
     batch, tokens = (size_expr(size) for size in _shape(visual)[:2])
     _check_symbols(visual, batch, tokens)
@@ -142,23 +142,41 @@ def read(graph: Graph) -> Anatomy | None:
         tokens=tokens,
         batch=batch,
         visual=tuple(mask.name for mask in masks),
-        visual_tokens=_visual_tokens(placements, masks),
+        visual_tokens=_visual_tokens(placements, size_hint(_shape(visual)[0])),
         layers=tuple(_decoder(graph, tokens)),
     )
 
 
-def _placements(graph: Graph) -> Iterator[tuple[Node, Node]]:
-    """(mask, features) of every masked_scatter, in either spelling."""
+@dataclass(frozen=True)
+class _Placement:
+    """Features placed into embeddings where a mask says."""
+
+    mask: Node
+    features: Node
+    embeddings: Node
+
+    @property
+    def rows(self) -> int:
+        """Visual tokens in the example batch: [rows, width], perhaps flattened."""
+        [*_, source] = walk_back(self.embeddings, _VIEWS_OF_A_MASK)
+        # Not Size.numel: it would make constants of symbolic sizes.
+        elements = math.prod(map(size_hint, _shape(self.features)))
+        return elements // size_hint(_shape(source)[-1])
+
+
+def _placements(graph: Graph) -> Iterator[_Placement]:
+    """Every masked_scatter, in either spelling."""
     for node in graph.nodes:
         if node.target == aten.masked_scatter.default:
-            yield node.args[1], node.args[2]
+            embeddings, mask, features = node.args
+            yield _Placement(mask, features, embeddings)
         elif node.target == aten.where.self and (found := _spelled_out(node)):
             yield found
 
 
-def _spelled_out(where: Node) -> tuple[Node, Node] | None:
+def _spelled_out(where: Node) -> _Placement | None:
     """Match ``where(mask, features[cumsum(mask) - 1], embeddings)``, all flat."""
-    mask, picked = where.args[:2]
+    mask, picked, embeddings = where.args
     if not isinstance(mask, Node) or not isinstance(picked, Node):
         return None
     if picked.target != aten.index.Tensor:
@@ -169,7 +187,9 @@ def _spelled_out(where: Node) -> tuple[Node, Node] | None:
     if len(indices) != 1 or not isinstance(indices[0], Node):
         return None
     counted = mask in walk_back(indices[0], _PLACES_OF_FEATURES)
-    return (mask, features) if counted else None
+    if not counted or not isinstance(embeddings, Node):
+        return None
+    return _Placement(mask, features, embeddings)
 
 
 def _token_mask(mask: Node) -> Node:
@@ -211,34 +231,16 @@ def _check_symbols(visual: Node, batch: sympy.Expr, tokens: sympy.Expr) -> None:
         )
 
 
-def _visual_tokens(placements: list[tuple[Node, Node]], masks: list[Node]) -> int:
+def _visual_tokens(placements: list[_Placement], samples: int) -> int:
     """Visual tokens of a sample that has any."""
-    samples = size_hint(_shape(masks[0])[0])
-    rows = sum(map(_rows, placements, masks))
+    rows = sum(found.rows for found in placements)
     each, rest = divmod(rows, samples)
     if rest:
         return rows
     if len(placements) > 1:
         return each
     # Less than an image has: a sample is text alone, and the others have whole images.
-    [(_, features)] = placements
-    return max(each, _smallest_image(features))
-
-
-def _rows(placement: tuple[Node, Node], mask: Node) -> int:
-    """Visual tokens in the whole example batch: [rows, width], perhaps flattened."""
-    elements, covered, tokens = (
-        # Not Size.numel: it would make constants of symbolic sizes.
-        math.prod(map(size_hint, _shape(node)))
-        for node in (placement[1], _widest(placement[0]), mask)
-    )
-    return elements * tokens // covered
-
-
-def _widest(mask: Node) -> Node:
-    """The mask as it covers the embeddings, perhaps flattened."""
-    ways = list(walk_back(mask, _VIEWS_OF_A_MASK))
-    return max(ways, key=lambda node: math.prod(map(size_hint, _shape(node))))
+    return max(each, _smallest_image(placements[0].features))
 
 
 def _smallest_image(features: Node) -> int:

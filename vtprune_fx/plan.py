@@ -322,7 +322,7 @@ def _takes_features(node: Node) -> bool:
     """Whether rows are put where a mask says."""
     if node.target == aten.masked_scatter.default:
         return True
-    if node.target != aten.index_put.default:
+    if node.target not in {aten.index_put.default, aten.index_put_.default}:
         return False
     indices = node.args[1]
     assert isinstance(indices, (list, tuple))
