@@ -21,7 +21,7 @@ echo "Installing into $venv (a few minutes the first time)" >&2
 # range would let pip prefer a newer build that brings all of CUDA.
 "$python" -m pip install -qq --disable-pip-version-check torch==2.13.0
 "$python" -m pip install -qq --disable-pip-version-check \
-  -c constraints.txt -e ".[onnxruntime,tensorrt-rtx,demo,dev]"
+  -c constraints.txt -e ".[onnxruntime,tensorrt-rtx,demo,dev,docs]"
 # For its schema of Triton's model configurations alone: its client wants an older protobuf.
 "$python" -m pip install -qq --disable-pip-version-check --no-deps tritonclient==2.73.0
 printf '%s' "$wanted" >"$stamp"

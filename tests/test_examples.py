@@ -7,15 +7,40 @@ from pathlib import Path
 
 import pytest
 
-FOLDER = Path(__file__).parent.parent / "examples"
-SERVING = FOLDER / "ray_serve.py"
-EXAMPLES = sorted(set(FOLDER.glob("*.py")) - {SERVING})
+from vtprune_fx import scorers
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+SERVING = EXAMPLES / "ray_serve.py"
+
+# What main() is called with; a folder is one of the test's own.
+ARGUMENTS = {
+    "fit_recipe": "folder",
+    "onnx_runtime": "folder",
+    "prune_and_compile": "eager",
+    "write_scorer": "eager",
+}
+SLOW = {"onnx_runtime"}
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
-def test_example_runs(example: Path) -> None:
-    answer = runpy.run_path(str(example))["main"]("eager")
-    assert answer.split("? ")[-1], "an answer behind the question"
+def test_every_example_is_here() -> None:
+    there = {path.stem for path in EXAMPLES.glob("*.py")}
+    assert there == {SERVING.stem, *ARGUMENTS}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in ARGUMENTS],
+)
+def test_example_runs(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scorers, "_REGISTERED", {})
+    argument = ARGUMENTS[name].replace("folder", str(tmp_path / "out"))
+    said = runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"](argument)
+    # A question and an answer, or a recipe and what it saves.
+    assert said.split("? ")[-1].split(": ")[-1]
+    if name == "fit_recipe":
+        assert (tmp_path / "out" / "fit.json").is_file()
 
 
 @pytest.mark.slow

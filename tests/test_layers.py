@@ -17,8 +17,8 @@ PACKAGE = "vtprune_fx"
 # These may import everything; the facade __init__ hands out what they define.
 TOP = (
     *("__init__", "accuracy", "answer", "api", "backend", "calibration", "cli"),
-    *("collect", "curve", "demo", "evaluate", "fitting", "generation", "latency"),
-    *("rank_counts", "runtime"),
+    *("collect", "curve", "demo", "evaluate", "fitting", "full_size", "generation"),
+    *("latency", "rank_counts", "runtime"),
 )
 FRONT = tuple(f"{PACKAGE}.{name}" for name in ("api", "backend", "cli", "demo"))
 REFERENCE = f"{PACKAGE}.reference"

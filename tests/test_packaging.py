@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = "examples/reference_model"
 PATTERNS = (
     *("vtprune_fx/*.py", "vtprune_fx/recipes/*.json", "vtprune_fx/scorers"),
+    "vtprune_fx/configs/*.json",
     *("passes", "export", REFERENCE),
 )
 BUILD_FILES = ("pyproject.toml", "README.md", "LICENSE", "vtprune_fx/py.typed")

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from vtprune_fx.anatomy import read
 from vtprune_fx.capture import export
 from vtprune_fx.errors import CaptureError, VtpruneError
+from vtprune_fx.interface import interface
 from vtprune_fx.passes import KEEP_PREFIX, prune_program
 from vtprune_fx.plan import place
 from vtprune_fx.recipe import Recipe, default, load_recipe
@@ -145,13 +146,16 @@ def explain(
         RecipeError: The recipe cannot be loaded.
     """
     loaded = load_recipe(recipe) if recipe is not None else None
-    graph = export(model, inputs).graph_module.graph
+    program = export(model, inputs)
+    graph = program.graph_module.graph
     name, anatomy = type(model).__name__, None
     try:
         anatomy = read(graph)
         if anatomy is None:
             return Explanation(name, None, None, None)
         wanted = loaded or default(len(anatomy.layers), anatomy.visual_tokens)
-        return Explanation(name, anatomy, place(wanted, anatomy, graph), None)
+        plan = place(wanted, anatomy, graph)
     except VtpruneError as error:
         return Explanation(name, anatomy, None, error)
+    ports = interface(program, anatomy, plan)
+    return Explanation(name, anatomy, plan, None, ports)

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from vtprune_fx import recipe as recipes_module
 from vtprune_fx.cost import LLAVA_1_5_7B, Geometry, cost
-from vtprune_fx.errors import InputError, VtpruneError
+from vtprune_fx.errors import VtpruneError
 from vtprune_fx.methods import METHODS
 from vtprune_fx.reference import CHECKPOINT
 
@@ -59,6 +59,8 @@ app.add_typer(recipes_app, name="recipes")
 RecipeOption = Annotated[
     str, typer.Option("--recipe", help="Name of a shipped recipe, or a recipe file.")
 ]
+CONFIG_HELP = "Name of a shipped configuration, model folder or config.json."
+TextTokens = Annotated[int, typer.Option(help="Tokens that are not visual.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -145,10 +147,9 @@ def _draw(recipe: Recipe) -> None:
 def show_cost(
     recipe: RecipeOption,
     config: Annotated[
-        Path | None,
-        typer.Option(help="Model folder or config.json. Default: LLaVA-1.5-7B."),
+        str | None, typer.Option(help=f"{CONFIG_HELP} Default: LLaVA-1.5-7B.")
     ] = None,
-    text_tokens: Annotated[int, typer.Option(help="Tokens that are not visual.")] = 75,
+    text_tokens: TextTokens = 75,
     visual_tokens: Annotated[
         int | None, typer.Option(help="Visual tokens. Default: the recipe's own.")
     ] = None,
@@ -170,21 +171,10 @@ def show_cost(
         Console().print(f"Visual tokens left after each layer: {left}")
 
 
-def _read_geometry(path: Path) -> Geometry:
-    from transformers import AutoConfig
+def _read_geometry(source: str) -> Geometry:
+    from vtprune_fx.weightless import load_config
 
-    try:
-        if not path.exists():
-            raise FileNotFoundError("no such file or folder")
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"--config {path}",
-            expected="a model folder or a config.json of transformers",
-            found=str(error).splitlines()[0],
-            fix="Pass a folder that save_pretrained() wrote.",
-        ) from error
-    return Geometry.from_config(config)
+    return Geometry.from_config(load_config(source))
 
 
 def _cost_table(recipe: Recipe, result: Cost) -> Table:
@@ -227,6 +217,42 @@ def _work_fields(work: Work) -> dict[str, float]:
     }
 
 
+OptionalRecipe = Annotated[
+    str | None,
+    typer.Option("--recipe", help="Shipped name or file. Default: fitted by depth."),
+]
+
+
+@app.command("explain")
+def explain(
+    config: Annotated[str, typer.Option(help=CONFIG_HELP)],
+    recipe: OptionalRecipe = None,
+    visual_tokens: Annotated[
+        int | None, typer.Option(help="Visual tokens. Default: those of one image.")
+    ] = None,
+    text_tokens: TextTokens = 75,
+    as_json: JsonOption = False,
+) -> None:
+    """Tell what a recipe cuts in a model of full size, without its weights.
+
+    A minute for a deep model: it is traced on tensors that hold no data.
+
+    Example: [bold]vtprune explain --config llava-1.5-7b
+    --recipe fitprune-llava-1.5-7b-60[/bold]
+    """
+    from vtprune_fx.full_size import explain_config
+
+    loaded = recipes_module.load_recipe(recipe) if recipe else None
+    with Console(stderr=True).status(f"Tracing {config}"):
+        found = explain_config(config, loaded, visual_tokens, text_tokens)
+    if as_json:
+        of_cost = _cost_fields(found.plan.recipe, found.geometry, found.cost)
+        typer.echo(json.dumps(found.fields() | of_cost, indent=2))
+        return
+    cuts, *others = found.tables()
+    Console().print(cuts, _cost_table(found.plan.recipe, found.cost), *others)
+
+
 class Dtype(enum.StrEnum):
     """Types of weights."""
 
@@ -258,10 +284,6 @@ app.add_typer(export_app, name="export")
 
 ModelArgument = Annotated[
     str, typer.Argument(help="A checkpoint folder, or the id of a model on the hub.")
-]
-OptionalRecipe = Annotated[
-    str | None,
-    typer.Option("--recipe", help="Shipped name or file. Default: fitted by depth."),
 ]
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vtprune_fx.anatomy import Anatomy
 from vtprune_fx.errors import VtpruneError
+from vtprune_fx.interface import Interface
 from vtprune_fx.plan import PrunePlan
 
 
@@ -111,12 +112,14 @@ class Explanation:
         anatomy: The parts that pruning needs, or None where there is nothing to prune.
         plan: The recipe's cuts placed on them, or None where nothing will be cut.
         refused: Why not, where there is something to prune.
+        interface: What goes into the pruned graph and comes out, where there is a plan.
     """
 
     model: str
     anatomy: Anatomy | None
     plan: PrunePlan | None
     refused: VtpruneError | None
+    interface: Interface | None = None
 
     def __str__(self) -> str:
         return "\n".join((*self._heading(), *self._layers()))

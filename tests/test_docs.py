@@ -1,0 +1,103 @@
+"""The documentation: it builds, its links lead somewhere, its code and commands work.
+
+A block of Python runs unless ``<!-- not run: WHY -->`` stands on the line ahead of it;
+blocks of a page share their names, as a reader who types them in would.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from vtprune_fx import cli, scorers
+
+ROOT = Path(__file__).parents[1]
+PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]
+TEXTS = [*PAGES, ROOT / "CONTRIBUTING.md"]
+BLOCK = re.compile(r"^(<!-- not run: .+ -->\n)?```(\w+)\n(.*?)^```$", re.M | re.S)
+FENCED = re.compile(r"^```.*?^```$", re.M | re.S)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """Blocks of a language that are to be run."""
+    found = BLOCK.findall(page.read_text(encoding="utf-8"))
+    return [text for skipped, kind, text in found if kind == language and not skipped]
+
+
+def commands(page: Path) -> list[str]:
+    """Command lines that start with ``vtprune``."""
+    lines = "".join(blocks(page, "sh")).replace("\\\n", " ").splitlines()
+    return [line for line in lines if line.startswith("vtprune ")]
+
+
+def anchors(page: Path) -> set[str]:
+    """Where links into a page may lead."""
+    text = re.sub(
+        r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S
+    )
+    titles = re.findall(r"^#+ (.+)$", text, re.M)
+    plain = (re.sub(r"[^\w\- ]", "", title).strip().lower() for title in titles)
+    return {re.sub(r"[\- ]+", "-", title) for title in plain}
+
+
+def test_the_site_builds(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(tmp_path)]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "errors" / "index.html").is_file()
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in LINK.findall(page.read_text(encoding="utf-8")):
+        if link.startswith(("http://", "https://")):
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if blocks(page, "python")], ids=lambda p: p.name
+)
+def test_code_runs(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scorers, "_REGISTERED", {})
+    names: dict[str, object] = {"__name__": page.stem}
+    for text in blocks(page, "python"):
+        # As in a notebook: typing is not checked, and nothing is hidden.
+        exec(compile(text, page.name, "exec"), names)
+
+
+@pytest.mark.parametrize(
+    ("page", "line"), [(page.name, line) for page in TEXTS for line in commands(page)]
+)
+def test_commands_parse(page: str, line: str) -> None:
+    """Every command and option exists, and nothing that is needed is missing."""
+    _, *arguments = shlex.split(line, comments=True)
+    command: Any = typer.main.get_command(cli.app)
+    while hasattr(command, "commands") and arguments:
+        name, *arguments = arguments
+        assert name in command.commands, f"{page}: {line}"
+        command = command.commands[name]
+    command.make_context("vtprune", arguments)
+
+
+def test_there_is_something_to_check() -> None:
+    assert sum(len(commands(page)) for page in TEXTS) > 10
+    assert sum(len(blocks(page, "python")) for page in PAGES) > 5
+
+
+def test_a_wrong_option_is_seen() -> None:
+    with pytest.raises(Exception, match="--nope"):
+        test_commands_parse("here", "vtprune cost --recipe x --nope 1")
