@@ -171,7 +171,7 @@ def _original(contents: Manifest, model: str | None) -> LlavaForConditionalGener
     if not isinstance(loaded, LlavaForConditionalGeneration):
         raise InputError(
             f"model {source!r}",
-            expected="a LLaVA, the one model that the oracle knows",
+            expected="a LLaVA",
             found=f"a {type(loaded).__name__}",
             fix="Compare this export with the model's own unpruned forward.",
         )

@@ -217,7 +217,7 @@ def _oracle(
     if not isinstance(model, LlavaForConditionalGeneration):
         raise InputError(
             "--backend torch",
-            expected="a LLaVA, the one model that the oracle knows",
+            expected="a LLaVA",
             found=f"a {type(model).__name__}",
             fix="Evaluate this model with --backend compile or onnx.",
         )
