@@ -165,8 +165,9 @@ def test_a_network_with_other_sizes_than_its_graph_is_refused(export: Export) ->
     parsed = preflight.parse(builder, export.graphs["decode"], "decode")
     to_tensorrt.check_shapes("decode", parsed.network, built.inputs, built.outputs)
     name = "output.past_key_values.layers.1.keys"
-    wrong = [*built.outputs[name][:2], (4, 4, 125, 8)]
-    with pytest.raises(ExportError, match=r"layers.1.keys.*125.*124.*in the network"):
+    # 120 - 5 of a prompt and 8 that were generated, with 120 more: 243.
+    wrong = [*built.outputs[name][:2], (4, 4, 244, 8)]
+    with pytest.raises(ExportError, match=r"layers.1.keys.*244.*243.*in the network"):
         to_tensorrt.check_shapes(
             "decode", parsed.network, built.inputs, built.outputs | {name: wrong}
         )
@@ -357,7 +358,7 @@ def test_what_an_engine_was_not_built_for_is_refused(
 
 
 def test_an_input_that_is_missing_is_named(loaded: Loaded) -> None:
-    runner = loaded.model._exported.runners["prefill"]
+    runner = loaded.model._prompts
     with pytest.raises(InputError, match="found no pixel_values"):
         runner(**dict.fromkeys(["input_ids", "attention_mask", "position_ids"], ONES))
 
