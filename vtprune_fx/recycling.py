@@ -135,13 +135,19 @@ def last_keys(lowest_first: Tensor, roles: Tensor, clusters: int) -> Tensor:
 
 def keep_set(keys: Tensor, clusters: int) -> Tensor:
     """[B, K + C]: positions, and -C to -1 for the new tokens. Of sorted keys."""
-    new = keys % (clusters + 1)
-    return torch.where(new > 0, new - (clusters + 1), keys // (clusters + 1))
+    step = _step(keys, clusters)
+    new = keys % step
+    return torch.where(new > 0, new - step, keys // step)
 
 
 def stand_ins(keys: Tensor, clusters: int) -> Tensor:
     """[B, K + C]: positions, where a new token has those of the token ahead of it."""
-    return keys // (clusters + 1)
+    return keys // _step(keys, clusters)
+
+
+def _step(keys: Tensor, clusters: int) -> Tensor:
+    """C + 1 as a tensor: operators on a count that is read from the data want one."""
+    return keys.new_full((), clusters + 1)
 
 
 def hidden_from_each_other(stand_in: Tensor) -> Tensor:
