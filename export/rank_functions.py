@@ -21,7 +21,7 @@ _DOMAIN = "vtprune"
 
 
 @script(Opset(_DOMAIN, 1), default_opset=op)
-def Largest(gram: DOUBLE[...]) -> DOUBLE:  # noqa: N802
+def Largest(gram: DOUBLE[...]) -> DOUBLE:  # noqa: N802 - as ONNX names
     """The largest eigenvalue of a matrix without negative entries."""
     found = op.ReduceSum(gram, op.Constant(value_ints=[1]), keepdims=1)
     for _ in range(64):  # few digits of it are needed
@@ -31,7 +31,7 @@ def Largest(gram: DOUBLE[...]) -> DOUBLE:  # noqa: N802
 
 
 @script(Opset(_DOMAIN, 1), default_opset=op)
-def Positive(matrix: DOUBLE[...]) -> INT64:  # noqa: N802
+def Positive(matrix: DOUBLE[...]) -> INT64:  # noqa: N802 - as ONNX names
     """How many eigenvalues of a symmetric matrix are above zero."""
     size = op.Squeeze(op.Shape(matrix, start=0, end=1))
     zero = op.Cast(op.Constant(value_float=0.0), to=11)
@@ -52,7 +52,7 @@ def Positive(matrix: DOUBLE[...]) -> INT64:  # noqa: N802
 
 
 @script(Opset(_DOMAIN, 1), default_opset=op)
-def AttentionRank(attended: FLOAT[...], roles: INT64[...]) -> INT64:  # noqa: N802
+def AttentionRank(attended: FLOAT[...], roles: INT64[...]) -> INT64:  # noqa: N802 - as ONNX names
     """As ``rank.attention_rank``; visual tokens have role 1, raters 2."""
     kinds = op.Reshape(roles, op.Constant(value_ints=[-1]))
     pairs = op.Squeeze(attended, op.Constant(value_ints=[0]))

@@ -81,7 +81,7 @@ def test_a_link_is_refused(copy: Path) -> None:
         load(copy)
 
 
-@pytest.mark.parametrize("location", ["../weights", "/tmp/weights", "decode.onnx.data"])
+@pytest.mark.parametrize("location", ["../weights", "/weights", "decode.onnx.data"])
 def test_weights_elsewhere_are_refused(copy: Path, location: str) -> None:
     def move(proto: Any) -> None:
         for tensor in proto.graph.initializer:
