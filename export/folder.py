@@ -7,9 +7,14 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from vtprune_fx.errors import ExportError, InputError
 from vtprune_fx.export import manifest
+
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
+    from transformers.exporters import ExportedModel
 
 
 def check_free(folder: Path) -> None:
@@ -45,6 +50,27 @@ def _foreign(folder: Path) -> str | None:
     except ExportError:
         return f"a {manifest.FILE} that cannot be read"
     return next(iter(sorted(entries - ours)), None)
+
+
+def write_export(
+    folder: Path, exported: ExportedModel, processor: ProcessorMixin, **told: Any
+) -> None:
+    """Write graphs, processor and manifest, all at once.
+
+    Args:
+        folder: As ``check_free`` wants it.
+        exported: The graphs, with the model's configurations.
+        processor: The model's processor.
+        told: Fields of the manifest but ``files``.
+
+    Raises:
+        InputError: ``folder`` holds something else.
+    """
+    with written_at_once(folder) as scratch:
+        exported.save_pretrained(scratch)
+        processor.save_pretrained(scratch)
+        contents = manifest.Manifest(**told, files=manifest.hashes(scratch))
+        contents.write(scratch)
 
 
 @contextlib.contextmanager

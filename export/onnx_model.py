@@ -296,10 +296,9 @@ def open_onnx(folder: Path, contents: Manifest, device: str | None) -> OnnxModel
         MissingDependencyError: ONNX Runtime is not installed.
     """
     require_onnxruntime()
-    from vtprune_fx.export.onnx_trust import check_trust  # noqa: PLC0415 - reads ONNX
+    from vtprune_fx.export.onnx_trust import check_graphs  # noqa: PLC0415 - reads ONNX
 
-    _check_listed(folder, contents)
-    check_trust(folder)
+    check_graphs(folder)
     _check_offered(device)
     with refusing_operators(contents.precision):
         exported = ExportedModel.from_pretrained(
@@ -317,14 +316,6 @@ def open_onnx(folder: Path, contents: Manifest, device: str | None) -> OnnxModel
             fix="Check that the CUDA libraries load, or run on the CPU.",
         )
     return OnnxModel(exported, contents)
-
-
-def _check_listed(folder: Path, contents: Manifest) -> None:
-    """Check that the manifest has the files without which there is no model."""
-    needed = ("config.json", "generation_config.json", "prefill.onnx", "decode.onnx")
-    for name in needed:
-        if name not in contents.files:
-            raise manifest.refused(folder, name, "no such file")
 
 
 def _check_offered(device: str | None) -> None:

@@ -1,71 +1,31 @@
-"""What an ONNX export may hold, checked before anything opens its files.
+"""What the graphs of an ONNX export may hold, checked before anything opens them.
 
-A folder may come from anywhere and its manifest agree with it, so hashes say nothing
-about who wrote it. Refused are names of Python code, which transformers could be asked
-to run, graphs whose weights lie outside of the folder, and operators that load files
-or libraries.
+Refused are graphs whose weights lie outside of the folder, and operators that load
+files or libraries.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import onnx_ir
 
 from vtprune_fx.export.manifest import refused
-
-COMPONENTS = ("prefill", "decode")
-"""The graphs of an export, and what the files with them are called."""
-
-_DISTRUST = "Load it only where you trust who wrote it, with their own code."
+from vtprune_fx.export.trust import COMPONENTS, DISTRUST
 
 _OWN_OPERATORS = frozenset({"MatMulNBits"})
 """ONNX Runtime's own operators that exports hold."""
 
 
-def check_trust(folder: Path) -> None:
-    """Check that loading a folder runs no code of its own and stays in it.
+def check_graphs(folder: Path) -> None:
+    """Check that a folder's graphs read nothing but their own weights.
 
     Raises:
-        ExportError: It might not.
+        ExportError: They might.
     """
-    for path in sorted(folder.iterdir()):
-        if path.suffix == ".py":
-            raise refused(folder, "no code", path.name, _DISTRUST)
-        if path.suffix == ".json" and "auto_map" in _fields(folder, path.name):
-            found = f"auto_map in {path.name}, which names Python code"
-            raise refused(folder, "no code", found, _DISTRUST)
-    _check_components(folder)
     for name in COMPONENTS:
         _check_graph(folder, f"{name}.onnx")
-
-
-def _fields(folder: Path, name: str) -> dict[str, Any]:
-    try:
-        found = json.loads((folder / name).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise refused(folder, f"{name} to be JSON", str(error)) from error
-    return found if isinstance(found, dict) else {}
-
-
-def _check_components(folder: Path) -> None:
-    """Check that transformers' own manifest names the two graphs and no other file."""
-    fields = _fields(folder, "export.json")
-    expected = {
-        "export_format": "onnx",
-        "files": {name: f"{name}.onnx" for name in COMPONENTS},
-    }
-    try:
-        entries = fields["components"].items()
-        files = {name: entry["file"] for name, entry in entries}
-        found = {"export_format": fields["export_format"], "files": files}
-    except (AttributeError, KeyError, TypeError) as error:
-        raise refused(folder, "export.json with two graphs", repr(error)) from error
-    if found != expected:
-        raise refused(folder, f"export.json to say {expected}", str(found))
 
 
 def _check_graph(folder: Path, name: str) -> None:
@@ -81,7 +41,7 @@ def _check_graph(folder: Path, name: str) -> None:
     for node in _nodes(model):
         if not _is_known(node, model):
             found = f"operator {node.domain}::{node.op_type}"
-            raise refused(folder, f"{name} to hold ONNX operators", found, _DISTRUST)
+            raise refused(folder, f"{name} to hold ONNX operators", found, DISTRUST)
 
 
 def _is_known(node: onnx_ir.Node, model: onnx_ir.Model) -> bool:

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from vtprune_fx.export import manifest
 from vtprune_fx.export.manifest import Manifest
 from vtprune_fx.export.onnx_model import OnnxModel, open_onnx
 from vtprune_fx.export.tensorrt_model import open_tensorrt
+from vtprune_fx.export.trust import trusted
 
 _OPENERS: dict[str, Callable[[Path, Manifest, str | None], OnnxModel]] = {
     "onnx": open_onnx,
     "tensorrt": open_tensorrt,
 }
-"""What opens a folder that was found whole, by the manifest's target."""
+"""What opens a folder that was found whole and safe, by the manifest's target."""
 
 
 def load(folder: Path, device: str | None = None) -> OnnxModel:
@@ -32,6 +32,5 @@ def load(folder: Path, device: str | None = None) -> OnnxModel:
             does not run on ``device``.
         MissingDependencyError: The runtime is not installed.
     """
-    contents = manifest.read(folder)
-    manifest.check_whole(folder, contents)
+    contents = trusted(folder)
     return _OPENERS[contents.target](folder, contents, device)

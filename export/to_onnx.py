@@ -35,8 +35,8 @@ from vtprune_fx.capture import dynamic_shapes, images_as_one_sequence
 from vtprune_fx.decoding import ragged_attention
 from vtprune_fx.encoding import encoded, is_told_sizes
 from vtprune_fx.errors import ExportError, InputError
-from vtprune_fx.export.folder import check_free, written_at_once
-from vtprune_fx.export.manifest import Manifest, Precision, hashes, versions
+from vtprune_fx.export.folder import check_free, write_export
+from vtprune_fx.export.manifest import Precision, versions
 from vtprune_fx.export.onnx_model import KEEP_SETS, require_onnxruntime
 from vtprune_fx.export.quantize import Quantized, WeightOnly
 from vtprune_fx.export.rank_in_onnx import define_rank, spell_rank
@@ -286,6 +286,21 @@ def write_onnx(
     check_free(folder)
     _precision(model)
     inputs = example_prompts(processor) if example is None else example
+    check_encoders(model, inputs)
+    exported, report = export_onnx(model, inputs, recipe, options)
+    told = described(model, report) | asdict(options)
+    write_export(
+        folder, exported, processor, target="onnx", packages=versions(), **told
+    )
+    return report
+
+
+def check_encoders(model: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
+    """Check that a folder can hold a model's encoders.
+
+    Raises:
+        ExportError: They are told sizes, so that features depend on values.
+    """
     if is_told_sizes(model, inputs):
         raise ExportError(
             f"model {type(model).__name__}",
@@ -294,19 +309,6 @@ def write_onnx(
             fix="Run it with vtprune_fx.compile, or take the graphs that "
             "vtprune_fx.export.export_onnx returns, which start with features.",
         )
-    exported, report = export_onnx(model, inputs, recipe, options)
-    assert report.plan is not None, "an exporter that does not prune raises"
-    with written_at_once(folder) as scratch:
-        exported.save_pretrained(scratch)
-        processor.save_pretrained(scratch)
-        Manifest(
-            target="onnx",
-            **described(model, report),
-            **asdict(options),
-            packages=versions(),
-            files=hashes(scratch),
-        ).write(scratch)
-    return report
 
 
 def described(model: PreTrainedModel, report: PruneReport) -> dict[str, Any]:

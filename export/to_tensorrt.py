@@ -20,8 +20,8 @@ from transformers.exporters import ExportedComponent, ExportedModel
 
 from vtprune_fx.errors import ExportError
 from vtprune_fx.export import preflight
-from vtprune_fx.export.folder import check_free, written_at_once
-from vtprune_fx.export.manifest import Manifest, hashes, versions
+from vtprune_fx.export.folder import check_free, write_export
+from vtprune_fx.export.manifest import versions
 from vtprune_fx.export.profile import (
     Point,
     Sizes,
@@ -37,7 +37,12 @@ from vtprune_fx.export.tensorrt_library import (
     version,
 )
 from vtprune_fx.export.tensorrt_model import FORMAT, OUTPUTS
-from vtprune_fx.export.to_onnx import described, example_prompts, export_onnx
+from vtprune_fx.export.to_onnx import (
+    check_encoders,
+    described,
+    example_prompts,
+    export_onnx,
+)
 from vtprune_fx.optional import optional
 from vtprune_fx.recipe import Recipe
 from vtprune_fx.report import PruneReport
@@ -126,7 +131,8 @@ def write_tensorrt(
         MissingDependencyError: TensorRT, or the packages that write ONNX, are missing.
         AnatomyError: The model has no visual tokens, or no decoder that can be pruned.
         PlanError: The recipe does not fit the model.
-        ExportError: TensorRT does not take the graphs.
+        ExportError: TensorRT does not take the graphs, counts depend on the prompt, or
+            the model's encoders are told sizes, so that features depend on values.
     """
     for package in ("onnx", "onnxscript"):
         optional(package, package, "exporting to TensorRT", FORMAT)
@@ -134,19 +140,14 @@ def write_tensorrt(
     _check_counts(recipe)
     check_free(folder)
     inputs = _in_precision(example_prompts(processor), model)
+    check_encoders(model, inputs)
     exported, report = export_onnx(model, inputs, recipe)
     assert report.plan is not None, "an exporter that does not prune raises"
     sizes = sizes.for_prompts(report.plan.visual_tokens, report.plan.dropped)
     engines = build_engines(exported, sizes, capability)
-    with written_at_once(folder) as scratch:
-        _engines_of(exported, engines, sizes).save_pretrained(scratch)
-        processor.save_pretrained(scratch)
-        Manifest(
-            target="tensorrt",
-            **described(model, report),
-            packages=versions() | version(),
-            files=hashes(scratch),
-        ).write(scratch)
+    told = {"target": "tensorrt", "packages": versions() | version()}
+    told |= described(model, report)
+    write_export(folder, _engines_of(exported, engines, sizes), processor, **told)
     return EngineReport(report, engines)
 
 
@@ -270,13 +271,13 @@ def _check_counts(recipe: Recipe | None) -> None:
     Raises:
         ExportError: It is one of these.
     """
-    if getattr(recipe, "adaptive", False):
+    if recipe is not None and recipe.adaptive:
         raise ExportError(
-            f"recipe {recipe.name if recipe else None}",
+            f"recipe {recipe.name}",
             expected="as many tokens to leave from every prompt: an engine's sizes "
             "follow from its inputs' sizes",
             found="numbers that depend on the prompt",
-            fix="Use a recipe with counts, or run the model with torch.",
+            fix="Fix the counts with `vtprune calibrate`, or run the model with torch.",
         )
 
 

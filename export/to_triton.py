@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING, Any
 from transformers.exporters.base import EXPORT_MANIFEST_FILE
 
 from vtprune_fx.errors import ExportError, InputError
-from vtprune_fx.export import manifest
 from vtprune_fx.export.manifest import Manifest
+from vtprune_fx.export.trust import trusted
 from vtprune_fx.optional import optional
 
 if TYPE_CHECKING:
@@ -85,8 +85,7 @@ def write_triton(folder: Path, repository: Path, max_batch: int) -> list[Path]:
         InputError: The models are there already, or engines were built for fewer.
         MissingDependencyError: What reads ONNX files is not installed.
     """
-    contents = manifest.read(folder)
-    manifest.check_whole(folder, contents)
+    contents = trusted(folder)
     _check_runs(folder, contents)
     graphs = _graphs(folder, contents, max_batch)
     name = folder.resolve().name
@@ -144,6 +143,11 @@ def _check_runs(folder: Path, contents: Manifest) -> None:
             found="engines of TensorRT for RTX",
             fix="Build them with `vtprune-fx[tensorrt]`, or export to ONNX.",
         )
+    if contents.target == "onnx":
+        name = "vtprune_fx.export.onnx_trust"
+        optional(name, "onnx", "reading an ONNX export", "onnxruntime").check_graphs(
+            folder
+        )
 
 
 def _check_new(model: Path) -> None:
@@ -162,13 +166,6 @@ def _graphs(folder: Path, contents: Manifest, max_batch: int) -> dict[str, Graph
     for part, component in record["components"].items():
         # Weights lie beside a graph, under its name and what follows.
         names = sorted(n for n in contents.files if n.startswith(component["file"]))
-        if not names:
-            raise ExportError(
-                f"export {folder}",
-                expected=f"the graph of its {part}",
-                found=f"no file {component['file']}",
-                fix="Export the model again.",
-            )
         files = tuple(folder / name for name in names)
         if contents.target == "onnx":
             found[part] = Graph(files, *_of_onnx(files[0]))
@@ -193,8 +190,9 @@ def _check_batch(config: dict[str, Any], max_batch: int) -> None:
 
 
 def _of_onnx(file: Path) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    ir = optional("onnx_ir", "onnx", "reading an ONNX export", "onnxruntime")
-    graph: onnx_ir.Graph = ir.load(file).graph
+    import onnx_ir  # noqa: PLC0415 - an optional package
+
+    graph = onnx_ir.load(file).graph
 
     def read(values: Iterable[onnx_ir.Value]) -> tuple[Tensor, ...]:
         return tuple(

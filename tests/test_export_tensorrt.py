@@ -6,10 +6,11 @@ import copy
 import importlib
 import importlib.metadata
 import importlib.util
+import json
 import shutil
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import onnx_ir
 import onnxruntime
@@ -29,6 +30,7 @@ from transformers import (
 from typer.testing import CliRunner
 
 from tests.ort_engine import OrtEngine
+from tests.test_onnx_safety import trust_again
 from tests.tiny import IMAGE, batch, counted_positions, recipe_for, tiny_llava
 from vtprune_fx import oracle
 from vtprune_fx.checkpoint import CheckpointSpec, build_checkpoint
@@ -52,10 +54,7 @@ from vtprune_fx.export.profile import decode_points
 from vtprune_fx.export.to_onnx import example_prompts, export_onnx
 from vtprune_fx.inputs import open_checkpoint
 from vtprune_fx.picture import sample_photo
-from vtprune_fx.recipe import Recipe
-
-if TYPE_CHECKING:
-    pass
+from vtprune_fx.recipe import load_recipe
 
 LAYERS = 2
 RECIPE = recipe_for(LAYERS, {0: 5, 1: 3})
@@ -465,13 +464,40 @@ def test_without_tensorrt_the_error_names_both_install_lines(
         tensorrt_library.library.__wrapped__()
 
 
-def test_counts_that_depend_on_the_prompt_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Recipe, "adaptive", True, raising=False)
+def test_counts_that_depend_on_the_prompt_are_refused(tmp_path: Path) -> None:
+    by_rank = load_recipe("sparsevlm-rank-llava-1.5-7b-64")
     nothing: Any = None  # refused ahead of the model
     with pytest.raises(ExportError, match="found numbers that depend on the prompt"):
-        write_tensorrt(nothing, nothing, RECIPE, tmp_path / "engines", SIZES)
+        write_tensorrt(nothing, nothing, by_rank, tmp_path / "engines", SIZES)
+
+
+@pytest.mark.parametrize("name", ["config.json", "processor_config.json"])
+def test_code_in_a_folder_of_engines_is_refused(
+    export: Export, tmp_path: Path, name: str
+) -> None:
+    folder = shutil.copytree(export.folder, tmp_path / "engines")
+    fields = json.loads((folder / name).read_text())
+    fields["auto_map"] = {"AutoConfig": "own.C"}
+    (folder / name).write_text(json.dumps(fields))
+    trust_again(folder)
+    with pytest.raises(
+        ExportError, match=rf"expected no code, found auto_map in {name}"
+    ):
+        load(folder)
+    (folder / "own.py").write_text("class C: pass\n")
+    trust_again(folder)
+    with pytest.raises(ExportError, match="expected no code, found"):
+        load(folder)
+
+
+def test_engines_in_another_format_are_refused(export: Export, tmp_path: Path) -> None:
+    folder = shutil.copytree(export.folder, tmp_path / "engines")
+    fields = json.loads((folder / "export.json").read_text())
+    fields["export_format"] = "dynamo"  # whose files are read in other ways
+    (folder / "export.json").write_text(json.dumps(fields))
+    trust_again(folder)
+    with pytest.raises(ExportError, match=r"found .*dynamo"):
+        load(folder)
 
 
 @pytest.mark.parametrize(
@@ -580,6 +606,20 @@ def as_of_full_tensorrt(export: Export, folder: Path) -> Path:
     packages = contents.packages | {"tensorrt": "11.0"}
     contents.model_copy(update={"packages": packages}).write(folder)
     return folder
+
+
+def test_triton_gets_no_graph_that_lies_elsewhere(
+    export: Export, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(export.onnx, tmp_path / "onnx")
+    fields = json.loads((folder / "export.json").read_text())
+    parts = fields["components"]
+    parts["../../prefill"] = parts.pop("prefill")
+    (folder / "export.json").write_text(json.dumps(fields))
+    trust_again(folder)
+    with pytest.raises(ExportError, match=r"found .*\.\./\.\./prefill"):
+        write_triton(folder, tmp_path / "repository" / "models", 4)
+    assert not (tmp_path / "repository").exists()
 
 
 def test_triton_does_not_join_more_than_engines_take(
