@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 from transformers.exporters import DynamoConfig, DynamoExporter
 
+from vtprune_fx.decoding import check_rotary
 from vtprune_fx.encoding import FEATURES, encoded, token_axis
 from vtprune_fx.errors import CaptureError
 from vtprune_fx.literals import EXAMPLE, free_length, literal_length
@@ -41,7 +42,9 @@ def export(model: PreTrainedModel, inputs: Mapping[str, Any]) -> ExportedProgram
 
     Raises:
         CaptureError: There are no ``input_ids``, or the model does not export.
+        InputError: Rotary positions depend on values (``decoding.check_rotary``).
     """
+    check_rotary(model.config.get_text_config())
     with torch.no_grad():
         inputs = encoded(model, example(inputs))
     config = DynamoConfig(dynamic_shapes=dynamic_shapes(inputs))

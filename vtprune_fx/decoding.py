@@ -14,9 +14,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from vtprune_fx.cache import check_sees_all
+from vtprune_fx.errors import InputError
 
 ATTENTION = "vtprune_ragged_sdpa"
 """Name of the attention implementation in transformers' registries."""
@@ -73,6 +81,47 @@ def _mask(*args: Any, use_vmap: bool = False, **kwargs: Any) -> Tensor | None:
 
 AttentionInterface.register(ATTENTION, ragged_sdpa)
 AttentionMaskInterface.register(ATTENTION, _mask)
+
+
+def check_decoder(text: PreTrainedConfig) -> None:
+    """Refuse a decoder that would not be what it was.
+
+    Raises:
+        InputError: Layers attend to a window, their logits are capped, which fused
+            attention cannot do, or ``check_rotary`` refuses it.
+    """
+    check_sees_all(text)
+    check_rotary(text)
+    cap = getattr(text, "attn_logit_softcapping", None)
+    if cap is not None:
+        raise InputError(
+            "attention of the decoder",
+            expected="the softmax of plain logits",
+            found=f"logits that are capped at {cap:g}",
+            fix="Fused attention cannot cap them. Load the model with "
+            "text_config.attn_logit_softcapping = None if its answers allow it.",
+        )
+
+
+def check_rotary(text: PreTrainedConfig) -> None:
+    """Refuse rotary positions whose frequencies are made anew for longer prompts.
+
+    Which ones a layer has cached keys of depends on what ran before, and no graph
+    branches on values.
+
+    Raises:
+        InputError: They are of that kind.
+    """
+    given: Any = getattr(text, "rope_parameters", None) or {}
+    each = (given, *(kind for kind in given.values() if isinstance(kind, dict)))
+    if any(kind.get("rope_type") == "dynamic" for kind in each):
+        raise InputError(
+            "rotary positions of the decoder",
+            expected="frequencies that are the same for every prompt",
+            found="rope_type 'dynamic', which makes them by the longest prompt so far",
+            fix="Where no prompt with its answer exceeds max_position_embeddings, load "
+            "the model with rope_type 'default' in text_config.rope_parameters.",
+        )
 
 
 def use_ragged_attention(model: PreTrainedModel) -> None:

@@ -20,7 +20,12 @@ from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 from vtprune_fx import cache as ragged
 from vtprune_fx.backend import inner_compiler, vtprune_backend
 from vtprune_fx.capture import images_as_one_sequence
-from vtprune_fx.decoding import mark_dynamic, set_attention, use_ragged_attention
+from vtprune_fx.decoding import (
+    check_decoder,
+    mark_dynamic,
+    set_attention,
+    use_ragged_attention,
+)
 from vtprune_fx.encoding import (
     FEATURES,
     encoded,
@@ -72,8 +77,8 @@ def compile(
         The model.
 
     Raises:
-        InputError: The model is compiled already, its layers attend to a window, or
-            there is no such backend or mode.
+        InputError: The model is compiled already, ``decoding.check_decoder`` refuses
+            it, or there is no such backend or mode.
         RecipeError: The recipe cannot be loaded.
     """
     if isinstance(_forward_of(model), _PrunedForward):
@@ -83,7 +88,7 @@ def compile(
             found="one that prunes already",
             fix="Call vtprune_fx.undo(model) first.",
         )
-    ragged.check_sees_all(model.config.get_text_config())
+    check_decoder(model.config.get_text_config())
     loaded = load_recipe(recipe) if recipe is not None else None
     options = {"recipe": loaded, "inner": inner_compiler(inner, mode)}
     model.forward = _PrunedForward(model, options, decode)

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
-from vtprune_fx.cache import check_sees_all
-from vtprune_fx.decoding import set_attention
+from vtprune_fx.decoding import check_decoder, set_attention
 from vtprune_fx.errors import InputError
 from vtprune_fx.scorers.evidence import attention_bias
 from vtprune_fx.scoring import INSTRUCTION, VISUAL, token_roles
@@ -125,7 +124,7 @@ def unobservable(model: PreTrainedModel, found: str) -> InputError:
 
 
 def _check_observable(model: PreTrainedModel) -> None:
-    check_sees_all(model.config.get_text_config())
+    check_decoder(model.config.get_text_config())
     if not model.get_decoder()._can_set_attn_implementation():
         raise unobservable(model, "attention of its own")
 

@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
-from vtprune_fx.cache import check_sees_all
-from vtprune_fx.decoding import set_attention
+from vtprune_fx.decoding import check_decoder, set_attention
 from vtprune_fx.errors import PlanError
 
 ATTENTION = "vtprune_oracle"
@@ -92,13 +91,13 @@ class Decoder:
 
     Raises:
         PlanError: It does not have what transformers' decoders have.
-        InputError: Its layers attend to a window.
+        InputError: ``decoding.check_decoder`` refuses it.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model: Any = model
         self._decoder: Any = model.get_decoder()
-        check_sees_all(model.config.get_text_config())
+        check_decoder(model.config.get_text_config())
         parts = ("layers", "rotary_emb", "norm", "embed_tokens")
         missing = [part for part in parts if not hasattr(self._decoder, part)]
         if missing or not self._decoder._can_set_attn_implementation():
