@@ -336,7 +336,7 @@ def _check_offered(device: str | None) -> None:
 @contextlib.contextmanager
 def refusing_operators(precision: str) -> Iterator[None]:
     """Say which operator it is that a provider lacks in a precision."""
-    from onnxruntime.capi import onnxruntime_pybind11_state as states  # noqa: PLC0415
+    from onnxruntime.capi import onnxruntime_pybind11_state as states  # noqa: PLC0415 - optional
 
     try:
         yield

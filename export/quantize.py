@@ -54,7 +54,7 @@ def _quantizer() -> Any:
     """ONNX Runtime's quantiser, whose module sets up logging when it is imported."""
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
-    from onnxruntime.quantization import matmul_nbits_quantizer  # noqa: PLC0415
+    from onnxruntime.quantization import matmul_nbits_quantizer  # noqa: PLC0415 - optional
 
     root.handlers[:] = handlers
     root.setLevel(level)

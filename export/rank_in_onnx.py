@@ -44,7 +44,7 @@ def define_rank(model: onnx_ir.Model) -> None:
     if not any(node.domain == _DOMAIN for node in model.graph.all_nodes()):
         return
     # onnxscript is an optional package.
-    from vtprune_fx.export.rank_functions import FUNCTIONS  # noqa: PLC0415
+    from vtprune_fx.export.rank_functions import FUNCTIONS  # noqa: PLC0415 - optional
 
     for function in FUNCTIONS:
         made = function.function_ir

@@ -87,6 +87,8 @@ def write_triton(folder: Path, repository: Path, max_batch: int) -> list[Path]:
     """
     contents = trusted(folder)
     _check_runs(folder, contents)
+    if contents.target == "onnx":
+        _check_onnx(folder)
     graphs = _graphs(folder, contents, max_batch)
     name = folder.resolve().name
     models = {part: repository / f"{name}_{part}" for part in graphs}
@@ -143,11 +145,14 @@ def _check_runs(folder: Path, contents: Manifest) -> None:
             found="engines of TensorRT for RTX",
             fix="Build them with `vtprune-fx[tensorrt]`, or export to ONNX.",
         )
-    if contents.target == "onnx":
-        name = "vtprune_fx.export.onnx_trust"
-        optional(name, "onnx", "reading an ONNX export", "onnxruntime").check_graphs(
-            folder
-        )
+
+
+def _check_onnx(folder: Path) -> None:
+    """Check graphs ahead of reading what they take and give."""
+    optional("onnx_ir", "onnx", "reading an ONNX export", "onnxruntime")
+    from vtprune_fx.export.onnx_trust import check_graphs  # noqa: PLC0415 - reads ONNX
+
+    check_graphs(folder)
 
 
 def _check_new(model: Path) -> None:

@@ -30,7 +30,7 @@ from transformers import (
 from typer.testing import CliRunner
 
 from tests.ort_engine import OrtEngine
-from tests.test_onnx_safety import trust_again
+from tests.test_onnx_safety import edit_json, trust_again
 from tests.tiny import IMAGE, batch, counted_positions, recipe_for, tiny_llava
 from vtprune_fx import oracle
 from vtprune_fx.checkpoint import CheckpointSpec, build_checkpoint
@@ -471,33 +471,33 @@ def test_counts_that_depend_on_the_prompt_are_refused(tmp_path: Path) -> None:
         write_tensorrt(nothing, nothing, by_rank, tmp_path / "engines", SIZES)
 
 
+@pytest.fixture
+def engines(export: Export, tmp_path: Path) -> Path:
+    """A copy of a good export, to damage."""
+    return shutil.copytree(export.folder, tmp_path / "engines")
+
+
 @pytest.mark.parametrize("name", ["config.json", "processor_config.json"])
-def test_code_in_a_folder_of_engines_is_refused(
-    export: Export, tmp_path: Path, name: str
-) -> None:
-    folder = shutil.copytree(export.folder, tmp_path / "engines")
-    fields = json.loads((folder / name).read_text())
-    fields["auto_map"] = {"AutoConfig": "own.C"}
-    (folder / name).write_text(json.dumps(fields))
-    trust_again(folder)
-    with pytest.raises(
-        ExportError, match=rf"expected no code, found auto_map in {name}"
-    ):
-        load(folder)
-    (folder / "own.py").write_text("class C: pass\n")
-    trust_again(folder)
-    with pytest.raises(ExportError, match="expected no code, found"):
-        load(folder)
+def test_a_name_of_code_beside_engines_is_refused(engines: Path, name: str) -> None:
+    edit_json(engines / name, auto_map={"AutoConfig": "own.C"})
+    trust_again(engines)
+    with pytest.raises(ExportError, match=rf"no code, found auto_map in {name}"):
+        load(engines)
 
 
-def test_engines_in_another_format_are_refused(export: Export, tmp_path: Path) -> None:
-    folder = shutil.copytree(export.folder, tmp_path / "engines")
-    fields = json.loads((folder / "export.json").read_text())
-    fields["export_format"] = "dynamo"  # whose files are read in other ways
-    (folder / "export.json").write_text(json.dumps(fields))
-    trust_again(folder)
+def test_code_beside_engines_is_refused(engines: Path) -> None:
+    (engines / "own.py").write_text("class C: pass\n")
+    trust_again(engines)
+    with pytest.raises(ExportError, match=r"no code, found own\.py"):
+        load(engines)
+
+
+def test_engines_in_another_format_are_refused(engines: Path) -> None:
+    # Whose files are read in other ways.
+    edit_json(engines / "export.json", export_format="dynamo")
+    trust_again(engines)
     with pytest.raises(ExportError, match=r"found .*dynamo"):
-        load(folder)
+        load(engines)
 
 
 @pytest.mark.parametrize(

@@ -24,9 +24,12 @@ def copy(onnx_folder: Path, tmp_path: Path) -> Path:
     return shutil.copytree(onnx_folder, tmp_path / "onnx")
 
 
+def edit_json(file: Path, **changes: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
 def edit_manifest(folder: Path, **changes: Any) -> None:
-    fields = json.loads((folder / manifest.FILE).read_text())
-    (folder / manifest.FILE).write_text(json.dumps(fields | changes))
+    edit_json(folder / manifest.FILE, **changes)
 
 
 def trust_again(folder: Path) -> None:
@@ -116,9 +119,8 @@ def test_a_graph_elsewhere_is_refused(copy: Path) -> None:
 
 
 def test_another_format_is_refused(copy: Path) -> None:
-    fields = json.loads((copy / "export.json").read_text())
-    fields["export_format"] = "dynamo"  # whose files are read in other ways
-    (copy / "export.json").write_text(json.dumps(fields))
+    # Whose files are read in other ways.
+    edit_json(copy / "export.json", export_format="dynamo")
     trust_again(copy)
     with pytest.raises(ExportError, match=r"found .*dynamo"):
         load(copy)
@@ -128,9 +130,7 @@ def test_another_format_is_refused(copy: Path) -> None:
 def test_code_of_the_folders_own_never_runs(copy: Path, name: str) -> None:
     ran = copy.parent / "ran"
     (copy / "own.py").write_text(f"open({str(ran)!r}, 'w')\nclass C: pass\n")
-    fields = json.loads((copy / name).read_text())
-    fields["auto_map"] = {"AutoConfig": "own.C", "AutoProcessor": "own.C"}
-    (copy / name).write_text(json.dumps(fields))
+    edit_json(copy / name, auto_map={"AutoConfig": "own.C", "AutoProcessor": "own.C"})
     trust_again(copy)
     with pytest.raises(ExportError, match=r"expected no code, found .*(auto_map|own)"):
         load(copy)
