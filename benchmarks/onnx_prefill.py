@@ -1,14 +1,17 @@
 """Prefill on ONNX Runtime, dense against pruned: time, realisation, and a profile.
 
-    python benchmarks/onnx_prefill.py FOLDER [--json FILE]
+    python benchmarks/onnx_prefill.py FOLDER [--threads 2] [--fused] [--json FILE]
 
-A LLaVA with random weights (576 visual tokens, 8 decoder layers 512 wide) and the
-schedule of ``fitprune-llava-1.5-7b-60``, stretched to its depth. Dense and pruned run
-in turn; medians. Realisation is time saved over MACs saved, both as shares of the dense
-run's: 1 is the limit. A profile of each then tells where the time goes: by kind of
-operator, and in the pruned graph by part, of which scorer and gathers are what pruning
-adds. With ``--fused`` both graphs are also run behind transformers' ONNX Runtime
-fusions.
+A LLaVA with random weights, 35 tokens of text, an image of 576 visual tokens and 40
+tokens of text; the schedule of ``fitprune-llava-1.5-7b-60``, stretched to its depth,
+as published, and with its cuts merged into six at most that save as much. Dense and
+pruned run in turn. Realisation is time saved over MACs saved, both as shares of the
+dense run's, of each round by itself, and of the rounds the median: 1 is the limit.
+
+A profile of each then tells where the time goes, by part of the graph and by kind of
+operator, and what is missing to 1: the time beyond the dense graph's, less the share of
+MACs that is saved. With ``--fused`` the graphs also run behind transformers' ONNX
+Runtime fusions.
 """
 
 from __future__ import annotations
@@ -32,15 +35,29 @@ from transformers.exporters import OnnxConfig, OnnxExporter
 from transformers.exporters.onnxruntime_fusions import fuse_for_onnxruntime
 
 from vtprune_fx import capture
-from vtprune_fx.checkpoint import CheckpointSpec, build_checkpoint
+from vtprune_fx.checkpoint import (
+    IMAGE_ID,
+    SPECIAL_TOKENS,
+    CheckpointSpec,
+    build_checkpoint,
+)
+from vtprune_fx.coalesce import coalesced
 from vtprune_fx.cost import Geometry, cost
-from vtprune_fx.export.to_onnx import OPSET, PrunedOnnxExporter
-from vtprune_fx.inputs import batch_inputs, open_checkpoint
-from vtprune_fx.picture import sample_photo
-from vtprune_fx.recipe import Recipe, default
+from vtprune_fx.export.to_onnx import OPSET, PrunedOnnxExporter, prefill_inputs
+from vtprune_fx.fit import Prompts
+from vtprune_fx.inputs import load_model
+from vtprune_fx.recipe import Cut, Recipe, default
 
-SPEC = CheckpointSpec(layers=8, hidden=512, heads=8, intermediate=1408)
-QUESTION = "What is on the table? " * 8
+PRESETS = {
+    "cpu-mid": CheckpointSpec(layers=32, hidden=1024, heads=16, intermediate=2752),
+    "small": CheckpointSpec(layers=8, hidden=512, heads=8, intermediate=1408),
+}
+AHEAD, BEHIND = 35, 40
+"""Tokens of text ahead of the image, and behind it."""
+
+FEW = 6
+"""Cuts of the merged recipe at most."""
+
 ROUNDS = 9
 PROFILED = 3
 
@@ -53,43 +70,96 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, help="where files go")
-    parser.add_argument("--json", type=Path, help="file for all numbers")
+    parser.add_argument("--preset", choices=PRESETS, default="cpu-mid")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--fused", action="store_true", help="ONNX Runtime fusions too")
+    parser.add_argument("--json", type=Path, help="file for all numbers")
     arguments = parser.parse_args()
-    result = measure(arguments.folder, arguments.threads, arguments.fused)
+    folder = arguments.folder / arguments.preset
+    paths, feed, saved = prepared(folder, PRESETS[arguments.preset])
+    if arguments.fused:
+        paths |= {f"{name}, fused": _fused(path) for name, path in paths.items()}
+    result = {
+        "onnxruntime": onnxruntime.__version__,
+        "preset": arguments.preset,
+        "threads": arguments.threads,
+        "tokens": feed["input_ids"].shape[1],
+        "macs_saved": saved,
+        **_seconds(paths, feed, arguments.threads),
+        "profiles": {
+            name: _profile(path, feed, arguments.threads, folder)
+            for name, path in paths.items()
+        },
+    }
     Console().print(*tables(result))
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def measure(folder: Path, threads: int, fused: bool) -> dict[str, Any]:
-    """Times, what they come to, and where they go."""
-    model, processor = open_checkpoint(build_checkpoint(folder / "checkpoint", SPEC))
-    recipe = default(SPEC.layers, SPEC.visual_tokens)
-    inputs = batch_inputs(processor, [(QUESTION, [sample_photo()])])
-    paths = {name: folder / f"{name}.onnx" for name in ("dense", "pruned")}
-    for path, cuts in zip(paths.values(), (recipe.keep_all(), recipe), strict=True):
+# -------------------------------------------------------------------------- the graphs
+
+
+def prepared(
+    folder: Path, spec: CheckpointSpec
+) -> tuple[dict[str, Path], Feed, dict[str, float]]:
+    """Graphs by name, what they take, and the share of MACs that each saves."""
+    model = load_model(build_checkpoint(folder / "checkpoint", spec))
+    inputs = prefill_inputs(model, _prompts(model, spec))
+    geometry = Geometry.from_config(model.config)
+    recipes = _recipes(spec, geometry)
+    paths = {name: folder / f"{name}.onnx" for name in recipes}
+    for name, path in paths.items():
         if not path.exists():
-            _export(model, inputs, cuts, path)
-    if fused:
-        paths |= {f"{name}, fused": _fuse(path) for name, path in paths.items()}
-    tokens = inputs["input_ids"].shape[1]
-    feed = {name: value.numpy() for name, value in inputs.items()}
-    feed["position_ids"] = torch.arange(tokens)[None].numpy()
-    visual = SPEC.visual_tokens
-    spent = cost(recipe, Geometry.from_config(model.config), visual, tokens - visual)
-    seconds = _seconds(paths, feed, threads)
+            _export(model, inputs, recipes[name], path)
+    feed = {name: value[:1].numpy() for name, value in inputs.items()}
+    saved = {
+        name: cost(recipe, geometry, spec.visual_tokens, AHEAD + BEHIND).total.saved
+        for name, recipe in recipes.items()
+    }
+    return paths, feed, saved
+
+
+def _prompts(model: PreTrainedModel, spec: CheckpointSpec) -> dict[str, torch.Tensor]:
+    """Two prompts, since one would be traced as the only number there is."""
+    generator = torch.Generator().manual_seed(0)
+    words = model.config.get_text_config().vocab_size
+    ids = torch.full((2, AHEAD + spec.visual_tokens + BEHIND), IMAGE_ID)
+    for text in (ids[:, :AHEAD], ids[:, -BEHIND:]):
+        text.random_(len(SPECIAL_TOKENS), words, generator=generator)
+    pixels = (2, 3, spec.image_size, spec.image_size)
     return {
-        "onnxruntime": onnxruntime.__version__,
-        "threads": threads,
-        "tokens": tokens,
-        "recipe": recipe.name,
-        "macs_saved": spent.total.saved,
-        "seconds": seconds,
-        "profiles": {
-            name: _profile(path, feed, threads, folder) for name, path in paths.items()
-        },
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": torch.randn(pixels, generator=generator),
+    }
+
+
+def _recipes(spec: CheckpointSpec, geometry: Geometry) -> dict[str, Recipe]:
+    """Dense, as published, and with few cuts.
+
+    Merged as if all visual tokens held equal shares of the attention: of random weights
+    nothing more is known, and time does not depend on who stays.
+    """
+    published = default(spec.layers, spec.visual_tokens)
+    visual, text = spec.visual_tokens, AHEAD + BEHIND
+    drops = published.drops(visual)
+    kept = torch.linspace(0, 1, visual + 1, dtype=torch.double).expand(spec.layers, -1)
+    merged = coalesced(
+        [drops.get(layer, 0) for layer in range(spec.layers)],
+        FEW,
+        kept,
+        geometry,
+        Prompts(torch.tensor([visual]), torch.tensor([text])),
+        cost(published, geometry, visual, text).total.saved,
+    )
+    cuts = tuple(
+        Cut(layer=layer, drop=drop) for layer, drop in enumerate(merged) if drop
+    )
+    few = published.model_copy(update={"cuts": cuts, "of": visual})
+    return {
+        "dense": published.keep_all(),
+        f"{len(drops)} cuts": published,
+        f"{len(cuts)} cuts": few,
     }
 
 
@@ -97,22 +167,21 @@ def _export(
     model: PreTrainedModel, inputs: dict[str, Any], recipe: Recipe, path: Path
 ) -> None:
     """What ``export_onnx`` makes of a prompt with images; no decode graph."""
-    example = capture.example(inputs)
-    example["position_ids"] = (example["attention_mask"].cumsum(1) - 1).clamp(min=0)
-    shapes = capture.dynamic_shapes(example)
+    shapes = capture.dynamic_shapes(inputs)
     config = OnnxConfig(dynamic_shapes=shapes, opset_version=OPSET, optimize=False)
     with capture.images_as_one_sequence(model):
         exporter = PrunedOnnxExporter(recipe)
-        graph, _ = exporter.export_program(model, example, config)
+        graph, _ = exporter.export_program(model, inputs, config)
     OnnxExporter.save_program(graph, path)
 
 
-def _fuse(path: Path) -> Path:
+def _fused(path: Path) -> Path:
     """A graph behind the fusions that transformers' exporter offers, beside it."""
-    fused = path.with_name(f"{path.stem}-fused.onnx")
-    model = onnx_ir.load(path)
-    fuse_for_onnxruntime(model, "cpu")
-    OnnxExporter.save_program(model, fused)
+    fused = path.with_name(f"{path.stem}, fused.onnx")
+    if not fused.exists():
+        model = onnx_ir.load(path)
+        fuse_for_onnxruntime(model, "cpu")
+        OnnxExporter.save_program(model, fused)
     return fused
 
 
@@ -128,19 +197,25 @@ def _session(path: Path, threads: int, profile: Path | None = None) -> Any:
 
 def _seconds(
     paths: Mapping[str, Path], feed: Feed, threads: int
-) -> dict[str, list[float]]:
+) -> dict[str, dict[str, list[float]]]:
     """Of each graph's runs, all in turn in every round, the first not counted.
 
-    Of the processor: with one thread as long as a run takes where nothing else runs.
+    By the clock, and of the processor: with one thread these are equal where nothing
+    else runs.
     """
     sessions = {name: _session(path, threads) for name, path in paths.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in paths}
-    for _ in range(ROUNDS + 1):
+    clocks = {"seconds": time.perf_counter, "processor_seconds": time.process_time}
+    found: dict[str, dict[str, list[float]]] = {
+        kind: {name: [] for name in paths} for kind in clocks
+    }
+    for turn in range(ROUNDS + 1):
         for name, session in sessions.items():
-            start = time.process_time()
+            starts = {kind: clock() for kind, clock in clocks.items()}
             session.run(["logits"], feed)
-            seconds[name].append(time.process_time() - start)
-    return {name: times[1:] for name, times in seconds.items()}
+            for kind, clock in clocks.items():
+                if turn:
+                    found[kind][name].append(clock() - starts[kind])
+    return found
 
 
 # ------------------------------------------------------------------------- the profile
@@ -225,25 +300,48 @@ def _sources(
 # ------------------------------------------------------------------------- the tables
 
 
+def _dense(name: str) -> str:
+    """The graph that another one is compared with."""
+    return "dense, fused" if name.endswith(", fused") else "dense"
+
+
+def realisation(seconds: dict[str, list[float]], name: str, saved: float) -> float:
+    """The median over rounds of time saved over MACs saved, as shares."""
+    pairs = zip(seconds[_dense(name)], seconds[name], strict=True)
+    return statistics.median((1 - pruned / dense) / saved for dense, pruned in pairs)
+
+
 def tables(result: dict[str, Any]) -> tuple[Table, Table, Table]:
     """Times; then where they go."""
-    times = Table(title=f"Prefill of {result['tokens']} tokens, {result['recipe']}")
-    for title in ("graph", "median, ms", "spread, ms", "time saved", "realisation"):
+    times = Table(
+        title=f"Prefill of {result['tokens']} tokens, {result['preset']}, "
+        f"{result['threads']} threads"
+    )
+    titles = ("graph", "ms", "spread", "processor", "MACs saved", "time saved")
+    for title in (*titles, "realisation", "of processor's"):
         times.add_column(title, justify="left" if title == "graph" else "right")
-    dense = statistics.median(result["seconds"]["dense"])
-    for name, seconds in result["seconds"].items():
+    clock, processor = result["seconds"], result["processor_seconds"]
+    for name, seconds in clock.items():
         median = statistics.median(seconds)
-        saved = 1 - median / dense
-        ratio = f"{saved / result['macs_saved']:.2f}" if "pruned" in name else ""
-        spread = f"{1e3 * min(seconds):.0f}-{1e3 * max(seconds):.0f}"
-        times.add_row(name, f"{1e3 * median:.0f}", spread, f"{saved:.1%}", ratio)
-    times.caption = f"MACs saved: {result['macs_saved']:.1%} of the language model's"
-    return times, _profiles(result, "operators"), _profiles(result, "parts")
+        row = [
+            name,
+            f"{1e3 * median:.0f}",
+            f"{1e3 * min(seconds):.0f}-{1e3 * max(seconds):.0f}",
+            f"{1e3 * statistics.median(processor[name]):.0f}",
+        ]
+        if saved := result["macs_saved"][name.removesuffix(", fused")]:
+            reached = [realisation(of, name, saved) for of in (clock, processor)]
+            row += [f"{saved:.1%}", f"{saved * reached[0]:.1%}"]
+            row += [f"{share:.2f}" for share in reached]
+        times.add_row(*row)
+    times.caption = "MACs of the decoder's layers; time of all."
+    return times, _profiles(result, "parts"), _profiles(result, "operators")
 
 
 def _profiles(result: dict[str, Any], kind: str) -> Table:
+    """Milliseconds, and behind each graph's what it lacks to a realisation of 1."""
     profiles = {name: found[kind] for name, found in result["profiles"].items()}
-    table = Table(title=f"By {kind}, ms a run")
+    table = Table(title=f"By {kind}: ms a run; realisation lost")
     table.add_column(kind)
     for name in profiles:
         table.add_column(name, justify="right")
@@ -251,9 +349,28 @@ def _profiles(result: dict[str, Any], kind: str) -> Table:
         {row for found in profiles.values() for row in found},
         key=lambda row: -max(found.get(row, 0) for found in profiles.values()),
     )
-    for row in rows[:14]:
-        table.add_row(row, *(f"{found.get(row, 0):.1f}" for found in profiles.values()))
+    for row in [*rows[:20], None]:
+        cells = (_cell(result, profiles, name, row) for name in profiles)
+        table.add_row(row or "all", *cells)
     return table
+
+
+def _cell(
+    result: dict[str, Any],
+    profiles: dict[str, dict[str, float]],
+    name: str,
+    row: str | None,
+) -> str:
+    """One row's time in one graph, of all rows' if it is None."""
+    own, dense = (
+        sum(found.values()) if row is None else found.get(row, 0.0)
+        for found in (profiles[name], profiles[_dense(name)])
+    )
+    saved = result["macs_saved"][name.removesuffix(", fused")]
+    if not saved:
+        return f"{own:.1f}"
+    whole = sum(profiles[_dense(name)].values())
+    return f"{own:.1f}; {(own - (1 - saved) * dense) / (saved * whole):+.3f}"
 
 
 if __name__ == "__main__":
