@@ -10,7 +10,14 @@ becomes::
     attention: "f32[B, H, S, D]" = aten.scaled_dot_product_attention(q, k, v, mask)
     vtprune_roles: "i64[B, S]"                    # once: visual, instruction, ...
     ...                                           # the scorer, traced
+    received: "f32[B, 2, S]" = vtprune.received(q, k, mask, ...)
     score: "f32[B, S]"
+    vtprune_keep_3: "i64[B, S - 36]" = vtprune.lowest_leave(vtprune_roles, score, 36)
+
+or, for graphs that other runtimes run, both operators spelled out::
+
+    probabilities: "f32[B, H, S, S]" = aten.softmax(...)
+    ...
     lowest_first: "i64[B, S]" = aten.sort(score)  # visual tokens, padding, text
     vtprune_keep_3: "i64[B, S - 36]" = aten.sort(lowest_first[:, 36:])
 
@@ -48,6 +55,7 @@ from vtprune_fx.passes.leaving import (
     by_rank,
 )
 from vtprune_fx.plan import PlannedCut, PrunePlan
+from vtprune_fx.received import spelled_out
 from vtprune_fx.recipe import Recipe
 from vtprune_fx.scorers import rate_of, scorer
 from vtprune_fx.scoring import (
@@ -90,10 +98,15 @@ class InsertScores(Pass):
     3. Samples that lose numbers of their own: who leaves where fewer leave in all stays
        in place as padding.
     4. No cuts: unchanged.
+
+    Args:
+        plan: The cuts.
+        plain: Spell operators of vtprune's own out.
     """
 
-    def __init__(self, plan: PrunePlan) -> None:
+    def __init__(self, plan: PrunePlan, *, plain: bool = False) -> None:
         self._plan = plan
+        self._plain = plain
 
     def edit(self, module: GraphModule) -> bool:
         """Insert the branches."""
@@ -101,7 +114,8 @@ class InsertScores(Pass):
         named = {node.name: node for node in graph.nodes}
         if not plan.cuts:
             return False
-        inserter = Inserter(graph)
+        definitions = {torch.ops.vtprune.received.default: spelled_out}
+        inserter = Inserter(graph, definitions if self._plain else None)
         rate = rate_of(plan.recipe)
         roles: Node | None = None
         attended: Node | None = None
@@ -116,9 +130,7 @@ class InsertScores(Pass):
             evidence = (*_evidence(cut, seen, roles), attended)
             rated = _trace(inserter, anchor, stamp, plan.recipe.score, rate, evidence)
             if plan.of is None:
-                order = inserter.trace(anchor, stamp, lowest_first, rated, roles)
-                at = (inserter, anchor, order, cut)
-                self._insert_keep_set(at, seen, evidence)
+                self._insert_keep_set((inserter, anchor, cut), rated, seen, evidence)
             else:
                 came = came or inserter.trace(
                     anchor, Stamp("score", -1), visual_counts, roles
@@ -130,23 +142,32 @@ class InsertScores(Pass):
 
     def _insert_keep_set(
         self,
-        at: tuple[Inserter, Node, Node, PlannedCut],
+        place: tuple[Inserter, Node, PlannedCut],
+        rated: Node,
         seen: _Seen,
         evidence: tuple[Node | float | None, ...],
     ) -> None:
-        """Choose who stays; ``at`` has the order of leaving behind the anchor."""
-        inserter, anchor, _, cut = at
+        """Choose who stays, ahead of an anchor."""
+        inserter, anchor, cut = place
         recipe, roles = self._plan.recipe, evidence[3]
         assert isinstance(roles, Node)
+        insert = partial(inserter.call, anchor, Stamp("keep", cut.attention.layer))
+        name = f"{KEEP_PREFIX}{cut.attention.layer}"
+        if not (self._plain or cut.new or cut.rule):
+            leave = torch.ops.vtprune.lowest_leave.default
+            insert(leave, roles, rated, cut.drop, drop=cut.drop)._rename(name)
+            return
+        stamp = Stamp("score", cut.attention.layer)
+        order = inserter.trace(anchor, stamp, lowest_first, rated, roles)
+        at = (inserter, anchor, order, cut)
         leaving = by_number(*at) if cut.rule is None else by_rank(*at, evidence, recipe)
         if cut.new:
             new = _New(inserter, anchor, cut, recipe)
             merged = new.merge(seen, leaving, self._tower_of_new, self._plan.visual)
             new.insert(merged, roles, leaving)
             return
-        insert = partial(inserter.call, anchor, Stamp("keep", cut.attention.layer))
         keep = insert(getitem, insert(aten.sort.default, leaving.staying, 1), 0)
-        keep._rename(f"{KEEP_PREFIX}{cut.attention.layer}")
+        keep._rename(name)
 
     def _insert_roles(
         self, inserter: Inserter, anchor: Node, cut: PlannedCut, seen: _Seen

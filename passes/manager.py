@@ -56,6 +56,7 @@ def prune_graph(
     visual_tokens: int | None = None,
     *,
     own: bool = False,
+    plain: bool = False,
 ) -> PruneReport:
     """Prune a graph, in place.
 
@@ -65,6 +66,7 @@ def prune_graph(
         visual_tokens: Of a sample that has any, where that is known better than from
             the sizes in the graph.
         own: Let each sample lose its own share, as ``place`` takes it.
+        plain: Write no operators of vtprune's own, which other runtimes lack.
 
     Returns:
         What was done; nothing, where the graph places no image.
@@ -86,7 +88,7 @@ def prune_graph(
     if plan.cuts:
         _check_leaves_two(module.graph, plan)
     with uncached_fakes(fake_mode_of(module.graph)):
-        records = default_pipeline(plan).run(module)
+        records = default_pipeline(plan, plain=plain).run(module)
     return PruneReport(plan, records, before, len(module.graph.nodes))
 
 
@@ -100,7 +102,7 @@ def prune_program(
         PlanError: The recipe does not fit the program.
     """
     module = copy.deepcopy(program.graph_module)
-    report = prune_graph(module, recipe)
+    report = prune_graph(module, recipe, plain=True)
     if report.plan is None:
         raise AnatomyError(
             "exported program",
@@ -161,15 +163,19 @@ def _ranges_read(module: GraphModule) -> dict[sympy.Symbol, ValueRanges[Any]]:
     return {symbol: environment.var_to_range[symbol] for symbol in read}
 
 
-def default_pipeline(plan: PrunePlan) -> Pipeline:
+def default_pipeline(plan: PrunePlan, *, plain: bool = False) -> Pipeline:
     """The passes that carry out a plan.
 
     Scores stand ahead of gathers, since a gather reads the keep set of its cut.
+
+    Args:
+        plan: The plan.
+        plain: As in ``prune_graph``.
     """
     return Pipeline(
         plan,
         AsyncChecks(),
-        InsertScores(plan),
+        InsertScores(plan, plain=plain),
         CheckTokens(plan),
         GatherTokens(plan),
         ShiftKeys(plan),

@@ -267,11 +267,21 @@ def test_scores_stand_behind_the_edge_and_nothing_reads_a_keep_set_yet() -> None
     assert readers == {0, 1}
 
 
-def test_the_number_that_leaves_is_a_constant() -> None:
-    module, pass_, _ = ready_for("InsertScores")
-    pass_(module)
-    slices = [n for n in _of_role(module, "keep") if n.target == aten.slice.Tensor]
-    assert [node.args[2] for node in slices] == [3, 5]
+@pytest.mark.parametrize(
+    ("plain", "target"),
+    [(False, torch.ops.vtprune.lowest_leave.default), (True, aten.slice.Tensor)],
+)
+def test_the_number_that_leaves_is_a_constant(plain: bool, target: object) -> None:
+    module, _, plan = ready_for("InsertScores")
+    InsertScores(plan, plain=plain)(module)
+    chosen = [n for n in _of_role(module, "keep") if n.target == target]
+    assert [node.args[2] for node in chosen] == [3, 5]
+
+
+def test_exported_graphs_hold_none_of_our_operators() -> None:
+    pruned = prune(exported_program(), recipe=recipe_for(2, DROPS))
+    found = {str(node.target) for node in calls(pruned.program.graph_module)}
+    assert not {name for name in found if name.startswith("vtprune")}
 
 
 def test_scores_alone_change_no_result() -> None:

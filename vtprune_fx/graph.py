@@ -184,10 +184,20 @@ class Inserter:
     a decoder's layers are alike: a function is traced once for each kind of arguments
     and copied afterwards, an operator run once. Equal kinds have equal sizes, so a
     copy's value is the remembered one.
+
+    Args:
+        graph: Where nodes are inserted.
+        definitions: Operators that traced functions call, and what is traced in their
+            place.
     """
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        definitions: Mapping[Any, Callable[..., Any]] | None = None,
+    ) -> None:
         self._graph = graph
+        self._definitions = dict(definitions or {})
         self._mode = fake_mode_of(graph)
         self._traced: dict[object, Graph] = {}
         self._values: dict[object, Any] = {}
@@ -352,9 +362,12 @@ class Inserter:
             # One of its own for each: nodes of a kind may share a value, and tracing
             # tells arguments apart by identity.
             examples = [_like(value_at_full_length(node)) for node in nodes]
-            traced = make_fx(with_constants, tracing_mode="real", pre_dispatch=True)(
-                *examples
-            )
+            traced = make_fx(
+                with_constants,
+                self._definitions,
+                tracing_mode="real",
+                pre_dispatch=True,
+            )(*examples)
         assert not traced.graph.find_nodes(op="get_attr"), f"{function} has constants"
         traced.graph.eliminate_dead_code()
         return traced.graph

@@ -21,7 +21,7 @@ from transformers.masking_utils import sdpa_mask
 
 from vtprune_fx.decoding import check_decoder, set_attention
 from vtprune_fx.errors import InputError
-from vtprune_fx.scorers.evidence import attention_bias
+from vtprune_fx.received import attention_bias
 from vtprune_fx.scoring import INSTRUCTION, VISUAL, token_roles
 
 BLOCK = {"cpu": 2**18, "cuda": 2**26}

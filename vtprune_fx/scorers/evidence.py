@@ -13,12 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vtprune_fx import received
 from vtprune_fx.scoring import PADDING
-
-_NEVER = torch.finfo(torch.float32).min
-"""Logit of a pair that may not attend. Finite, so that a row which may attend nothing
-(left padding) has a finite softmax instead of NaN."""
-
 
 class Evidence(NamedTuple):
     """What the tokens of a layer can be rated by.
@@ -53,45 +49,33 @@ class Evidence(NamedTuple):
 
 def logits(seen: Evidence) -> Tensor:
     """[B, H, S, S] float32: what the layer's attention takes the softmax of."""
-    key = per_query_head(seen)
-    products = seen.query @ key.transpose(2, 3) * seen.scale
-    return products.float() + attention_bias(seen.mask, seen.query)
+    return received.logits(seen.query, seen.key, seen.mask, seen.scale)
 
 
-def last_row(seen: Evidence) -> Tensor:
-    """[B, H, S] float32: attention of each sample's last token to all others."""
-    samples, last = _last_tokens(seen.roles)
-    query = seen.query.transpose(1, 2)[samples, last]
-    products = (query[:, :, None] @ per_query_head(seen).transpose(2, 3)) * seen.scale
-    bias = attention_bias(seen.mask, seen.query)
-    # Not len(): it would make a constant of a symbolic size.
-    bias = bias.expand(seen.roles.shape[0], -1, -1, -1)[:, 0][samples, last]
-    return (products[:, :, 0].float() + bias[:, None]).softmax(dim=2)
-
-
-def _last_tokens(roles: Tensor) -> tuple[Tensor, Tensor]:
-    """[B] and [B]: each sample's number, and where its last token stands."""
-    places = torch.arange(roles.shape[1], device=roles.device)
-    last = places.masked_fill(roles == PADDING, -1).amax(dim=1)
-    return torch.arange(roles.shape[0], device=roles.device), last
-
-
-def per_query_head(seen: Evidence) -> Tensor:
-    """[B, H, S, D]: each key head, once for each query head that it serves."""
-    groups = seen.query.shape[1] // seen.key.shape[1]
-    return seen.key if groups == 1 else seen.key.repeat_interleave(groups, dim=1)
-
-
-def attention_bias(mask: Tensor | None, query: Tensor) -> Tensor:
-    """A mask as float32 to add to logits, [B or 1, 1, S, S], at least ``_NEVER``.
+def strongest_from(seen: Evidence, *rows: Tensor) -> Tensor:
+    """[B, W, S] float32: what tokens get of rows, by the head that gives most.
 
     Args:
-        mask: As in ``Evidence``.
-        query: [B, H, S, D].
+        seen: The evidence.
+        rows: W masks [B, S] of the rows that give.
     """
-    if mask is None:
-        order = torch.arange(query.shape[2], device=query.device)
-        mask = (order[:, None] >= order)[None, None]
-    if mask.dtype == torch.bool:
-        return (~mask).float() * _NEVER
-    return mask.float().clamp(min=_NEVER)
+    return _received(seen, rows, strongest=True)
+
+
+def mean_from(seen: Evidence, rows: Tensor) -> Tensor:
+    """[B, S] float32: what tokens get of rows [B, S], mean over rows and heads."""
+    [total] = _received(seen, (rows,), strongest=False).unbind(dim=1)
+    return total / rows.sum(dim=1, keepdim=True).clamp(min=1)
+
+
+def _received(seen: Evidence, rows: tuple[Tensor, ...], *, strongest: bool) -> Tensor:
+    weights = torch.stack(rows, dim=1).float()
+    attention = (seen.query, seen.key, seen.mask)
+    return received.received(*attention, weights, None, seen.scale, strongest)
+
+
+def last_token(roles: Tensor) -> Tensor:
+    """[B, S] bool: where each sample's last token stands."""
+    places = torch.arange(roles.shape[1], device=roles.device)
+    places = places.masked_fill(roles == PADDING, -1)
+    return places == places.amax(dim=1, keepdim=True)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from vtprune_fx.scorers.evidence import Evidence, last_row
+from vtprune_fx.scorers.evidence import Evidence, last_token, mean_from
 
 
 def rate(seen: Evidence) -> Tensor:
     """[B, S] float32."""
-    return last_row(seen).mean(dim=1)
+    return mean_from(seen, last_token(seen.roles))

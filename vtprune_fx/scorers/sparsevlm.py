@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vtprune_fx.scorers.evidence import Evidence, logits
+from vtprune_fx.scorers.evidence import Evidence, mean_from
 from vtprune_fx.scoring import CONTEXT, INSTRUCTION, VISUAL
 
 _NEVER = torch.finfo(torch.float32).min
@@ -38,8 +38,7 @@ def raters(embeddings: Tensor, roles: Tensor) -> Tensor:
 
 def rate(seen: Evidence) -> Tensor:
     """[B, S] float32."""
-    probabilities = logits(seen).softmax(dim=3)
-    return _mean_of_rows(probabilities.mean(dim=1), seen.roles == INSTRUCTION)
+    return mean_from(seen, seen.roles == INSTRUCTION)
 
 
 def _mean_of_rows(pairs: Tensor, rows: Tensor) -> Tensor:

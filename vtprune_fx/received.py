@@ -1,0 +1,194 @@
+"""The attention that tokens get: what FitPrune, SparseVLM and FastV rate them by.
+
+One custom operator, ``vtprune::received``, so that no compiler ever writes the
+[B, H, S, S] probabilities down. ``spelled_out`` defines it in plain PyTorch, and is what
+exported graphs hold; on a CPU it is computed in blocks of rows that stay in the cache.
+
+Operations, counted: the products of queries and keys, ``B * H * R * S * D``
+multiply-adds with R the rows that have a weight, and as many again without the
+log-sum-exps that fused attention leaves; bytes: queries and keys once for each block.
+
+Shapes: B samples, H query heads, G key heads (G divides H), S tokens, D head width, W
+ways to weight rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+NEVER = torch.finfo(torch.float32).min
+"""Logit of a pair that may not attend. Finite, so that a row which may attend nothing
+(left padding) has a finite softmax instead of NaN."""
+
+_BLOCK = 32
+"""Rows at a time: with 16 heads and 651 tokens 1.3 MB of logits, a core's cache."""
+
+
+@torch.library.custom_op("vtprune::received", mutates_args=())
+def received(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    weights: Tensor,
+    lse: Tensor | None,
+    scale: float,
+    strongest: bool,
+) -> Tensor:
+    """What each token gets of the attention of some rows, heads taken together.
+
+    ``sum over rows r of weights[w, r] * P[r, i]``, P the maximum or the mean over heads
+    of the attention probabilities.
+
+    Args:
+        query: [B, H, S, D], rotated.
+        key: [B, G, S, D], rotated.
+        mask: [B or 1, 1, S, S], bool (True attends) or float (added to logits), or None
+            for a plain causal mask.
+        weights: [B, W, S] float32, of rows.
+        lse: [B, H, S] float32, each row's log-sum-exp of its logits, where it is known;
+            -inf in a row that may attend nothing.
+        scale: What logits are multiplied by.
+        strongest: The maximum over heads instead of the mean.
+
+    Returns:
+        [B, W, S] float32.
+    """
+    return _in_blocks(query, key, mask, weights, lse, scale, strongest)
+
+
+@received.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    weights: Tensor,
+    lse: Tensor | None,
+    scale: float,
+    strongest: bool,
+) -> Tensor:
+    return weights.new_empty(weights.shape)
+
+
+def spelled_out(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    weights: Tensor,
+    lse: Tensor | None,
+    scale: float,
+    strongest: bool,
+) -> Tensor:
+    """What ``received`` is, in plain PyTorch. Takes and returns the same.
+
+    No matrix product makes the sums: autocast would round it to half precision.
+    """
+    found = logits(query, key, mask, scale)
+    probabilities = found.softmax(dim=3) if lse is None else _normalised(found, lse)
+    pairs = probabilities.amax(dim=1) if strongest else probabilities.mean(dim=1)
+    sums = [(pairs * each[:, :, None]).sum(dim=1) for each in weights.unbind(dim=1)]
+    return torch.stack(sums, dim=1)
+
+
+def _normalised(found: Tensor, lse: Tensor) -> Tensor:
+    """Probabilities [B, H, S, S] by log-sum-exps; none where nothing is attended to."""
+    lse = lse.masked_fill(lse == -torch.inf, torch.inf)
+    return (found - lse[:, :, :, None]).exp()
+
+
+def logits(query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """[B, H, S, S] float32: what attention takes the softmax of."""
+    products = query @ per_query_head(query, key).transpose(2, 3) * scale
+    return products.float() + attention_bias(mask, query)
+
+
+def per_query_head(query: Tensor, key: Tensor) -> Tensor:
+    """[B, H, S, D]: each key head, once for each query head that it serves."""
+    groups = query.shape[1] // key.shape[1]
+    return key if groups == 1 else key.repeat_interleave(groups, dim=1)
+
+
+def attention_bias(mask: Tensor | None, query: Tensor) -> Tensor:
+    """A mask as float32 to add to logits, [B or 1, 1, S, S], at least ``NEVER``.
+
+    Args:
+        mask: As ``received`` takes it.
+        query: [B, H, S, D].
+    """
+    if mask is None:
+        order = torch.arange(query.shape[2], device=query.device)
+        mask = (order[:, None] >= order)[None, None]
+    if mask.dtype == torch.bool:
+        return (~mask).float() * NEVER
+    return mask.float().clamp(min=NEVER)
+
+
+def _in_blocks(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    weights: Tensor,
+    lse: Tensor | None,
+    scale: float,
+    strongest: bool,
+) -> Tensor:
+    """As ``spelled_out``, a sample and a block of rows with a weight at a time."""
+    bias = attention_bias(mask, query).expand(query.shape[0], -1, -1, -1)[:, 0]
+    reach = _reach(bias)
+    sums = torch.zeros_like(weights)
+    for sample in range(query.shape[0]):
+        [weighted] = weights[sample].any(dim=0).nonzero(as_tuple=True)
+        # Half precision is left once for a sample, not once for a block.
+        queries = query[sample].float()
+        keys = per_query_head(query, key[sample : sample + 1])[0].float().mT
+        for rows in weighted.split(_BLOCK):
+            columns = int(reach[sample, rows].max())
+            added = bias[sample, rows, :columns]
+            block = queries[:, rows], keys[:, :, :columns]
+            if lse is None:
+                pairs = _over_heads(_softmax(*block, added, scale), strongest)
+            else:
+                pairs = _by_lse(*block, added, lse[sample][:, rows], scale, strongest)
+            sums[sample, :, :columns] += weights[sample][:, rows] @ pairs
+    return sums
+
+
+def _reach(bias: Tensor) -> Tensor:
+    """[B, S]: behind which column a row attends to nothing; S where to nothing at all.
+
+    Half of a causal mask is never looked at. A row that may attend nothing has a
+    uniform softmax over all columns, as ``NEVER`` is finite.
+    """
+    tokens = bias.shape[2]
+    behind = torch.arange(1, tokens + 1, device=bias.device)
+    last = ((bias > NEVER / 2) * behind).amax(dim=2)
+    return last.masked_fill(last == 0, tokens)
+
+
+def _softmax(query: Tensor, key: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """[H, R, C]: probabilities of a block; key is [H, D, C], bias [R, C]."""
+    return torch.baddbmm(bias[None], query, key, alpha=scale).softmax(dim=2)
+
+
+def _by_lse(
+    query: Tensor,
+    key: Tensor,
+    bias: Tensor,
+    lse: Tensor,
+    scale: float,
+    strongest: bool,
+) -> Tensor:
+    """[R, C]: probabilities of a block, heads taken together, by lse [H, R].
+
+    exp is monotone, so the maximum over heads takes one exp a pair, and what is the
+    same for all heads is added once.
+    """
+    lse = lse.masked_fill(lse == -torch.inf, torch.inf)
+    relative = torch.baddbmm(-lse[:, :, None], query, key, alpha=scale)
+    if strongest:
+        return relative.amax(dim=0).add_(bias).exp_()
+    return relative.add_(bias).exp_().mean(dim=0)
+
+
+def _over_heads(pairs: Tensor, strongest: bool) -> Tensor:
+    return pairs.amax(dim=0) if strongest else pairs.mean(dim=0)
