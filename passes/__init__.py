@@ -4,7 +4,7 @@ if __name__ != "vtprune_fx.passes":
     raise ImportError("import vtprune_fx.passes: a bare `passes` makes second classes")
 
 from vtprune_fx.passes.async_checks import AsyncChecks
-from vtprune_fx.passes.base import Pass, PassResult
+from vtprune_fx.passes.base import Form, Pass, PassResult
 from vtprune_fx.passes.check_tokens import CheckTokens
 from vtprune_fx.passes.gather_tokens import GatherTokens
 from vtprune_fx.passes.insert_scores import KEEP_PREFIX, InsertScores
@@ -14,6 +14,7 @@ from vtprune_fx.passes.manager import (
     prune_graph,
     prune_program,
 )
+from vtprune_fx.passes.own_lengths import OwnLengths
 from vtprune_fx.passes.refresh_values import RefreshValues
 from vtprune_fx.passes.shift_keys import ShiftKeys
 from vtprune_fx.passes.verify import Verifier
@@ -22,8 +23,10 @@ __all__ = [
     "KEEP_PREFIX",
     "AsyncChecks",
     "CheckTokens",
+    "Form",
     "GatherTokens",
     "InsertScores",
+    "OwnLengths",
     "Pass",
     "PassResult",
     "Pipeline",

@@ -4,9 +4,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import final
+from typing import Literal, TypeAlias, final
 
 from torch.fx import GraphModule
+
+Form: TypeAlias = Literal["plain", "traced", "whole"]
+"""How cuts are written.
+
+* ``plain``: ATen operators alone, for graphs that other runtimes run.
+* ``traced``: the attention that tokens get is one operator, which has a kernel of its
+  own; the rest is ATen, which a compiler fuses into few launches. For a GPU.
+* ``whole``: score and choice of a cut are one operator, and so is each gather from the
+  prompt. A compiler has little to plan, and nothing is launched. For a CPU.
+"""
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,13 @@ becomes::
     view: "f32[B, S - 36, H*D]" = aten.reshape(transpose, [B, length, -1])
     linear: "f32[B, S - 36, E]" = aten.linear(view, o_proj)
     add: "f32[B, S - 36, E]" = aten.add(residual_3, linear)
+
+What no layer changes (masks, rotary tables, roles) is gathered from the prompt as it
+came at every cut, not from what the cut before gathered: a compiler would write that as
+one kernel that follows all positions back, a longer one for each cut::
+
+    vtprune_in_prompt_7: "i64[B, S - 92]" = aten.index(vtprune_keep_3, ...vtprune_keep_7)
+    mask_7: "b8[B, 1, S - 92, S - 92]" = ...         # mask at vtprune_in_prompt_7
 """
 
 from __future__ import annotations
@@ -32,6 +39,7 @@ import sympy
 import torch
 from torch.fx import GraphModule, Node
 
+from vtprune_fx.choice import TAKE
 from vtprune_fx.graph import (
     Inserter,
     Stamp,
@@ -43,7 +51,7 @@ from vtprune_fx.graph import (
     size_expr,
     value_at_full_length,
 )
-from vtprune_fx.passes.base import Pass
+from vtprune_fx.passes.base import Form, Pass
 from vtprune_fx.passes.insert_scores import (
     CLASS_ATTENTION,
     KEEP_PREFIX,
@@ -58,13 +66,17 @@ from vtprune_fx.scoring import VISUAL, mask_without, roles_without
 
 aten = torch.ops.aten
 
+IN_PROMPT_PREFIX = "vtprune_in_prompt_"
+"""Positions of the tokens left, in the prompt as it came, and the layer's number."""
+
 
 class GatherTokens(Pass):
     """Gather what is live at each cut, in one walk over the graph.
 
     1. A node behind a cut: reads the current versions of its inputs; its value has
        the shorter length.
-    2. A keep set: what is live is gathered behind it.
+    2. A keep set: what is live is gathered behind it; from the prompt as it came, where
+       no cut makes anything else of it than a choice.
     3. A value shared by all samples, [1, ..., S, ...] (rotary tables): gathered to
        [B, ..., K, ...], since each sample keeps tokens of its own.
     4. Rotary tables where positions are compacted: the first K of each row, in samples
@@ -77,8 +89,9 @@ class GatherTokens(Pass):
     8. No cuts: unchanged.
     """
 
-    def __init__(self, plan: PrunePlan) -> None:
+    def __init__(self, plan: PrunePlan, form: Form = "plain") -> None:
         self._plan = plan
+        self._form = form
 
     def edit(self, module: GraphModule) -> bool:
         """Walk the graph once."""
@@ -90,7 +103,7 @@ class GatherTokens(Pass):
         behind = {_last_inserted(cut): cut for cut in plan.cuts}
         inserter = Inserter(graph)
         values = _Values(inserter, plan.tokens)
-        gather = _Gather(inserter)
+        gather = _Gather(inserter, plan, self._form)
         current: dict[Node, Node] = {}
         dropped = 0
         for node in list(graph.nodes):
@@ -110,8 +123,11 @@ class GatherTokens(Pass):
 class _Gather:
     """Inserts the gathers of one cut after another."""
 
-    def __init__(self, inserter: Inserter) -> None:
+    def __init__(self, inserter: Inserter, plan: PrunePlan, form: Form) -> None:
         self._inserter = inserter
+        self._take = _take_whole if form == "whole" else _take
+        self._of_prompt = _of_prompt(plan)
+        self._in_prompt: Node | None = None
         self._rows: Node | None = None
         self._has_visual: Node | None = None
 
@@ -136,6 +152,7 @@ class _Gather:
         places = stand_in
         if cut.places:
             places = self._places(insert, stand_in, length, named[ROLES])
+        self._in_prompt = self._follow(insert, stand_in, layer)
         shorter: dict[Node, Node] = {}
         # Read by the scores of later cuts.
         own = [name for name in (ROLES, CLASS_ATTENTION) if name in named]
@@ -144,15 +161,27 @@ class _Gather:
             value, index = current.get(original, original), stand_in
             if live.node in cut.places:
                 index = places
+            elif live.node in self._of_prompt:
+                value, index = original, self._in_prompt
             if cut.new and live.node == cut.hidden:
                 value, index = self._with_new(insert, value, cut, named), keep
-            taken = _take(insert, value, self._rows, index, live.axes)
+            take = self._take if live.node in self._of_prompt else _take
+            taken = take(insert, value, self._rows, index, live.axes)
             if cut.new and len(live.axes) == 2:
                 taken = self._in_order(anchor, stamp, taken, stand_in)
             if cut.share is not None:
                 taken = self._without_gone(anchor, stamp, taken, keep, live)
             shorter[original] = taken
         return length, shorter
+
+    def _follow(self, insert: Insert, keep: Node, layer: int) -> Node:
+        """[B, K]: where the tokens that are left stood in the prompt as it came."""
+        if self._in_prompt is None or not self._of_prompt:
+            return keep
+        assert self._rows is not None
+        found = self._take(insert, self._in_prompt, self._rows, keep, (1,))
+        found._rename(f"{IN_PROMPT_PREFIX}{layer}")
+        return found
 
     def _places(
         self, insert: Insert, stand_in: Node, length: Node, roles: Node
@@ -196,6 +225,17 @@ class _Gather:
         return trace(mask_without, taken, keep) if len(live.axes) == 2 else taken
 
 
+def _of_prompt(plan: PrunePlan) -> frozenset[str]:
+    """Values that are there at the first cut: later cuts only choose from them.
+
+    New tokens and those that left in place change masks and roles at each cut.
+    """
+    first, *_ = plan.cuts
+    if any(cut.new or cut.share is not None for cut in plan.cuts):
+        return frozenset()
+    return frozenset({live.node for live in first.live} | {ROLES, CLASS_ATTENTION})
+
+
 def _last_inserted(cut: PlannedCut) -> str:
     """Name of the positions that a cut gathers by, the last node of its score.
 
@@ -236,6 +276,15 @@ def _take(
             value = insert(aten.transpose.int, value, 1, axis)
     set_value(value, value_at_full_length(value), gone)
     return value
+
+
+def _take_whole(
+    insert: Insert, value: Node, rows: Node, keep: Node, axes: tuple[int, ...]
+) -> Node:
+    """As ``_take``, in one operator."""
+    taken = insert(TAKE, value, keep, list(axes))
+    set_value(taken, value_at_full_length(taken), dropped_tokens(keep))
+    return taken
 
 
 class _Values:

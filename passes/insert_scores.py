@@ -10,16 +10,13 @@ becomes::
     attention: "f32[B, H, S, D]" = aten.scaled_dot_product_attention(q, k, v, mask)
     vtprune_roles: "i64[B, S]"                    # once: visual, instruction, ...
     ...                                           # the scorer, traced
-    received: "f32[B, 2, S]" = vtprune.received(q, k, mask, ...)
     score: "f32[B, S]"
-    vtprune_keep_3: "i64[B, S - 36]" = vtprune.lowest_leave(vtprune_roles, score, 36)
-
-or, for graphs that other runtimes run, both operators spelled out::
-
-    probabilities: "f32[B, H, S, S]" = aten.softmax(...)
-    ...
     lowest_first: "i64[B, S]" = aten.sort(score)  # visual tokens, padding, text
     vtprune_keep_3: "i64[B, S - 36]" = aten.sort(lowest_first[:, 36:])
+
+or, in the form ``whole``, one operator::
+
+    vtprune_keep_3: "i64[B, S - 36]" = vtprune.choose(vtprune_roles, 36, "fitprune", ...)
 
 Where the best of the dropped tokens become C new ones, these are made here too::
 
@@ -36,18 +33,20 @@ Nothing reads ``vtprune_keep_3`` yet: the graph computes what it did before.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from functools import partial
 from operator import getitem
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from vtprune_fx import patches, rank, recycling
+from vtprune_fx import choice, patches, rank, recycling
 from vtprune_fx.errors import PlanError, VtpruneError
 from vtprune_fx.graph import Inserter, Stamp, set_value, value_at_full_length
-from vtprune_fx.passes.base import Pass
+from vtprune_fx.passes.base import Form, Pass
 from vtprune_fx.passes.leaving import (
     Leaving,
     behind_those_leaving,
@@ -55,9 +54,9 @@ from vtprune_fx.passes.leaving import (
     by_rank,
 )
 from vtprune_fx.plan import PlannedCut, PrunePlan
-from vtprune_fx.received import spelled_out
+from vtprune_fx.received import DEFINITIONS
 from vtprune_fx.recipe import Recipe
-from vtprune_fx.scorers import rate_of, scorer
+from vtprune_fx.scorers import options_of, rate_of, scorer
 from vtprune_fx.scoring import (
     front_keys,
     lowest_first,
@@ -82,6 +81,9 @@ CLASS_ATTENTION = "vtprune_class_attention"
 KEEP_PREFIX = "vtprune_keep_"
 """A cut's keep set is named this and the layer's number, in every exported form too."""
 
+KEYS_PREFIX = "vtprune_keys_"
+"""Where a keep set has negative numbers: the sorted keys that it is read off."""
+
 NEW_PREFIX = "vtprune_new_"
 """The new tokens that a cut makes of dropped ones are named this and its layer."""
 
@@ -101,12 +103,12 @@ class InsertScores(Pass):
 
     Args:
         plan: The cuts.
-        plain: Spell operators of vtprune's own out.
+        form: How they are written.
     """
 
-    def __init__(self, plan: PrunePlan, *, plain: bool = False) -> None:
+    def __init__(self, plan: PrunePlan, form: Form = "plain") -> None:
         self._plan = plan
-        self._plain = plain
+        self._form = form
 
     def edit(self, module: GraphModule) -> bool:
         """Insert the branches."""
@@ -114,9 +116,8 @@ class InsertScores(Pass):
         named = {node.name: node for node in graph.nodes}
         if not plan.cuts:
             return False
-        definitions = {torch.ops.vtprune.received.default: spelled_out}
-        inserter = Inserter(graph, definitions if self._plain else None)
-        rate = rate_of(plan.recipe)
+        inserter = Inserter(graph, DEFINITIONS if self._form == "plain" else None)
+        rate = rate_of(plan.recipe.score, options_of(plan.recipe))
         roles: Node | None = None
         attended: Node | None = None
         came: Node | None = None
@@ -128,9 +129,16 @@ class InsertScores(Pass):
                 roles = self._insert_roles(inserter, anchor, cut, seen)
                 attended = self._insert_class_attention(inserter, anchor, seen)
             evidence = (*_evidence(cut, seen, roles), attended)
-            rated = _trace(inserter, anchor, stamp, plan.recipe.score, rate, evidence)
+            trace = partial(_traced, plan.recipe.score, rate, evidence)
+            if self._form == "whole" and _is_plain(cut):
+                self._insert_choice(inserter, anchor, cut, trace(inserter.reads))
+                seen.erase_unread()
+                continue
+            rated = trace(partial(inserter.trace, anchor, stamp))
             if plan.of is None:
-                self._insert_keep_set((inserter, anchor, cut), rated, seen, evidence)
+                order = inserter.trace(anchor, stamp, lowest_first, rated, roles)
+                at = (inserter, anchor, order, cut)
+                self._insert_keep_set(at, seen, evidence)
             else:
                 came = came or inserter.trace(
                     anchor, Stamp("score", -1), visual_counts, roles
@@ -140,34 +148,41 @@ class InsertScores(Pass):
             seen.erase_unread()
         return True
 
+    def _insert_choice(
+        self, inserter: Inserter, anchor: Node, cut: PlannedCut, read: list[Any]
+    ) -> None:
+        """Insert score and choice as one operator; ``read`` is the evidence."""
+        recipe, layer = self._plan.recipe, cut.attention.layer
+        query, key, mask, roles, *others = read
+        keep = inserter.call(
+            anchor,
+            Stamp("keep", layer),
+            choice.CHOOSE,
+            *(roles, cut.drop, recipe.score, json.dumps(options_of(recipe))),
+            *(query, key, mask, *others),
+            drop=cut.drop,
+        )
+        keep._rename(f"{KEEP_PREFIX}{layer}")
+
     def _insert_keep_set(
         self,
-        place: tuple[Inserter, Node, PlannedCut],
-        rated: Node,
+        at: tuple[Inserter, Node, Node, PlannedCut],
         seen: _Seen,
         evidence: tuple[Node | float | None, ...],
     ) -> None:
-        """Choose who stays, ahead of an anchor."""
-        inserter, anchor, cut = place
+        """Choose who stays; ``at`` has the order of leaving behind the anchor."""
+        inserter, anchor, _, cut = at
         recipe, roles = self._plan.recipe, evidence[3]
         assert isinstance(roles, Node)
-        insert = partial(inserter.call, anchor, Stamp("keep", cut.attention.layer))
-        name = f"{KEEP_PREFIX}{cut.attention.layer}"
-        if not (self._plain or cut.new or cut.rule):
-            leave = torch.ops.vtprune.lowest_leave.default
-            insert(leave, roles, rated, cut.drop, drop=cut.drop)._rename(name)
-            return
-        stamp = Stamp("score", cut.attention.layer)
-        order = inserter.trace(anchor, stamp, lowest_first, rated, roles)
-        at = (inserter, anchor, order, cut)
         leaving = by_number(*at) if cut.rule is None else by_rank(*at, evidence, recipe)
         if cut.new:
             new = _New(inserter, anchor, cut, recipe)
             merged = new.merge(seen, leaving, self._tower_of_new, self._plan.visual)
             new.insert(merged, roles, leaving)
             return
+        insert = partial(inserter.call, anchor, Stamp("keep", cut.attention.layer))
         keep = insert(getitem, insert(aten.sort.default, leaving.staying, 1), 0)
-        keep._rename(name)
+        keep._rename(f"{KEEP_PREFIX}{cut.attention.layer}")
 
     def _insert_roles(
         self, inserter: Inserter, anchor: Node, cut: PlannedCut, seen: _Seen
@@ -237,16 +252,24 @@ class _Seen:
                 copied.graph.erase_node(copied)
 
 
-def _trace(
-    inserter: Inserter,
-    anchor: Node,
-    stamp: Stamp,
+def _is_plain(cut: PlannedCut) -> bool:
+    """Whether a number of tokens leaves, the same in each sample, for good."""
+    return not cut.new and cut.rule is None and cut.share is None
+
+
+def _traced(
     score: str,
     rate: Callable[..., Tensor],
     evidence: tuple[Node | float | None, ...],
-) -> Node:
+    trace: Callable[..., Any],
+) -> Any:
+    """What ``trace`` makes of a scorer and its evidence.
+
+    Raises:
+        PlanError: The scorer cannot be traced.
+    """
     try:
-        return inserter.trace(anchor, stamp, rate, *evidence)
+        return trace(rate, *evidence)
     except VtpruneError:
         raise
     except Exception as error:  # whatever a function of the user's may raise
@@ -315,6 +338,7 @@ def _insert_own(
     staying, gone = (behind_those_leaving(insert, n, cut) for n in (order, leaving))
     keys = trace(front_keys, staying, gone, dropped=cut.drop)
     ascending = insert(getitem, insert(aten.sort.default, keys, 1), 0)
+    ascending._rename(f"{KEYS_PREFIX}{layer}")
     for name, function in (
         (KEEP_PREFIX, own_keep_set),
         (STAND_IN_PREFIX, own_stand_ins),
@@ -365,6 +389,7 @@ class _New:
         keys = self._call(aten.cat.default, [stays, last], 1)
         set_value(keys, value_at_full_length(stays), cut.gone)
         ascending = self._call(getitem, self._call(aten.sort.default, keys, 1), 0)
+        ascending._rename(f"{KEYS_PREFIX}{layer}")
         for name, function in (
             (KEEP_PREFIX, recycling.keep_set),
             (STAND_IN_PREFIX, recycling.stand_ins),

@@ -24,7 +24,7 @@ from vtprune_fx.graph import (
     uncached_fakes,
 )
 from vtprune_fx.passes.async_checks import AsyncChecks
-from vtprune_fx.passes.base import Pass
+from vtprune_fx.passes.base import Form, Pass
 from vtprune_fx.passes.check_tokens import CheckTokens
 from vtprune_fx.passes.gather_tokens import GatherTokens
 from vtprune_fx.passes.insert_scores import InsertScores
@@ -56,7 +56,7 @@ def prune_graph(
     visual_tokens: int | None = None,
     *,
     own: bool = False,
-    plain: bool = False,
+    form: Form = "plain",
 ) -> PruneReport:
     """Prune a graph, in place.
 
@@ -66,7 +66,7 @@ def prune_graph(
         visual_tokens: Of a sample that has any, where that is known better than from
             the sizes in the graph.
         own: Let each sample lose its own share, as ``place`` takes it.
-        plain: Write no operators of vtprune's own, which other runtimes lack.
+        form: How cuts are written.
 
     Returns:
         What was done; nothing, where the graph places no image.
@@ -88,7 +88,7 @@ def prune_graph(
     if plan.cuts:
         _check_leaves_two(module.graph, plan)
     with uncached_fakes(fake_mode_of(module.graph)):
-        records = default_pipeline(plan, plain=plain).run(module)
+        records = default_pipeline(plan, form).run(module)
     return PruneReport(plan, records, before, len(module.graph.nodes))
 
 
@@ -102,7 +102,7 @@ def prune_program(
         PlanError: The recipe does not fit the program.
     """
     module = copy.deepcopy(program.graph_module)
-    report = prune_graph(module, recipe, plain=True)
+    report = prune_graph(module, recipe)
     if report.plan is None:
         raise AnatomyError(
             "exported program",
@@ -163,21 +163,21 @@ def _ranges_read(module: GraphModule) -> dict[sympy.Symbol, ValueRanges[Any]]:
     return {symbol: environment.var_to_range[symbol] for symbol in read}
 
 
-def default_pipeline(plan: PrunePlan, *, plain: bool = False) -> Pipeline:
+def default_pipeline(plan: PrunePlan, form: Form = "plain") -> Pipeline:
     """The passes that carry out a plan.
 
     Scores stand ahead of gathers, since a gather reads the keep set of its cut.
 
     Args:
         plan: The plan.
-        plain: As in ``prune_graph``.
+        form: How cuts are written.
     """
     return Pipeline(
         plan,
         AsyncChecks(),
-        InsertScores(plan, plain=plain),
+        InsertScores(plan, form),
         CheckTokens(plan),
-        GatherTokens(plan),
+        GatherTokens(plan, form),
         ShiftKeys(plan),
     )
 

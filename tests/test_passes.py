@@ -37,6 +37,7 @@ from vtprune_fx.passes import (
     Pass,
     RefreshValues,
 )
+from vtprune_fx.passes.gather_tokens import IN_PROMPT_PREFIX
 from vtprune_fx.passes.insert_scores import ROLES
 
 if TYPE_CHECKING:
@@ -267,15 +268,24 @@ def test_scores_stand_behind_the_edge_and_nothing_reads_a_keep_set_yet() -> None
     assert readers == {0, 1}
 
 
-@pytest.mark.parametrize(
-    ("plain", "target"),
-    [(False, torch.ops.vtprune.lowest_leave.default), (True, aten.slice.Tensor)],
-)
-def test_the_number_that_leaves_is_a_constant(plain: bool, target: object) -> None:
+def test_the_number_that_leaves_is_a_constant() -> None:
+    module, pass_, _ = ready_for("InsertScores")
+    pass_(module)
+    slices = [n for n in _of_role(module, "keep") if n.target == aten.slice.Tensor]
+    assert [node.args[2] for node in slices] == [3, 5]
+
+
+def test_whole_cuts_are_one_operator_that_is_given_what_the_scorer_reads() -> None:
     module, _, plan = ready_for("InsertScores")
-    InsertScores(plan, plain=plain)(module)
-    chosen = [n for n in _of_role(module, "keep") if n.target == target]
-    assert [node.args[2] for node in chosen] == [3, 5]
+    InsertScores(plan, "whole")(module)
+    chosen = calls(module, torch.ops.vtprune.choose.default)
+    assert [node.name for node in chosen] == ["vtprune_keep_0", "vtprune_keep_1"]
+    for node, cut in zip(chosen, plan.cuts, strict=True):
+        roles, drop, score, options, query, key, mask, _, *unread = node.args
+        assert (str(roles), drop, score, options) == (ROLES, cut.drop, "fitprune", "{}")
+        read = names((query, key, mask))
+        assert read == [cut.attention.query, cut.attention.key, cut.attention.mask]
+        assert unread == [None] * 4
 
 
 def test_exported_graphs_hold_none_of_our_operators() -> None:
@@ -307,15 +317,36 @@ def test_every_live_value_is_gathered_by_the_keep_set_of_its_cut() -> None:
     module, pass_, plan = ready_for("GatherTokens")
     pass_(module)
     gathers = [n for n in _of_role(module, "gather") if n.target == aten.index.Tensor]
-    for cut in plan.cuts:
-        layer = cut.attention.layer
-        of_cut = [n for n in gathers if n.meta[STAMP].layer == layer]
-        # Beside what is live, the tokens' roles: one gather an axis.
-        assert len(of_cut) == sum(len(live.axes) for live in cut.live) + 1
-        for node in of_cut:
-            indices = node.args[1]
-            assert isinstance(indices, (list, tuple))
-            assert str(indices[-1]) == f"{KEEP_PREFIX}{layer}"
+    first, second = ([n for n in gathers if n.meta[STAMP].layer == i] for i in (0, 1))
+    # Beside what is live, the tokens' roles: one gather an axis.
+    axes = [sum(len(live.axes) for live in cut.live) + 1 for cut in plan.cuts]
+    assert [_index(node) for node in first] == [f"{KEEP_PREFIX}0"] * axes[0]
+    came = {live.node for live in plan.cuts[0].live}
+    made = [live for live in plan.cuts[1].live if live.node not in came]
+    by_keep = [n for n in second if _index(n) == f"{KEEP_PREFIX}1"]
+    assert len(by_keep) == len(made) + 1, "what layers made, and places in the prompt"
+    others = {_index(n) for n in second if n not in by_keep}
+    assert others == {f"{IN_PROMPT_PREFIX}1"}
+    assert len(second) == axes[1] + 1
+
+
+def _index(gather: Node) -> str:
+    indices = gather.args[1]
+    assert isinstance(indices, (list, tuple))
+    return str(indices[-1])
+
+
+def test_what_came_with_the_prompt_is_gathered_from_it_at_every_cut() -> None:
+    module, pass_, plan = ready_for("GatherTokens")
+    pass_(module)
+    named = {node.name: node for node in module.graph.nodes}
+    in_prompt = named[f"{IN_PROMPT_PREFIX}1"]
+    assert names(in_prompt.all_input_nodes)[::2] == [f"{KEEP_PREFIX}{i}" for i in (0, 1)]
+    for reader in in_prompt.users:
+        node = reader
+        while STAMP in node.meta and node.name != ROLES:
+            node = node.all_input_nodes[0]
+        assert node.name in {live.node for live in plan.cuts[0].live} | {ROLES}
 
 
 def test_nothing_behind_a_cut_reads_what_is_as_long_as_before() -> None:

@@ -32,7 +32,7 @@ from transformers.utils.output_capturing import maybe_install_capturing_hooks
 from vtprune_fx.capture import lower
 from vtprune_fx.errors import InputError
 from vtprune_fx.literals import places_images
-from vtprune_fx.passes import KEEP_PREFIX, prune_graph
+from vtprune_fx.passes import KEEP_PREFIX, Form, OwnLengths, prune_graph
 from vtprune_fx.plan import PrunePlan
 from vtprune_fx.recipe import Recipe, load_recipe
 from vtprune_fx.report import PruneReport
@@ -96,6 +96,10 @@ def vtprune_backend(
     if found is None:
         return inner(module, example_inputs, **kwargs)
     pruned, report = found
+    assert report.plan is not None, "what was found is a pruned graph"
+    if mode is None:
+        # A mode may ask for CUDA graphs, which record no length that is a symbol.
+        OwnLengths(report.plan)(pruned)
     compiled = inner(pruned, parts(example_inputs), **kwargs)
     recorded = _recording(compiled, report, options.get("tell"))
     if not has_any(example_inputs):
@@ -173,12 +177,21 @@ def _prune(
     if not places_images(module):
         return None
     lowered = lower(module)
-    report = prune_graph(lowered, recipe, visual_tokens, own=own)
+    form = _form_for(lowered)
+    report = prune_graph(lowered, recipe, visual_tokens, own=own, form=form)
     logger.info("%s", report)
     if report.plan is None:
         return None
     _return_keep_sets(lowered, report.plan)
     return lowered, report
+
+
+def _form_for(module: GraphModule) -> Form:
+    """Compile time counts on a CPU, launches on what else there is."""
+    inputs = module.graph.find_nodes(op="placeholder")
+    values = (node.meta.get("val") for node in inputs)
+    devices = {value.device.type for value in values if isinstance(value, Tensor)}
+    return "whole" if devices == {"cpu"} else "traced"
 
 
 def _return_keep_sets(module: GraphModule, plan: PrunePlan) -> None:

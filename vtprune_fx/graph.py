@@ -278,6 +278,15 @@ class Inserter:
         result: Node = values[output.args[0]]
         return result
 
+    def reads(self, function: Callable[..., Tensor], *args: object) -> list[object]:
+        """The arguments, None in place of each node that the function does not read."""
+        template = self._template(function, args)
+        given = iter(template.find_nodes(op="placeholder"))
+        return [
+            arg if not isinstance(arg, Node) or next(given).users else None
+            for arg in args
+        ]
+
     def read(
         self,
         anchor: Node,

@@ -68,7 +68,8 @@ def rate(recipe: Recipe, seen: Seen) -> Tensor:
     if scorers.sees_tower(recipe.score):
         others.append(seen.patches[None, :, 0])
     mask = seen.allowed[None, None]
-    scores = scorers.rate_of(recipe)(query, key, mask, roles, seen.scale, *others)
+    rated = scorers.rate_of(recipe.score, scorers.options_of(recipe))
+    scores = rated(query, key, mask, roles, seen.scale, *others)
     return scores[0, seen.visual]
 
 

@@ -90,6 +90,10 @@ def spelled_out(
     return torch.stack(sums, dim=1)
 
 
+DEFINITIONS = {torch.ops.vtprune.received.default: spelled_out}
+"""What graphs without operators of vtprune's own hold in their place."""
+
+
 def _normalised(found: Tensor, lse: Tensor) -> Tensor:
     """Probabilities [B, H, S, S] by log-sum-exps; none where nothing is attended to."""
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)

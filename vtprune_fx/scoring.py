@@ -69,28 +69,6 @@ def lowest_first(scores: Tensor, roles: Tensor) -> Tensor:
     return torch.sort(scores, dim=1, stable=True).indices
 
 
-@torch.library.custom_op("vtprune::lowest_leave", mutates_args=())
-def lowest_leave(roles: Tensor, scores: Tensor, drop: int) -> Tensor:
-    """Positions of those that stay when the first of ``lowest_first`` leave.
-
-    One operator, so that a compiler plans one call instead of a dozen nodes a cut.
-
-    Args:
-        roles: [B, S].
-        scores: [B, S].
-        drop: How many leave.
-
-    Returns:
-        [B, S - drop], ascending: what a causal mask stays causal by.
-    """
-    return lowest_first(scores, roles)[:, drop:].sort(dim=1).values
-
-
-@lowest_leave.register_fake
-def _(roles: Tensor, scores: Tensor, drop: int) -> Tensor:
-    return roles.new_empty(roles.shape[0], roles.shape[1] - drop)
-
-
 def visual_counts(roles: Tensor) -> Tensor:
     """[B]: visual tokens of each sample."""
     return (roles == VISUAL).sum(dim=1)

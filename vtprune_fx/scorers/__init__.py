@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -147,16 +147,21 @@ def sees_tower(name: str) -> bool:
     return name in _OF_TOWER or (name in _REGISTERED and _REGISTERED[name].tower)
 
 
-def rate_of(recipe: Recipe) -> Callable[..., Tensor]:
-    """The recipe's score, a function of the fields of ``Evidence`` one after the other.
+def options_of(recipe: Recipe) -> dict[str, object]:
+    """The options that a recipe's scorer is called with."""
+    options: dict[str, object] = dict(recipe.options)
+    if "seed" in scorer(recipe.score).options():
+        options["seed"] = recipe.seed
+    return options
+
+
+def rate_of(name: str, options: Mapping[str, object]) -> Callable[..., Tensor]:
+    """A scorer with its options, a function of the fields of ``Evidence`` in turn.
 
     The passes trace it, so each is a tensor of its own.
     """
     evidence = importlib.import_module("vtprune_fx.scorers.evidence").Evidence
-    found = scorer(recipe.score)
-    options: dict[str, object] = dict(recipe.options)
-    if "seed" in found.options():
-        options["seed"] = recipe.seed
+    found = scorer(name)
 
     def rate(*fields: object) -> Tensor:
         return found.rate(evidence(*fields), **options)

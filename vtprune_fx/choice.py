@@ -1,0 +1,91 @@
+"""Who stays, and what is gathered of them, as one operator each.
+
+What a compiler plans costs it time: a score, a choice and the gathers of a cut are some
+forty nodes of ATen, a whole decoder layer fifty-five. On a CPU nothing is won by fusing
+them, so there each is one node that runs as it is written here.
+
+Shapes: B samples, S tokens, K of them left.
+"""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from torch import Tensor
+
+from vtprune_fx.scorers import rate_of
+from vtprune_fx.scoring import lowest_first
+
+
+@torch.library.custom_op("vtprune::choose", mutates_args=())
+def choose(
+    roles: Tensor,
+    drop: int,
+    score: str,
+    options: str,
+    query: Tensor | None,
+    key: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+    hidden: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    class_attention: Tensor | None,
+) -> Tensor:
+    """Positions of those that stay when a scorer's lowest leave.
+
+    Args:
+        roles: [B, S] int64.
+        drop: How many leave.
+        score: Name of the scorer.
+        options: Its options, as JSON.
+        query: As in ``Evidence``, and so are all others; None where the scorer does not
+            read it.
+
+    Returns:
+        [B, S - drop] int64, ascending: a causal mask stays causal.
+    """
+    evidence = (query, key, mask, roles, scale, hidden, cos, sin, class_attention)
+    scores = rate_of(score, json.loads(options))(*evidence)
+    return lowest_first(scores, roles)[:, drop:].sort(dim=1).values
+
+
+@choose.register_fake
+def _(roles: Tensor, drop: int, *_: object) -> Tensor:
+    return roles.new_empty(roles.shape[0], roles.shape[1] - drop)
+
+
+CHOOSE = torch.ops.vtprune.choose.default
+
+
+@torch.library.custom_op("vtprune::take", mutates_args=())
+def take(value: Tensor, keep: Tensor, axes: list[int]) -> Tensor:
+    """Each sample's own tokens along a value's token axes.
+
+    Args:
+        value: [B or 1, ..., S, ...].
+        keep: [B, K] positions.
+        axes: The token axes, one or two.
+
+    Returns:
+        [B, ..., K, ...].
+    """
+    rows = torch.arange(len(keep), device=keep.device)[:, None]
+    if len(value) == 1:
+        rows = torch.zeros_like(rows)
+    for axis in axes:
+        value = value.transpose(1, axis)[rows, keep].transpose(1, axis)
+        rows = torch.arange(len(keep), device=keep.device)[:, None]
+    return value.contiguous()
+
+
+@take.register_fake
+def _(value: Tensor, keep: Tensor, axes: list[int]) -> Tensor:
+    shape = [keep.shape[0], *value.shape[1:]]
+    for axis in axes:
+        shape[axis] = keep.shape[1]
+    return value.new_empty(shape)
+
+
+TAKE = torch.ops.vtprune.take.default
