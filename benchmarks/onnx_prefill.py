@@ -1,12 +1,9 @@
 """Prefill on ONNX Runtime, dense against pruned: time, realisation, and a profile.
 
-    python benchmarks/onnx_prefill.py FOLDER [--threads 2] [--fused] [--json FILE]
+    python -m benchmarks.prefill --runtime onnx [--preset cpu-mid] [--threads 2]
 
-A LLaVA with random weights, 35 tokens of text, an image of 576 visual tokens and 40
-tokens of text; the schedule of ``fitprune-llava-1.5-7b-60``, stretched to its depth,
-as published, and with its cuts merged into six at most that save as much. Dense and
-pruned run in turn. Realisation is time saved over MACs saved, both as shares of the
-dense run's, of each round by itself, and of the rounds the median: 1 is the limit.
+Model, prompt, recipes and realisation are those of ``benchmarks.prefill``; dense and
+pruned graphs run in turn.
 
 A profile of each then tells where the time goes, by part of the graph and by kind of
 operator, and what is missing to 1: the time beyond the dense graph's, less the share of
@@ -16,7 +13,6 @@ Runtime fusions.
 
 from __future__ import annotations
 
-import argparse
 import collections
 import json
 import statistics
@@ -28,35 +24,23 @@ from typing import Any
 import onnx_ir
 import onnxruntime
 import torch
-from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
 from transformers.exporters import OnnxConfig, OnnxExporter
 from transformers.exporters.onnxruntime_fusions import fuse_for_onnxruntime
 
-from vtprune_fx import capture
-from vtprune_fx.checkpoint import (
-    IMAGE_ID,
-    SPECIAL_TOKENS,
-    CheckpointSpec,
-    build_checkpoint,
+from benchmarks.presets import (
+    AHEAD,
+    BEHIND,
+    build,
+    coalesced_recipe,
+    prompt,
+    realisation,
 )
-from vtprune_fx.coalesce import coalesced
+from vtprune_fx import capture
 from vtprune_fx.cost import Geometry, cost
 from vtprune_fx.export.to_onnx import OPSET, PrunedOnnxExporter, prefill_inputs
-from vtprune_fx.fit import Prompts
-from vtprune_fx.inputs import load_model
-from vtprune_fx.recipe import Cut, Recipe, default
-
-PRESETS = {
-    "cpu-mid": CheckpointSpec(layers=32, hidden=1024, heads=16, intermediate=2752),
-    "small": CheckpointSpec(layers=8, hidden=512, heads=8, intermediate=1408),
-}
-AHEAD, BEHIND = 35, 40
-"""Tokens of text ahead of the image, and behind it."""
-
-FEW = 6
-"""Cuts of the merged recipe at most."""
+from vtprune_fx.recipe import Recipe, default
 
 ROUNDS = 9
 PROFILED = 3
@@ -64,103 +48,54 @@ PROFILED = 3
 Feed = dict[str, Any]
 
 
-def main() -> None:
-    """Export what is not there yet, run, print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("folder", type=Path, help="where files go")
-    parser.add_argument("--preset", choices=PRESETS, default="cpu-mid")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--fused", action="store_true", help="ONNX Runtime fusions too")
-    parser.add_argument("--json", type=Path, help="file for all numbers")
-    arguments = parser.parse_args()
-    folder = arguments.folder / arguments.preset
-    paths, feed, saved = prepared(folder, PRESETS[arguments.preset])
-    if arguments.fused:
+def measure(
+    folder: Path, preset: str, recipe: Recipe | None, threads: int, fused: bool
+) -> dict[str, Any]:
+    """Export what is not in the folder yet, run, profile."""
+    folder = folder / preset
+    folder.mkdir(parents=True, exist_ok=True)
+    paths, feed, saved = prepared(folder, preset, recipe)
+    if fused:
         paths |= {f"{name}, fused": _fused(path) for name, path in paths.items()}
-    result = {
+    return {
         "onnxruntime": onnxruntime.__version__,
-        "preset": arguments.preset,
-        "threads": arguments.threads,
+        "preset": preset,
+        "threads": threads,
         "tokens": feed["input_ids"].shape[1],
         "macs_saved": saved,
-        **_seconds(paths, feed, arguments.threads),
+        **_seconds(paths, feed, threads),
         "profiles": {
-            name: _profile(path, feed, arguments.threads, folder)
-            for name, path in paths.items()
+            name: _profile(path, feed, threads, folder) for name, path in paths.items()
         },
     }
-    Console().print(*tables(result))
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 # -------------------------------------------------------------------------- the graphs
 
 
 def prepared(
-    folder: Path, spec: CheckpointSpec
+    folder: Path, preset: str, recipe: Recipe | None
 ) -> tuple[dict[str, Path], Feed, dict[str, float]]:
     """Graphs by name, what they take, and the share of MACs that each saves."""
-    model = load_model(build_checkpoint(folder / "checkpoint", spec))
-    inputs = prefill_inputs(model, _prompts(model, spec))
+    model = build(preset, "cpu", torch.float32)
+    # Two prompts, since one would be traced as the only number there is.
+    inputs = prefill_inputs(model, prompt(model, 2, None))
     geometry = Geometry.from_config(model.config)
-    recipes = _recipes(spec, geometry)
+    visual = inputs["input_ids"].shape[1] - AHEAD - BEHIND
+    recipe = recipe or default(geometry.layers, visual)
+    few = coalesced_recipe(recipe, geometry, visual)
+    recipes = {"dense": recipe.keep_all()}
+    recipes |= {f"{len(each.cuts)} cuts": each for each in (recipe, few)}
     paths = {name: folder / f"{name}.onnx" for name in recipes}
     for name, path in paths.items():
         if not path.exists():
             _export(model, inputs, recipes[name], path)
     feed = {name: value[:1].numpy() for name, value in inputs.items()}
     saved = {
-        name: cost(recipe, geometry, spec.visual_tokens, AHEAD + BEHIND).total.saved
-        for name, recipe in recipes.items()
+        name: cost(each, geometry, visual, AHEAD + BEHIND).total.saved
+        for name, each in recipes.items()
     }
     return paths, feed, saved
-
-
-def _prompts(model: PreTrainedModel, spec: CheckpointSpec) -> dict[str, torch.Tensor]:
-    """Two prompts, since one would be traced as the only number there is."""
-    generator = torch.Generator().manual_seed(0)
-    words = model.config.get_text_config().vocab_size
-    ids = torch.full((2, AHEAD + spec.visual_tokens + BEHIND), IMAGE_ID)
-    for text in (ids[:, :AHEAD], ids[:, -BEHIND:]):
-        text.random_(len(SPECIAL_TOKENS), words, generator=generator)
-    pixels = (2, 3, spec.image_size, spec.image_size)
-    return {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "pixel_values": torch.randn(pixels, generator=generator),
-    }
-
-
-def _recipes(spec: CheckpointSpec, geometry: Geometry) -> dict[str, Recipe]:
-    """Dense, as published, and with few cuts.
-
-    Merged as if all visual tokens held equal shares of the attention: of random weights
-    nothing more is known, and time does not depend on who stays.
-    """
-    published = default(spec.layers, spec.visual_tokens)
-    visual, text = spec.visual_tokens, AHEAD + BEHIND
-    drops = published.drops(visual)
-    kept = torch.linspace(0, 1, visual + 1, dtype=torch.double).expand(spec.layers, -1)
-    merged = coalesced(
-        [drops.get(layer, 0) for layer in range(spec.layers)],
-        FEW,
-        kept,
-        geometry,
-        Prompts(torch.tensor([visual]), torch.tensor([text])),
-        cost(published, geometry, visual, text).total.saved,
-    )
-    cuts = tuple(
-        Cut(layer=layer, drop=drop) for layer, drop in enumerate(merged) if drop
-    )
-    few = published.model_copy(update={"cuts": cuts, "of": visual})
-    return {
-        "dense": published.keep_all(),
-        f"{len(drops)} cuts": published,
-        f"{len(cuts)} cuts": few,
-    }
 
 
 def _export(
@@ -305,12 +240,6 @@ def _dense(name: str) -> str:
     return "dense, fused" if name.endswith(", fused") else "dense"
 
 
-def realisation(seconds: dict[str, list[float]], name: str, saved: float) -> float:
-    """The median over rounds of time saved over MACs saved, as shares."""
-    pairs = zip(seconds[_dense(name)], seconds[name], strict=True)
-    return statistics.median((1 - pruned / dense) / saved for dense, pruned in pairs)
-
-
 def tables(result: dict[str, Any]) -> tuple[Table, Table, Table]:
     """Times; then where they go."""
     times = Table(
@@ -330,7 +259,10 @@ def tables(result: dict[str, Any]) -> tuple[Table, Table, Table]:
             f"{1e3 * statistics.median(processor[name]):.0f}",
         ]
         if saved := result["macs_saved"][name.removesuffix(", fused")]:
-            reached = [realisation(of, name, saved) for of in (clock, processor)]
+            reached = [
+                realisation(of[_dense(name)], of[name], saved)
+                for of in (clock, processor)
+            ]
             row += [f"{saved:.1%}", f"{saved * reached[0]:.1%}"]
             row += [f"{share:.2f}" for share in reached]
         times.add_row(*row)
@@ -371,7 +303,3 @@ def _cell(
         return f"{own:.1f}"
     whole = sum(profiles[_dense(name)].values())
     return f"{own:.1f}; {(own - (1 - saved) * dense) / (saved * whole):+.3f}"
-
-
-if __name__ == "__main__":
-    main()

@@ -26,7 +26,7 @@ What no layer changes (masks, rotary tables, roles) is gathered from the prompt 
 came at every cut, not from what the cut before gathered: a compiler would write that as
 one kernel that follows all positions back, a longer one for each cut::
 
-    vtprune_in_prompt_7: "i64[B, S - 92]" = aten.index(vtprune_keep_3, ...vtprune_keep_7)
+    vtprune_in_prompt_7: "i64[B, S - 92]" = ...      # vtprune_keep_3 at vtprune_keep_7
     mask_7: "b8[B, 1, S - 92, S - 92]" = ...         # mask at vtprune_in_prompt_7
 """
 

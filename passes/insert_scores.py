@@ -16,7 +16,7 @@ becomes::
 
 or, in the form ``whole``, one operator::
 
-    vtprune_keep_3: "i64[B, S - 36]" = vtprune.choose(vtprune_roles, 36, "fitprune", ...)
+    vtprune_keep_3: "i64[B, S - 36]" = vtprune.choose(vtprune_roles, 36, ...)
 
 Where the best of the dropped tokens become C new ones, these are made here too::
 

@@ -341,7 +341,9 @@ def test_what_came_with_the_prompt_is_gathered_from_it_at_every_cut() -> None:
     pass_(module)
     named = {node.name: node for node in module.graph.nodes}
     in_prompt = named[f"{IN_PROMPT_PREFIX}1"]
-    assert names(in_prompt.all_input_nodes)[::2] == [f"{KEEP_PREFIX}{i}" for i in (0, 1)]
+    assert names(in_prompt.all_input_nodes)[::2] == [
+        f"{KEEP_PREFIX}{i}" for i in (0, 1)
+    ]
     for reader in in_prompt.users:
         node = reader
         while STAMP in node.meta and node.name != ROLES:

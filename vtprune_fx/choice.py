@@ -40,8 +40,14 @@ def choose(
         drop: How many leave.
         score: Name of the scorer.
         options: Its options, as JSON.
-        query: As in ``Evidence``, and so are all others; None where the scorer does not
-            read it.
+        query: As in ``Evidence``; None where the scorer does not read it.
+        key: As ``query``.
+        mask: As ``query``.
+        scale: As in ``Evidence``.
+        hidden: As ``query``.
+        cos: As ``query``.
+        sin: As ``query``.
+        class_attention: As ``query``.
 
     Returns:
         [B, S - drop] int64, ascending: a causal mask stays causal.

@@ -1,8 +1,9 @@
 """The attention that tokens get: what FitPrune, SparseVLM and FastV rate them by.
 
 One custom operator, ``vtprune::received``, so that no compiler ever writes the
-[B, H, S, S] probabilities down. ``spelled_out`` defines it in plain PyTorch, and is what
-exported graphs hold; on a CPU it is computed in blocks of rows that stay in the cache.
+[B, H, S, S] probabilities down. ``spelled_out`` defines it in plain PyTorch, and is
+what exported graphs hold; on a CPU it is computed in blocks of rows that stay in the
+cache.
 
 Operations, counted: the products of queries and keys, ``B * H * R * S * D``
 multiply-adds with R the rows that have a weight, and as many again without the

@@ -16,6 +16,7 @@ from torch import Tensor
 from vtprune_fx import received
 from vtprune_fx.scoring import PADDING
 
+
 class Evidence(NamedTuple):
     """What the tokens of a layer can be rated by.
 

@@ -1,0 +1,379 @@
+"""Prefill, dense against pruned, in one process: is the saved work saved time?
+
+    python -m benchmarks.prefill --preset cpu-mid --threads 2 --json prefill.json
+    python -m benchmarks.prefill --preset llava-7b --device cuda --batch 8
+    python -m benchmarks.prefill --preset small --sweep
+    python -m benchmarks.prefill --preset cpu-mid --runtime onnx
+
+A model with random weights, 35 tokens of text, an image, 40 tokens of text. Run in
+turn: the stock model compiled by inductor (dense), the same pruned by a recipe as
+published, and with its cuts merged into six at most that save as much; beside them the
+stock model and the oracle, which prunes as the published implementations do, both
+eager.
+
+Realisation is time saved over MACs saved, both as shares of the dense run's, of each
+round by itself, and of the rounds the median: 1 is the limit. MACs are the decoder's,
+so the vision tower, which no recipe touches, is timed by itself and taken off both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime as dt
+import functools
+import json
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch._inductor.utils import fresh_cache
+from torch.profiler import ProfilerActivity, profile
+
+import vtprune_fx
+from benchmarks import onnx_prefill
+from benchmarks.presets import (
+    AHEAD,
+    BEHIND,
+    PRESETS,
+    build,
+    coalesced_recipe,
+    prompt,
+    realisation,
+)
+from vtprune_fx import oracle
+from vtprune_fx.backend import vtprune_backend
+from vtprune_fx.cost import Geometry, Work, cost
+from vtprune_fx.recipe import Recipe, default, load_recipe
+from vtprune_fx.report import PruneReport
+
+Run = Callable[[], Any]
+console = Console()
+
+
+@dataclass
+class Measured:
+    """One contestant.
+
+    Attributes:
+        cuts: Of its recipe.
+        saved: Share of the decoder's MACs that the recipe saves.
+        compile_seconds: Up to the end of the first run, without any cache.
+        pass_seconds: Of them in vtprune's passes and verifier.
+        seconds: Of each round.
+        cache_bytes: Keys and values of all layers, as run.
+        cache_predicted: The same as counted beforehand.
+        operators: Milliseconds of a run in vtprune's own operators.
+        peak_bytes: Of the device's memory in a run, on a GPU.
+    """
+
+    cuts: int = 0
+    saved: float = 0.0
+    compile_seconds: float | None = None
+    pass_seconds: float | None = None
+    seconds: list[float] = field(default_factory=list)
+    cache_bytes: int | None = None
+    cache_predicted: int | None = None
+    operators: dict[str, float] = field(default_factory=dict)
+    peak_bytes: int | None = None
+
+    @property
+    def median(self) -> float:
+        """Seconds."""
+        return statistics.median(self.seconds)
+
+
+class Bench:
+    """A model, a prompt and what runs on them.
+
+    Args:
+        arguments: The command line's.
+        visual: Visual tokens of a prompt, those of one image if None.
+    """
+
+    def __init__(self, arguments: argparse.Namespace, visual: int | None) -> None:
+        self.device: str = arguments.device
+        dtype = torch.float32 if self.device == "cpu" else torch.bfloat16
+        self.model = build(arguments.preset, self.device, dtype)
+        self.inputs = prompt(self.model, arguments.batch, visual)
+        self.geometry = Geometry.from_config(self.model.config)
+        ids = self.inputs["input_ids"]
+        self.visual = ids.shape[1] - AHEAD - BEHIND
+        for name in ("input_ids", "attention_mask"):
+            torch._dynamo.mark_dynamic(self.inputs[name], 1)
+        self.found: dict[str, Measured] = {}
+        self.runs: dict[str, Run] = {}
+
+    def work(self, recipe: Recipe) -> Work:
+        """What the recipe makes of the prompt, counted."""
+        return cost(recipe, self.geometry, self.visual, AHEAD + BEHIND).total
+
+    def forward(self, model: Callable[..., Any]) -> Any:
+        """Run a prompt up to the first token's logits."""
+        with torch.no_grad():
+            outputs = model(**self.inputs, logits_to_keep=1)
+        if self.device != "cpu":
+            torch.cuda.synchronize()
+        return outputs
+
+    def add_compiled(self, name: str, recipe: Recipe | None) -> None:
+        """Compile the model with a recipe, or as it came, and note what that takes."""
+        own = self.found[name] = Measured()
+        reports: list[PruneReport] = []
+        if recipe is None:
+            model = torch.compile(self.model, fullgraph=True)
+        else:
+            options = {"recipe": recipe, "tell": reports.append}
+            model = torch.compile(
+                self.model, backend=vtprune_backend, options=options, fullgraph=True
+            )
+            own.cuts, own.saved = len(recipe.cuts), self.work(recipe).saved
+        self.runs[name] = functools.partial(self.forward, model)
+        torch.compiler.reset()
+        with fresh_cache():
+            start = time.perf_counter()
+            outputs = self.runs[name]()
+            own.compile_seconds = time.perf_counter() - start
+        if reports:
+            records = reports[0].passes
+            own.pass_seconds = sum(r.seconds + r.verify_seconds for r in records)
+        self._note_cache(own, outputs.past_key_values, recipe)
+
+    def _note_cache(self, own: Measured, cache: Any, recipe: Recipe | None) -> None:
+        layers = ((layer.keys, layer.values) for layer in cache.layers)
+        own.cache_bytes = sum(t.nbytes for pair in layers for t in pair)
+        work = self.work(recipe or default(self.geometry.layers, self.visual))
+        each = work.pruned_cache_bytes if recipe else work.dense_cache_bytes
+        own.cache_predicted = each * len(self.inputs["input_ids"])
+
+    def add_eager(self, recipe: Recipe) -> None:
+        """The stock model, and the oracle with a recipe; the vision tower alone."""
+        self.runs["stock, eager"] = functools.partial(self.forward, self.model)
+        self.found["stock, eager"] = Measured()
+        if "pixel_values" not in self.inputs:
+            return
+        if len(self.inputs["input_ids"]) == 1:
+            given = dict(self.inputs)
+            [sample] = oracle.split_batch(self.model, **given)
+            self.runs["oracle, eager"] = lambda: oracle.prefill(
+                self.model, recipe, sample
+            )
+            saved = self.work(recipe).saved
+            self.found["oracle, eager"] = Measured(len(recipe.cuts), saved)
+        tower: Any = torch.compile(self.model.get_image_features)
+        pixels = {"pixel_values": self.inputs["pixel_values"]}
+        self.runs["vision tower"] = lambda: self._tower(tower, pixels)
+        self.found["vision tower"] = Measured()
+
+    def _tower(self, tower: Callable[..., Any], pixels: dict[str, Any]) -> None:
+        with torch.no_grad():
+            tower(**pixels)
+        if self.device != "cpu":
+            torch.cuda.synchronize()
+
+    def time(self, rounds: int) -> None:
+        """Run all in turn, a round that does not count ahead."""
+        for turn in track(range(rounds + 1), "rounds", console=console, transient=True):
+            for name, run in self.runs.items():
+                start = time.perf_counter()
+                run()
+                if turn:
+                    self.found[name].seconds.append(time.perf_counter() - start)
+
+    def profile(self) -> None:
+        """Note the time in vtprune's own operators, and the peak of memory."""
+        for name, run in self.runs.items():
+            own = self.found[name]
+            if self.device != "cpu":
+                torch.cuda.reset_peak_memory_stats()
+                run()
+                own.peak_bytes = torch.cuda.max_memory_allocated()
+            if own.compile_seconds is None or not own.cuts:
+                continue
+            activities = [ProfilerActivity.CPU]
+            if self.device != "cpu":
+                activities.append(ProfilerActivity.CUDA)
+            with profile(activities=activities) as profiled:
+                run()
+            for event in profiled.key_averages():
+                if event.key.startswith("vtprune::"):
+                    spent = max(event.cpu_time_total, event.device_time_total)
+                    own.operators[event.key.removeprefix("vtprune::")] = spent / 1e3
+
+
+def tokens_per_second(bench: Bench, recipe: Recipe, steps: int) -> dict[str, float]:
+    """Milliseconds per generated token, eager, dense and pruned in turn."""
+    model, inputs = bench.model, dict(bench.inputs)
+
+    def spent(new: int) -> float:
+        start = time.perf_counter()
+        with torch.no_grad():
+            model.generate(  # type: ignore[operator] # a mixin's method
+                **inputs, do_sample=False, min_new_tokens=new, max_new_tokens=new
+            )
+        return time.perf_counter() - start
+
+    def each() -> float:
+        spent(2)
+        return statistics.median(
+            (spent(1 + steps) - spent(1)) / steps for _ in range(3)
+        )
+
+    torch.compiler.reset()
+    found = {"dense": each()}
+    vtprune_fx.compile(model, recipe, decode=False)
+    found["pruned"] = each()
+    vtprune_fx.undo(model)
+    return {name: 1e3 * seconds for name, seconds in found.items()}
+
+
+def measured(arguments: argparse.Namespace, visual: int | None = None) -> Bench:
+    """Compile, run and profile everything."""
+    bench = Bench(arguments, visual)
+    recipe = (
+        load_recipe(arguments.recipe)
+        if arguments.recipe
+        else default(bench.geometry.layers, bench.visual)
+    )
+    few = coalesced_recipe(recipe, bench.geometry, bench.visual)
+    for name, cut in (("dense", None), ("published", recipe), ("few", few)):
+        if name in arguments.only:
+            with console.status(f"compiling: {name}"):
+                bench.add_compiled(name, cut)
+    if arguments.eager:
+        bench.add_eager(recipe)
+    bench.time(arguments.rounds)
+    bench.profile()
+    return bench
+
+
+# --------------------------------------------------------------------------- the tables
+
+
+def table(bench: Bench, title: str) -> Table:
+    """What was measured, a contestant a row."""
+    titles = ("", "cuts", "MACs", "ms", "spread", "time", "realisation", "ops ms")
+    made = Table(title=title)
+    for column in (*titles, "cache MiB", "counted", "compile s", "passes s"):
+        made.add_column(column, justify="left" if not column else "right")
+    tower = bench.found["vision tower"].median if "vision tower" in bench.found else 0.0
+    dense = [seconds - tower for seconds in bench.found["dense"].seconds]
+    for name, own in bench.found.items():
+        share, reached = "", ""
+        if name != "vision tower":
+            decoder = [seconds - tower for seconds in own.seconds]
+            pairs = zip(decoder, dense, strict=True)
+            share = f"{statistics.median(a / b for a, b in pairs):.3f}"
+            if own.saved:
+                reached = f"{realisation(dense, decoder, own.saved):.2f}"
+        made.add_row(
+            name,
+            str(own.cuts or ""),
+            f"{1 - own.saved:.3f}" if own.saved else "",
+            f"{1e3 * own.median:.0f}",
+            f"{1e3 * min(own.seconds):.0f}-{1e3 * max(own.seconds):.0f}",
+            share,
+            reached,
+            f"{sum(own.operators.values()):.1f}" if own.operators else "",
+            _mebi(own.cache_bytes),
+            _mebi(own.cache_predicted),
+            "" if own.compile_seconds is None else f"{own.compile_seconds:.1f}",
+            "" if own.pass_seconds is None else f"{own.pass_seconds:.2f}",
+        )
+    made.caption = "Shares of the dense decoder's MACs and time, the tower taken off."
+    return made
+
+
+def _mebi(count: int | None) -> str:
+    return "" if count is None else f"{count / 2**20:.1f}"
+
+
+def exponent(sizes: list[int], seconds: list[float]) -> float:
+    """By which power of the size the time grows: least squares of logarithms."""
+    logs = (torch.tensor(each, dtype=torch.double).log() for each in (sizes, seconds))
+    across, up = (each - each.mean() for each in logs)
+    return float((across * up).sum() / across.square().sum())
+
+
+def sweep(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Dense and pruned over the number of visual tokens; exponents of the growth."""
+    arguments.only, arguments.eager = ("dense", "published"), False
+    sizes = [576 * images for images in range(1, 6)]
+    times: dict[str, list[float]] = {"dense": [], "published": []}
+    for visual in sizes:
+        bench = measured(arguments, visual)
+        console.print(table(bench, f"{visual} visual tokens"))
+        for name, row in times.items():
+            row.append(bench.found[name].median)
+    grown = {name: exponent(sizes, row) for name, row in times.items()}
+    for name, power in grown.items():
+        console.print(f"{name}: time grows with visual tokens to the power {power:.2f}")
+    return {"visual_tokens": sizes, "seconds": times, "exponents": grown}
+
+
+def _on_onnx_runtime(arguments: argparse.Namespace) -> dict[str, Any]:
+    recipe = load_recipe(arguments.recipe) if arguments.recipe else None
+    with contextlib.ExitStack() as stack:
+        folder = arguments.folder or Path(stack.enter_context(TemporaryDirectory()))
+        of = (folder, arguments.preset, recipe, arguments.threads, arguments.fused)
+        found = onnx_prefill.measure(*of)
+    console.print(*onnx_prefill.tables(found))
+    return found
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--preset", choices=PRESETS, default="cpu-mid")
+    parser.add_argument("--recipe", help="shipped name or file; the default otherwise")
+    parser.add_argument("--runtime", choices=("inductor", "onnx"), default="inductor")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=2, help="of the CPU")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=0, help="time so many new tokens")
+    parser.add_argument("--sweep", action="store_true", help="over visual tokens")
+    parser.add_argument("--fused", action="store_true", help="ONNX: with fusions too")
+    parser.add_argument("--folder", type=Path, help="where ONNX graphs are kept")
+    parser.add_argument("--json", type=Path, help="file for all numbers")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    arguments.only, arguments.eager = ("dense", "published", "few"), True
+    result: dict[str, Any] = {
+        "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", "-m", "benchmarks.prefill", *sys.argv[1:]]),
+        "torch": torch.__version__,
+    }
+    if arguments.runtime == "onnx":
+        onnx_prefill.main(arguments)
+        return
+    if arguments.sweep:
+        result |= sweep(arguments)
+    else:
+        bench = measured(arguments)
+        console.print(table(bench, f"{arguments.preset}, batch {arguments.batch}"))
+        result["found"] = {name: asdict(own) for name, own in bench.found.items()}
+        if arguments.steps:
+            recipe = load_recipe(arguments.recipe) if arguments.recipe else None
+            recipe = recipe or default(bench.geometry.layers, bench.visual)
+            decode = tokens_per_second(bench, recipe, arguments.steps)
+            console.print(f"ms per new token, eager: {decode}")
+            result["decode_ms"] = decode
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
