@@ -1,8 +1,9 @@
 """The attention that tokens get: what FitPrune, SparseVLM and FastV rate them by.
 
 One custom operator, ``vtprune::received``, so that no compiler ever writes the
-[B, H, S, S] probabilities down. ``spelled_out`` defines it in plain PyTorch, and is what
-exported graphs hold; on a CPU it is computed in blocks of rows that stay in the cache.
+[B, H, S, S] probabilities down. ``spelled_out`` defines it in plain PyTorch, and is
+what exported graphs hold; on a CPU it is computed in blocks of rows that stay in the
+cache, on a GPU in Triton (``received_triton``).
 
 Operations, counted: the products of queries and keys, ``B * H * R * S * D``
 multiply-adds with R the rows that have a weight, and as many again without the
@@ -55,6 +56,21 @@ def received(
         [B, W, S] float32.
     """
     return _in_blocks(query, key, mask, weights, lse, scale, strongest)
+
+
+@received.register_kernel("cuda")
+def _(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    weights: Tensor,
+    lse: Tensor | None,
+    scale: float,
+    strongest: bool,
+) -> Tensor:
+    from vtprune_fx import received_triton  # noqa: PLC0415 - PyTorch's GPU builds have it
+
+    return received_triton.received(query, key, mask, weights, lse, scale, strongest)
 
 
 @received.register_fake
@@ -141,7 +157,7 @@ def _in_blocks(
         # Half precision is left once for a sample, not once for a block.
         queries = query[sample].float()
         keys = per_query_head(query, key[sample : sample + 1])[0].float().mT
-        for rows in weighted.split(_BLOCK):
+        for rows in torch.split(weighted, _BLOCK):
             columns = int(reach[sample, rows].max())
             added = bias[sample, rows, :columns]
             block = queries[:, rows], keys[:, :, :columns]
