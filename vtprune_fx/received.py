@@ -151,7 +151,7 @@ def _in_blocks(
     """As ``spelled_out``, a sample and a block of rows with a weight at a time."""
     bias = attention_bias(mask, query).expand(query.shape[0], -1, -1, -1)[:, 0]
     reach = _reach(bias)
-    sums = torch.zeros_like(weights)
+    sums = weights.new_zeros(weights.shape)
     for sample in range(query.shape[0]):
         [weighted] = weights[sample].any(dim=0).nonzero(as_tuple=True)
         # Half precision is left once for a sample, not once for a block.

@@ -244,6 +244,8 @@ def _weighted_sums(
                 COLUMNS,
                 STRONGEST,
             )
+            # What padding holds does not count, NaN neither.
+            pairs = tl.where(weighted[:, None], pairs, 0.0)
             if SPREAD:
                 pairs = tl.where(lost[:, None], 1.0 / tokens, pairs)
             for way in tl.static_range(WAYS):
