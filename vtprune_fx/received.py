@@ -3,7 +3,7 @@
 One custom operator, ``vtprune::received``, so that no compiler ever writes the
 [B, H, S, S] probabilities down. ``spelled_out`` defines it in plain PyTorch, and is
 what exported graphs hold; on a CPU it is computed in blocks of rows that stay in the
-cache.
+cache, on a GPU in Triton (``received_triton``).
 
 Operations, counted: the products of queries and keys, ``B * H * R * S * D``
 multiply-adds with R the rows that have a weight, and as many again without the
@@ -56,6 +56,21 @@ def received(
         [B, W, S] float32.
     """
     return _in_blocks(query, key, mask, weights, lse, scale, strongest)
+
+
+@received.register_kernel("cuda")
+def _(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    weights: Tensor,
+    lse: Tensor | None,
+    scale: float,
+    strongest: bool,
+) -> Tensor:
+    from vtprune_fx import received_triton  # noqa: PLC0415 - PyTorch's GPU builds have it
+
+    return received_triton.received(query, key, mask, weights, lse, scale, strongest)
 
 
 @received.register_fake
@@ -140,13 +155,13 @@ def _in_blocks(
     """As ``spelled_out``, a sample and a block of rows with a weight at a time."""
     bias = attention_bias(mask, query).expand(query.shape[0], -1, -1, -1)[:, 0]
     reach = _reach(bias)
-    sums = torch.zeros_like(weights)
+    sums = weights.new_zeros(weights.shape)
     for sample in range(query.shape[0]):
         [weighted] = weights[sample].any(dim=0).nonzero(as_tuple=True)
         # Half precision is left once for a sample, not once for a block.
         queries = query[sample].float()
         keys = per_query_head(query, key[sample : sample + 1])[0].float().mT
-        for rows in weighted.split(_BLOCK):
+        for rows in torch.split(weighted, _BLOCK):
             columns = int(reach[sample, rows].max())
             added = bias[sample, rows, :columns]
             block = queries[:, rows], keys[:, :, :columns]
