@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from vtprune_fx.choice import CHOOSE, CHOOSE_SOME, unknown_length
 from vtprune_fx.graph import (
     STAMP,
     Stamp,
@@ -40,9 +41,7 @@ def own_length(positions: Tensor) -> Tensor:
 
 @own_length.register_fake
 def _(positions: Tensor) -> Tensor:
-    # Two at least: a length of 1 would be a size that broadcasts.
-    length = torch.library.get_ctx().new_dynamic_size(min=2)
-    return positions.new_empty(positions.shape[0], length)
+    return positions.new_empty(positions.shape[0], unknown_length())
 
 
 class OwnLengths(Pass):
@@ -66,6 +65,9 @@ class OwnLengths(Pass):
             layer = cut.attention.layer
             keep = named[f"{KEEP_PREFIX}{layer}"]
             keys = named.get(f"{KEYS_PREFIX}{layer}", keep)
+            if keep.target is CHOOSE:
+                keep.target = CHOOSE_SOME
+                continue
             with module.graph.inserting_after(keys):
                 own = module.graph.call_function(
                     torch.ops.vtprune.own_length.default, (keys,)
