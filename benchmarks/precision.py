@@ -116,7 +116,7 @@ def _round(whole: Path, path: Path, to: Quantized) -> None:
 
 
 def _compute_in_float32(path: Path) -> None:
-    """Let operators of an export in bfloat16 compute in float32, rounding after each."""
+    """Let operators of an export in bfloat16 compute in float32, and round."""
     for name in ("prefill.onnx", "decode.onnx"):
         graph = OnnxExporter.load_program(path / name)
         onnx_ir.external_data.load_to_model(graph)

@@ -390,7 +390,7 @@ def test_without_a_gpu_loading_says_so(export: Export) -> None:
 
 
 def test_engines_are_not_verified_and_the_error_says_what_is(export: Export) -> None:
-    with pytest.raises(ExportError, match="found engines.*vtprune export onnx"):
+    with pytest.raises(ExportError, match=r"found engines.*vtprune export onnx"):
         verify(export.folder)
 
 

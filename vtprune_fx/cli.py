@@ -359,7 +359,8 @@ def verify_export(
     """
     from vtprune_fx.export.verify import verify
 
-    result = verify(folder, model, seed)
+    with Console(stderr=True).status(f"Running {folder} and the oracle"):
+        result = verify(folder, model, seed)
     Console().print(result.table())
     if not result.passed:
         raise typer.Exit(1)
