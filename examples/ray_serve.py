@@ -1,8 +1,9 @@
 """Serve an exported model with Ray Serve: one replica for each GPU, or on the CPU.
 
     pip install ".[onnxruntime,serve]"
-    python examples/ray_serve.py    # a small model, one question, and done
-    serve run --app-dir examples ray_serve:app folder=llava-60    # until it is stopped
+    cd examples                                # where replicas look for this file
+    python ray_serve.py                        # a small model, one question, and done
+    serve run ray_serve:app folder=llava-60    # until it is stopped
 
 A request is JSON, ``{"prompt": "What is it?", "image": "<base64>"}``; without an image
 it is a question alone. The answer is ``{"answer": "..."}``.
