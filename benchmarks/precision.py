@@ -5,6 +5,10 @@
 Questions about one picture, of the reference model. Each export, pruned and dense,
 answers them greedily on ONNX Runtime's CPU; so does the oracle in float32, pruned and
 dense. An answer's tokens are equal as long as all ahead of them are.
+
+That CPU provider has no bfloat16 kernels. So in an export of bfloat16 every operator is
+made to compute in float32, what it reads widened and what it gives rounded back to
+bfloat16: what kernels with a float32 accumulator give, all but the order of sums.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from typing import Any, get_args
 
 import onnx_ir
 import torch
+from onnx_ir.passes.common import ShapeInferencePass
 from rich.console import Console
 from rich.table import Table
 from transformers.exporters import ExportFormat, OnnxExporter
@@ -33,8 +38,7 @@ from vtprune_fx.reference import CHECKPOINT
 from vtprune_fx.reference.questions import Sample, draw_samples
 
 RECIPE = "fitprune-reference-55"
-PRECISIONS = ("float32", "float16")
-"""Those that ONNX Runtime's CPU provider runs."""
+PRECISIONS = ("float32", "float16", "bfloat16")
 
 Answers = list[list[int]]
 
@@ -87,6 +91,8 @@ def _exports(
             two["attention_mask"] = example["attention_mask"][:2]
             two["pixel_values"] = example["pixel_values"][:2].to(parts[0].dtype)
             write_onnx(*parts, recipe.bound(int(visual[0])), path, two)
+            if precision == "bfloat16":
+                _compute_in_float32(path)
         yield precision, path
     whole = folder / f"{name}-float32"
     for to in get_args(Quantized):
@@ -107,6 +113,46 @@ def _round(whole: Path, path: Path, to: Quantized) -> None:
         OnnxExporter.save_program(rounded, path / name)
     changes = {"quantize": to, "files": manifest.hashes(path)}
     manifest.read(whole).model_copy(update=changes).write(path)
+
+
+def _compute_in_float32(path: Path) -> None:
+    """Let operators of an export in bfloat16 compute in float32, and round."""
+    for name in ("prefill.onnx", "decode.onnx"):
+        graph = OnnxExporter.load_program(path / name)
+        onnx_ir.external_data.load_to_model(graph)
+        # Some values between two operators come without a type.
+        graph = ShapeInferencePass()(graph).model
+        for node in list(graph.graph):
+            if node.op_type != "Cast":  # which the provider has
+                _widen(graph.graph, node)
+        OnnxExporter.save_program(graph, path / name)
+    contents = manifest.read(path)
+    (path / manifest.FILE).unlink()
+    contents.model_copy(update={"files": manifest.hashes(path)}).write(path)
+
+
+def _widen(graph: onnx_ir.Graph, node: onnx_ir.Node) -> None:
+    """Put casts ahead of one node that reads bfloat16, and behind it."""
+    narrow, wide = onnx_ir.DataType.BFLOAT16, onnx_ir.DataType.FLOAT
+    read = [i for i, v in enumerate(node.inputs) if v is not None and v.dtype == narrow]
+    if not read:
+        return
+    for index in read:
+        cast = onnx_ir.node("Cast", [node.inputs[index]], {"to": wide})
+        cast.outputs[0].dtype = wide
+        graph.insert_before(node, cast)
+        node.replace_input_with(index, cast.outputs[0])
+    for value in node.outputs:
+        if value.dtype != narrow:
+            continue
+        cast = onnx_ir.node("Cast", [value], {"to": narrow})
+        rounded = cast.outputs[0]
+        value.replace_all_uses_with(rounded, replace_graph_outputs=True)
+        cast.replace_input_with(0, value)
+        value.name, rounded.name = f"{value.name}.wide", value.name
+        rounded.type, rounded.shape = onnx_ir.TensorType(narrow), value.shape
+        value.type = onnx_ir.TensorType(wide)
+        graph.insert_after(node, cast)
 
 
 def _answers(path: Path, batches: Sequence[dict[str, Any]]) -> Answers:

@@ -1,8 +1,9 @@
 """Serve an exported model with Ray Serve: one replica for each GPU, or on the CPU.
 
-    pip install "vtprune-fx[onnxruntime,serve]"
-    python examples/ray_serve.py               # a small model, one question, and done
-    serve run ray_serve:app folder=llava-60    # from this folder, until it is stopped
+    pip install ".[onnxruntime,serve]"
+    cd examples                                # where replicas look for this file
+    python ray_serve.py                        # a small model, one question, and done
+    serve run ray_serve:app folder=llava-60    # until it is stopped
 
 A request is JSON, ``{"prompt": "What is it?", "image": "<base64>"}``; without an image
 it is a question alone. The answer is ``{"answer": "..."}``.
@@ -64,7 +65,8 @@ deployment: Any = serve.deployment(Answers, num_replicas=1, max_ongoing_requests
 
 def app(arguments: dict[str, str]) -> Any:
     """What ``serve run`` starts."""
-    return deployment.bind(arguments["folder"])
+    # A replica may run in another folder.
+    return deployment.bind(str(Path(arguments["folder"]).resolve()))
 
 
 def main() -> str:
@@ -81,11 +83,13 @@ def main() -> str:
             serve.shutdown()
 
 
-def ask(prompt: str, image: Image.Image) -> str:
+def ask(prompt: str, image: Image.Image | None) -> str:
     """Send one request."""
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    fields = {"prompt": prompt, "image": base64.b64encode(file.getvalue()).decode()}
+    fields = {"prompt": prompt}
+    if image is not None:
+        file = io.BytesIO()
+        image.save(file, "PNG")
+        fields["image"] = base64.b64encode(file.getvalue()).decode()
     request = urllib.request.Request(
         "http://127.0.0.1:8000/", json.dumps(fields).encode(), method="POST"
     )

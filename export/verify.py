@@ -27,7 +27,7 @@ from transformers import LlavaForConditionalGeneration, PreTrainedModel
 from vtprune_fx import oracle
 from vtprune_fx.errors import ExportError, InputError
 from vtprune_fx.export.draw import Case, draw_cases
-from vtprune_fx.export.manifest import Manifest
+from vtprune_fx.export.manifest import Manifest, read
 from vtprune_fx.export.onnx_model import OnnxModel
 from vtprune_fx.export.quantize import rounded
 from vtprune_fx.export.runtime import load
@@ -136,14 +136,14 @@ def verify(folder: Path, model: str | None = None, seed: int = 0) -> Verificatio
         ExportError: The folder is no whole export, or has no keep sets to look at.
         InputError: There is no such model, or the oracle does not know it.
     """
-    exported = load(folder)
-    if exported.manifest.target != "onnx":
+    if read(folder).target != "onnx":
         raise ExportError(
             f"export {folder}",
             expected="graphs for ONNX Runtime",
-            found=f"a {type(exported).__name__}, which does not tell its keep sets",
-            fix="Verify the ONNX export that it was built from.",
+            found="engines, which do not tell their keep sets",
+            fix="Write the same with `vtprune export onnx`, and verify that.",
         )
+    exported = load(folder)
     contents = exported.manifest
     original = _original(contents, model)
     exported.show_keep_sets(folder)

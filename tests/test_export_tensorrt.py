@@ -29,6 +29,7 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
+from tests import zoo
 from tests.ort_engine import OrtEngine
 from tests.test_onnx_safety import edit_json, trust_again
 from tests.tiny import IMAGE, batch, counted_positions, recipe_for, tiny_llava
@@ -52,6 +53,7 @@ from vtprune_fx.export import (
 )
 from vtprune_fx.export.profile import decode_points
 from vtprune_fx.export.to_onnx import example_prompts, export_onnx
+from vtprune_fx.export.verify import verify
 from vtprune_fx.inputs import open_checkpoint
 from vtprune_fx.picture import sample_photo
 from vtprune_fx.recipe import load_recipe
@@ -387,6 +389,11 @@ def test_without_a_gpu_loading_says_so(export: Export) -> None:
         load(export.folder, device="cpu")
 
 
+def test_engines_are_not_verified_and_the_error_says_what_is(export: Export) -> None:
+    with pytest.raises(ExportError, match=r"found engines.*vtprune export onnx"):
+        verify(export.folder)
+
+
 def test_engines_of_the_other_tensorrt_are_refused(
     export: Export, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -471,6 +478,22 @@ def test_counts_that_depend_on_the_prompt_are_refused(tmp_path: Path) -> None:
         write_tensorrt(nothing, nothing, by_rank, tmp_path / "engines", SIZES)
 
 
+def test_encoders_that_are_told_sizes_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Qwen2-VL's are told grids: how many features they give depends on values."""
+    model = zoo.shared("Qwen2-VL")
+    inputs = zoo.batch("Qwen2-VL", model, (3, "image", 4), (2, "image", 6))
+    processor: Any = None  # its prompts are drawn
+    monkeypatch.setattr(to_tensorrt, "example_prompts", lambda _: inputs)
+    message = "encoders that see pixels alone.*found encoders that are told sizes"
+    with pytest.raises(ExportError, match=message):
+        write_tensorrt(model, processor, None, tmp_path / "engines", SIZES)
+    with pytest.raises(ExportError, match=message):
+        write_onnx(model, processor, None, tmp_path / "onnx", inputs)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.fixture
 def engines(export: Export, tmp_path: Path) -> Path:
     """A copy of a good export, to damage."""
@@ -506,6 +529,7 @@ def test_engines_in_another_format_are_refused(engines: Path) -> None:
         (["--batch", "4:1:1"], "--batch"),
         (["--prompt", "600:700:4000"], "at most 3840 tokens"),
         (["--compute-capability", "1.0"], "--compute-capability"),
+        (["--via", "torch-tensorrt"], "no converter for the stable sort of a cut"),
     ],
 )
 def test_the_command_refuses_ahead_of_opening_the_model(
@@ -514,7 +538,7 @@ def test_the_command_refuses_ahead_of_opening_the_model(
     output = tmp_path / "engines"
     arguments = ["export", "tensorrt", "no-such-model", "--output", str(output)]
     result = CliRunner().invoke(app, [*arguments, *option])
-    assert isinstance(result.exception, InputError)
+    assert isinstance(result.exception, InputError | ExportError)
     assert message in str(result.exception)
     assert not output.exists()
 

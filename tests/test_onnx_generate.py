@@ -224,6 +224,8 @@ def test_transformers_alone_loads_and_runs_an_export(
 BATCHES: dict[str, list[tuple[int, ...]]] = {
     "one sample, 600 tokens": [(5, 19)],
     "one sample, 900 tokens": [(300, 24)],
+    "two samples, 600 and 900 tokens": [(14, 10), (24, 300)],
+    "three samples, 650 to 800 tokens": [(60, 14), (124, 100), (1, 150)],
     "four samples, padded": [(3, 30), (40, 4), (0, 25), (100, 200)],
     "two images": [(3, 4, 6)],
 }
@@ -250,11 +252,12 @@ def test_one_export_serves_batches_lengths_images_and_text(tmp_path: Path) -> No
             for sample in samples_of(original, inputs)
         ]
         assert ids[:, -4:].tolist() == expected, name
-    words = torch.randint(10, 90, (4, 700), generator=generator)
-    mask = torch.ones_like(words)
-    found = exported.generate(words, attention_mask=mask, **options)
-    expected = original.generate(words, attention_mask=mask, **options)
-    assert found.tolist() == expected.tolist(), "text alone"
+    for shape in ((1, 600), (4, 900)):
+        words = torch.randint(10, 90, shape, generator=generator)
+        mask = torch.ones_like(words)
+        found = exported.generate(words, attention_mask=mask, **options)
+        expected = original.generate(words, attention_mask=mask, **options)
+        assert found.tolist() == expected.tolist(), f"text alone, {shape}"
 
 
 def drawn(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 
 from vtprune_fx.errors import ExportError
 from vtprune_fx.export import load, manifest
-from vtprune_fx.export.folder import written_at_once
+from vtprune_fx.export.folder import check_free, written_at_once
 
 
 @pytest.fixture
@@ -187,21 +188,34 @@ def test_an_export_that_fails_half_way_leaves_an_earlier_one(copy: Path) -> None
 
 _KILLED = """
 import os, signal, sys
-from pathlib import Path
-from vtprune_fx.export.folder import written_at_once
-with written_at_once(Path(sys.argv[1])) as scratch:
-    (scratch / "prefill.onnx").write_bytes(b"half of it")
+from transformers.exporters import OnnxExporter
+from vtprune_fx.cli import main
+write = OnnxExporter.save_program
+def write_and_die(*arguments):
+    write(*arguments)
     os.kill(os.getpid(), signal.SIGKILL)
+OnnxExporter.save_program = staticmethod(write_and_die)
+sys.argv = ["vtprune", "export", "onnx", *sys.argv[1:]]
+main()
 """
+"""The whole command, killed as soon as the first of its graphs is on the disk."""
 
 
 @pytest.mark.slow
-def test_an_export_that_is_killed_half_way_does_not_load(tmp_path: Path) -> None:
-    output = tmp_path / "onnx"
-    command = [sys.executable, "-c", _KILLED, str(output)]
-    run = subprocess.run(command, check=False, env=os.environ)
-    assert run.returncode == -9
+def test_an_export_that_is_killed_half_way_does_not_load(
+    onnx_folder: Path, tmp_path: Path
+) -> None:
+    """Engines are written by the same ``write_export``."""
+    checkpoint, output = onnx_folder.parent / "checkpoint", tmp_path / "onnx"
+    arguments = [str(checkpoint), "--output", str(output)]
+    command = [sys.executable, "-c", _KILLED, *arguments]
+    run = subprocess.run(command, check=False, capture_output=True, env=os.environ)
+    assert run.returncode == -signal.SIGKILL, run.stderr.decode()
     assert not output.exists()
-    for left in tmp_path.iterdir():  # a scratch folder, without a manifest
+    [scratch] = tmp_path.iterdir()
+    [graph] = scratch.rglob("prefill.onnx")
+    for left in (scratch, graph.parent):
         with pytest.raises(ExportError, match=r"a readable vtprune.json"):
             load(left)
+    # What is left does not stand in the way of another try.
+    check_free(output)

@@ -359,7 +359,8 @@ def verify_export(
     """
     from vtprune_fx.export.verify import verify
 
-    result = verify(folder, model, seed)
+    with Console(stderr=True).status(f"Running {folder} and the oracle"):
+        result = verify(folder, model, seed)
     Console().print(result.table())
     if not result.passed:
         raise typer.Exit(1)
@@ -376,6 +377,13 @@ class Precision(enum.StrEnum):
     def dtype(self) -> str:
         """What torch calls it."""
         return {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}[self]
+
+
+class Via(enum.StrEnum):
+    """Who makes a TensorRT network of a graph."""
+
+    onnx = "onnx"
+    torch_tensorrt = "torch-tensorrt"
 
 
 @export_app.command("tensorrt")
@@ -405,6 +413,12 @@ def export_to_tensorrt(
             "8.0 on, full TensorRT for the one at hand."
         ),
     ] = None,
+    via: Annotated[
+        Via,
+        typer.Option(
+            help="TensorRT's ONNX parser. Torch-TensorRT is refused, with the reason."
+        ),
+    ] = Via.onnx,
 ) -> None:
     """Build a prefill and a decode engine; for TensorRT for RTX that needs no GPU.
 
@@ -418,9 +432,12 @@ def export_to_tensorrt(
     from vtprune_fx.export.tensorrt_library import (
         compute_capability as check_capability,
     )
+    from vtprune_fx.export.tensorrt_library import refuse_torch_tensorrt
     from vtprune_fx.inputs import open_checkpoint
 
     # What can be refused is refused before anything slow.
+    if via is Via.torch_tensorrt:
+        refuse_torch_tensorrt()
     sizes = Sizes(
         batch=Span.parse(batch, "--batch"),
         prompt=None if prompt is None else Span.parse(prompt, "--prompt"),
