@@ -49,20 +49,21 @@ Written by `python -m tests.matrix`, which runs what it says: a tiny model of ea
 architecture with random weights, in float32, on a CPU, with two cuts.
 
 * *prefill*: a prompt with an image, compiled by inductor.
-* *generate*: two prompts in a batch, one with two images, the other padded; 8 new tokens,
-  prompt and steps compiled by Dynamo and run operator by operator. In *several images*
-  and *padding* the same with one prompt of two images, and with two of one image.
+* *generate*: two prompts in a batch, one with two images, the other padded; 8 new
+  tokens, prompt and steps compiled by Dynamo and run operator by operator. In *several
+  images* and *padding* the same with one prompt of two images, and with two prompts of
+  one image each.
 * *video*: the same as *generate* with a video, beside an image. *-*: it takes none.
 * *ONNX*: the batch of *generate* on ONNX Runtime, prefill and 8 steps.
 * *TensorRT*: both engines built by TensorRT for RTX, without a GPU. None was run.
 
 *yes* is agreement with [the oracle](architecture.md), the plain eager pruner: the same
-tokens kept at each cut, each layer's cache as long, and every new token's logits within
-1e-4. For *TensorRT* it is that the engines were built, with the sizes that the graphs have.
-*refused*: an error ahead of any run, quoted below the table. *fails*: what is quoted there
-went wrong.
+tokens kept at each cut, each layer's cache as long, and every new token's logits
+within 1e-4. For *ONNX* it is the logits alone. For *TensorRT* it is that engines were
+built, of networks with the sizes that the graphs have. *refused*: an error ahead of any
+run, quoted below the table. *fails*: what is quoted there went wrong.
 
-LLaVA-HR is not in transformers: it is [examples/llava_hr.py](../examples/llava_hr.py).
+LLaVA-HR is not in transformers: `examples/llava_hr.py` is one of two vision towers.
 
 """
 
@@ -137,7 +138,7 @@ def exported(name: str) -> ExportedModel:
 
 
 def assert_onnx_is_the_oracle(name: str) -> None:
-    """Compare the last logits of each sample, behind the prompt and behind each step."""
+    """Compare each sample's last logits, behind the prompt and behind each step."""
     model = shared(name)
     inputs = batch(name, model, *IMAGES)
     ready = prefill_inputs(model, inputs)
