@@ -1,4 +1,4 @@
-"""The page that ``tests.matrix`` writes is about the models and columns that there are."""
+"""The page that ``tests.matrix`` writes has all models and columns that there are."""
 
 from __future__ import annotations
 
