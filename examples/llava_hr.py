@@ -97,7 +97,7 @@ class Adapter(nn.Module):
     def forward(self, low: Tensor, high: Tensor) -> Tensor:
         """[I, P, w] and [I, c, H, H] -> [I, P, w]."""
         side = math.isqrt(low.shape[1])
-        grid = low.mT.reshape(len(low), -1, side, side)
+        grid = low.mT.reshape(low.shape[0], low.shape[2], side, side)
         grid = grid + self.low(grid)
         above = avg_pool2d(self.high(high), high.shape[-1] // side)
         means = torch.cat((grid, above), dim=1).mean(dim=(2, 3))
