@@ -40,7 +40,7 @@ from vtprune_fx.reference.questions import KINDS, Sample, draw_samples
 from vtprune_fx.reference.train import Plan, Training
 
 CPU = torch.device("cpu")
-SHORT = Plan(see_steps=20, talk_steps=25, see_rows=8, talk_rows=4)
+SHORT = Plan(see_steps=20, talk_steps=12, see_rows=4, talk_rows=2)
 
 
 # ------------------------------------------------------------- pictures and questions
@@ -269,15 +269,15 @@ def test_training_lowers_the_loss_and_goes_on_where_it_stopped(tmp_path: Path) -
     stopping = Training(tmp_path / "parts", SHORT, CPU)
     talk_loss, steps = stopping._talk_loss, 0
 
-    def stop_at_ten(batch: Any) -> torch.Tensor:
+    def stop_at_five(batch: Any) -> torch.Tensor:
         nonlocal steps
         steps += 1
-        if steps == 10:
+        if steps == 5:
             stopping._save()
             raise KeyboardInterrupt
         return talk_loss(batch)
 
-    stopping._talk_loss = stop_at_ten  # type: ignore[method-assign]
+    stopping._talk_loss = stop_at_five  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
         stopping.run()
     Training(tmp_path / "parts", SHORT, CPU).run()
@@ -291,8 +291,8 @@ def test_training_lowers_the_loss_and_goes_on_where_it_stopped(tmp_path: Path) -
 
 def test_another_plan_does_not_go_on(tmp_path: Path) -> None:
     Training(tmp_path, SHORT, CPU)._save()
-    with pytest.raises(InputError, match="talk_steps=26"):
-        Training(tmp_path, dataclasses.replace(SHORT, talk_steps=26), CPU)
+    with pytest.raises(InputError, match="talk_steps=13"):
+        Training(tmp_path, dataclasses.replace(SHORT, talk_steps=13), CPU)
 
 
 # ------------------------------------------------------------------------- checkpoint
