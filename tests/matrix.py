@@ -62,8 +62,8 @@ pruner: logits within 1e-4, behind the prompt and behind each new token; in
 `torch.compile` also the same tokens kept at each cut, and as many cached in each layer.
 For *TensorRT* it is that engines were built, of networks with the sizes that the graphs
 have. *refused*: an error ahead of any run, quoted below the table. *fails*: what is
-quoted there went wrong. *not run*: nobody has tried; exports take long, so they are made
-of the models that pruning papers report on.
+quoted there went wrong. *not run*: nobody has tried; exports take long, so they are
+made of the models that pruning papers report on.
 
 LLaVA-HR is not in transformers: `examples/llava_hr.py` is one of two vision towers.
 

@@ -22,7 +22,8 @@ ARGUMENTS = {
     "video": ["eager"],
     "write_scorer": ["eager"],
 }
-SLOW = {"build_engine", "onnx_runtime"}
+SLOW = {"build_engine", "onnx_runtime", "prune_and_compile"}
+"""The last does what docs/getting-started.md does, which is run."""
 WRITES = {"build_engine": "prefill.engine", "fit_recipe": "fit.json"}
 SAYS = {
     "llava_hr": "16 visual tokens, 5 after",  # int(16 n / 576) of 449 leave: see video
