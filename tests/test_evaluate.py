@@ -87,7 +87,7 @@ def test_models_beside_llava_are_asked_too(tmp_path: Path) -> None:
         vision_config=llava.config.vision_config,
         text_config=llava.config.text_config,
         image_token_index=llava.config.image_token_id,
-        vision_feature_layers=[-2, -1],
+        vision_feature_layer=[-2, -1],
     )
     torch.manual_seed(0)
     model: Any = VipLlavaForConditionalGeneration(config).eval()

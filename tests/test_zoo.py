@@ -157,8 +157,8 @@ def test_positions_along_three_axes_cannot_be_compacted() -> None:
 def test_towers_that_are_told_sizes_cannot_be_looked_at(name: str) -> None:
     """They run ahead of the graph, so VisionZip finds no tower in it."""
     model = tiny(name)
-    told = {"score": "visionzip", "site": "before_layer"}
-    vtprune_fx.compile(model, recipe_for(LAYERS, {0: 2}, **told), inner="eager")
+    recipe = recipe_for(LAYERS, {0: 2}, site="before_layer", score="visionzip")
+    vtprune_fx.compile(model, recipe, inner="eager")
     with pytest.raises(PlanError, match="does not look at the vision tower"):
         run(model, batch(name, model, *IMAGES))
 
