@@ -234,7 +234,7 @@ def written() -> tuple[dict[str, Row], list[str]]:
     """The rows and reasons of the page as it is."""
     lines = PAGE.read_text(encoding="utf-8").splitlines() if PAGE.exists() else []
     cells = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
-    rows = {name: own for name, *own in cells if len(own) == len(COLUMNS)}
+    rows = {n: own for n, *own in cells if n in ZOO and len(own) == len(COLUMNS)}
     return rows, [line for line in lines if line.startswith("* ") and ", " in line]
 
 
