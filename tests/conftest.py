@@ -20,10 +20,14 @@ logging.getLogger("torch.__trace").disabled = True
 
 
 @pytest.fixture(autouse=True)
-def _forget_compiled_graphs() -> Iterator[None]:
-    """Let no test run on graphs, or under guards, that an earlier one left behind."""
+def _forget_compiled_graphs(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Let no test run on graphs, or under guards, that an earlier one left behind.
+
+    But for those that say that they share them.
+    """
     yield
-    if "torch._dynamo" in sys.modules:
+    shares = request.node.get_closest_marker("shares_graphs") is not None
+    if "torch._dynamo" in sys.modules and not shares:
         torch._dynamo.reset()
 
 

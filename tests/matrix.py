@@ -6,57 +6,101 @@ the other rows. A column is one function, which raises what is wrong.
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import onnx_ir
 import onnxruntime
 import torch
 from transformers.exporters.utils import onnx_feed
 
+import vtprune_fx
 from tests.zoo import (
     ZOO,
     Prompt,
     assert_generates_like_the_oracle,
     batch,
+    placeholders,
     recipe_of,
     shared,
+    tiny,
 )
 from vtprune_fx import oracle
 from vtprune_fx.errors import VtpruneError
 from vtprune_fx.export import export_onnx, prefill_inputs
+from vtprune_fx.export.profile import Sizes, Span
+from vtprune_fx.export.to_tensorrt import build_engines
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from transformers.exporters import ExportedModel
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 
 HEAD = """# Models
 
-Written by `python -m tests.matrix`, which runs what it says: tiny random models of each
-architecture, in float32, on a CPU, against the oracle.
+Written by `python -m tests.matrix`, which runs what it says: a tiny model of each
+architecture with random weights, in float32, on a CPU, with two cuts.
 
-* *compile*: two prompts in one batch, one padded, the other with two images: the tokens
-  that stay at each cut, the length of every layer's cache, and the logits of the prompt
-  and of 8 generated tokens.
-* *video*: the same with a video, beside an image.
-* *ONNX*: the exported prefill graph on ONNX Runtime, its last logits.
+* *prefill*: a prompt with an image, compiled by the backend of `torch.compile` that the
+  cell names; *eager* runs Dynamo's graph operator by operator.
+* *generate*: two prompts in a batch; 8 new tokens, prompt and steps compiled by Dynamo
+  and run operator by operator. *several images*: one of the two has two. *padding*: the
+  other is shorter.
+* *video*: the same as *generate* with a video, beside an image. *-*: it takes none.
+* *ONNX*: the batch of *generate* on ONNX Runtime, prefill and 8 steps.
+* *TensorRT*: both engines built by TensorRT for RTX, without a GPU. None was run.
 
-*yes*: that ran and agreed within 1e-4. *-*: the model takes none. *not run*: nobody has
-tried. Anything else is the reason of a refusal, below the table.
+*yes*, or a backend, is agreement with [the oracle](architecture.md), the plain eager
+pruner: logits within 1e-4, behind the prompt and behind each new token; in
+`torch.compile` also the same tokens kept at each cut, and as many cached in each layer.
+For *TensorRT* it is that engines were built, of networks with the sizes that the graphs
+have. *refused*: an error ahead of any run, quoted below the table. *fails*: what is
+quoted there went wrong. *not run*: nobody has tried; exports take long, so they are
+made of the models that pruning papers report on.
+
+LLaVA-HR is not in transformers: `examples/llava_hr.py` is one of two vision towers.
 
 """
 
-IMAGES: tuple[Prompt, ...] = ((3, "image", 6), (2, "image", 1, "image", 9))
+ONE: tuple[Prompt, ...] = ((3, "image", 6),)
+IMAGES: tuple[Prompt, ...] = (*ONE, (2, "image", 1, "image", 9))
 VIDEOS: tuple[Prompt, ...] = ((3, "video", 6), (2, "image", 1, "video", 9))
 
+NEW = 8
+"""New tokens."""
 
-def compiled(name: str) -> str:
-    """``vtprune_fx.compile`` and ``generate``."""
-    assert_generates_like_the_oracle(name, IMAGES, recipe_of(name))
+NOT_RUN = "not run"
+
+
+def prefill(name: str) -> str:
+    """One prompt by inductor, which takes long: other models are those of generate."""
+    if not ZOO[name].papers:
+        generate(name)
+        return "eager"
+    model, recipe = tiny(name), recipe_of(name)
+    inputs = batch(name, model, *ONE)
+    [sample] = oracle.split_batch(model, **inputs)
+    expected = oracle.prefill(model, recipe, sample)
+    torch.compiler.reset()
+    with torch.no_grad():
+        found: Any = vtprune_fx.compile(model, recipe)(**inputs)
+    torch.testing.assert_close(found.logits[0], expected.logits, atol=1e-4, rtol=0)
+    held = [layer.held() for layer in found.past_key_values.layers]
+    assert held == [keys.shape[1] for keys in expected.keys], "tokens that layers hold"
+    return "inductor"
+
+
+@functools.lru_cache(maxsize=1)
+def generate(name: str) -> str:
+    """``vtprune_fx.compile`` and ``generate``, on what three columns are about."""
+    assert_generates_like_the_oracle(name, IMAGES, recipe_of(name), NEW)
     return "yes"
 
 
@@ -64,38 +108,99 @@ def video(name: str) -> str:
     """A video beside an image."""
     if ZOO[name].video is None:
         return "-"
-    assert_generates_like_the_oracle(name, VIDEOS, recipe_of(name))
+    assert_generates_like_the_oracle(name, VIDEOS, recipe_of(name), NEW)
     return "yes"
 
 
 def onnx(name: str) -> str:
-    """The exported prefill graph on ONNX Runtime."""
+    """Both graphs on ONNX Runtime, where a paper reports on the model."""
     if not ZOO[name].papers:
-        return "not run"
+        return NOT_RUN
     assert_onnx_is_the_oracle(name)
     return "yes"
 
 
+def tensorrt(name: str) -> str:
+    """Both engines, for prompts around those that the other columns run."""
+    if not ZOO[name].papers:
+        return NOT_RUN
+    inputs = batch(name, shared(name), *IMAGES)
+    features = prefill_inputs(shared(name), inputs).get("mm_encoder_outputs")
+    tokens = inputs["input_ids"].shape[1]
+    # What is counted behind the encoders are their features, not images.
+    each = 2 if features is None else int(placeholders(inputs).sum(1).max())
+    build_engines(
+        exported(name),
+        Sizes(
+            Span(1, 1, 2), Span(tokens, tokens, 2 * tokens), Span(each, each, each), NEW
+        ),
+        "8.9",
+    )
+    return "yes"
+
+
+@functools.lru_cache(maxsize=1)
+def exported(name: str) -> ExportedModel:
+    """The graphs of a model's ONNX export."""
+    model = shared(name)
+    return export_onnx(model, batch(name, model, *IMAGES), recipe_of(name))[0]
+
+
 def assert_onnx_is_the_oracle(name: str) -> None:
-    """Compare the last logits of each sample."""
-    model, recipe = shared(name), recipe_of(name)
+    """Compare each sample's last logits, behind the prompt and behind each step."""
+    model = shared(name)
     inputs = batch(name, model, *IMAGES)
-    exported, _ = export_onnx(model, inputs, recipe)
-    program = onnx_ir.to_proto(exported.components["prefill"].program)
-    session = onnxruntime.InferenceSession(program.SerializeToString())
-    taken = [each.name for each in session.get_inputs()]
-    feed = onnx_feed(taken, prefill_inputs(model, inputs))
-    [logits] = session.run(["logits"], feed)
-    for row, sample in enumerate(oracle.split_batch(model, **inputs)):
-        expected = oracle.prefill(model, recipe, sample).logits[-1]
-        found = torch.from_numpy(logits[row, -1])
-        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    ready = prefill_inputs(model, inputs)
+    # Where a model would count padding, too, steps have to go on from there.
+    at = ready["position_ids"]
+    samples = oracle.split_batch(model, **inputs, position_ids=at)
+    states = [oracle.prefill(model, recipe_of(name), sample) for sample in samples]
+    expected = torch.stack([state.logits[-1] for state in states])
+    run, step = (_Graph(exported(name), part) for part in ("prefill", "decode"))
+    found = run(ready)
+    mask = inputs["attention_mask"]
+    for _ in range(NEW):
+        logits = torch.from_numpy(found["logits"][:, -1])
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+        tokens = expected.argmax(dim=1, keepdim=True)
+        mask = torch.cat((mask, torch.ones_like(tokens)), dim=1)
+        at = torch.tensor([state.next_positions[:1] for state in states])
+        given = {"input_ids": tokens, "attention_mask": mask, "position_ids": at}
+        found = step(given, found)
+        pairs = zip(states, tokens, strict=True)
+        expected = torch.stack([oracle.step(model, s, int(t)) for s, t in pairs])
+
+
+class _Graph:
+    """One graph on ONNX Runtime."""
+
+    def __init__(self, graphs: ExportedModel, part: str) -> None:
+        model = onnx_ir.to_proto(graphs.components[part].program)
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        self._session = onnxruntime.InferenceSession(model.SerializeToString(), options)
+
+    def __call__(
+        self, inputs: dict[str, Any], before: dict[str, Any] | None = None
+    ) -> dict[str, np.ndarray[Any, Any]]:
+        """All outputs by name, ``before`` those of the run that left the cache."""
+        taken = [each.name for each in self._session.get_inputs()]
+        feed = onnx_feed([n for n in taken if "past_key_values" not in n], inputs)
+        for name, value in (before or {}).items():
+            port = f"input.{name.removeprefix('output.')}"
+            feed |= {port: value} if port in taken else {}
+        names = [each.name for each in self._session.get_outputs()]
+        return dict(zip(names, self._session.run(names, feed), strict=True))
 
 
 COLUMNS: dict[str, Callable[[str], str]] = {
-    "compile": compiled,
+    "prefill": prefill,
+    "generate": generate,
+    "several images": generate,
+    "padding": generate,
     "video": video,
     "ONNX": onnx,
+    "TensorRT": tensorrt,
 }
 
 Row = list[str]
@@ -105,7 +210,7 @@ def main(names: list[str]) -> None:
     """Run the columns for some models, or all."""
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
-    rows, reasons = _written()
+    rows, reasons = written()
     for name in names or ZOO:
         reasons = [reason for reason in reasons if not reason.startswith(f"* {name}, ")]
         rows[name] = [_cell(name, column, reasons) for column in COLUMNS]
@@ -117,7 +222,7 @@ def _cell(name: str, column: str, reasons: list[str]) -> str:
     try:
         return COLUMNS[column](name)
     except VtpruneError as refusal:
-        reasons.append(f"* {name}, {column}: {refusal}")
+        reasons.append(f"* {name}, {column}: {' '.join(str(refusal).split())}")
         return "refused"
     except Exception as error:  # an operator, a compiler, a comparison
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -125,11 +230,11 @@ def _cell(name: str, column: str, reasons: list[str]) -> str:
         return "fails"
 
 
-def _written() -> tuple[dict[str, Row], list[str]]:
+def written() -> tuple[dict[str, Row], list[str]]:
     """The rows and reasons of the page as it is."""
     lines = PAGE.read_text(encoding="utf-8").splitlines() if PAGE.exists() else []
     cells = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
-    rows = {name: own for name, *own in cells if len(own) == len(COLUMNS)}
+    rows = {n: own for n, *own in cells if n in ZOO and len(own) == len(COLUMNS)}
     return rows, [line for line in lines if line.startswith("* ") and ", " in line]
 
 
@@ -137,7 +242,8 @@ def _write(rows: dict[str, Row], reasons: list[str]) -> None:
     lines: list[Any] = [["model", *COLUMNS], ["---"] * (1 + len(COLUMNS))]
     lines += [[name, *rows[name]] for name in ZOO if name in rows]
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-    refusals = "\n".join(r for r in reasons if r.split(", ")[0][2:] in ZOO)
+    own = {name: [r for r in reasons if r.startswith(f"* {name}, ")] for name in ZOO}
+    refusals = "\n".join(reason for found in own.values() for reason in found)
     PAGE.write_text(f"{HEAD}{table}\n\n{refusals}".strip() + "\n", encoding="utf-8")
 
 

@@ -52,8 +52,16 @@ def test_flex_attention_is_refused_with_the_setting_to_change() -> None:
         compiled(**inputs)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "attention"),
+    [
+        (torch.bfloat16, "sdpa"),
+        (torch.float16, "eager"),
+        pytest.param(torch.bfloat16, "eager", marks=pytest.mark.slow),
+        pytest.param(torch.float16, "sdpa", marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_half_precision_keeps_what_the_oracle_keeps(
     dtype: torch.dtype, attention: str
 ) -> None:

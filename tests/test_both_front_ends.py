@@ -102,15 +102,14 @@ def test_exported_from_equal_numbers_is_the_oracle() -> None:
         assert_matches_oracle(outputs, kept, model, SHORT, inputs)
 
 
-def test_exported_with_grouped_heads_is_the_oracle() -> None:
-    model = tiny_llava(layers=2, kv_heads=2)
-    inputs = batch(model, (3, 6), (9, 1))
-    pruned = prune(model, inputs, SHORT)
-    outputs, kept = pruned(**inputs), pruned.keep_sets(**inputs)
-    assert_matches_oracle(outputs, kept, model, SHORT, inputs)
-
-
-@pytest.mark.parametrize("score", ["inverted", "random", "uniform"])
+@pytest.mark.parametrize(
+    "score",
+    [
+        "inverted",
+        "random",
+        pytest.param("uniform", marks=pytest.mark.slow),
+    ],
+)
 def test_exported_baselines_are_the_oracle(
     score: Literal["inverted", "random", "uniform"],
 ) -> None:
@@ -242,6 +241,7 @@ def test_text_alone_and_decode_steps_go_to_the_inner_backend_as_they_are(
     torch.testing.assert_close(stepped.logits, expected)
 
 
+@pytest.mark.slow
 def test_compiled_by_the_name_of_an_inner_backend_is_the_oracle() -> None:
     model = tiny_llava(layers=2)
     inputs = batch(model, (3, 6))

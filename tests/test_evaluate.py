@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from transformers import VipLlavaConfig, VipLlavaForConditionalGeneration
 
 from tests.test_cli_recipes import Run, io, run
+from tests.tiny import recipe_for
 from vtprune_fx import evaluate as evaluation
 from vtprune_fx.accuracy import Evaluation, paired, wilson
+from vtprune_fx.checkpoint import CheckpointSpec, build_checkpoint
 from vtprune_fx.cost import Geometry, cost
 from vtprune_fx.errors import InputError
 from vtprune_fx.evaluate import Backend, evaluate, inputs_of
@@ -27,6 +30,8 @@ __all__ = ["io"]  # a fixture
 RECIPE = load_recipe("fitprune-reference-55")
 FRESH = 2000
 """A seed that nothing was trained or chosen on."""
+ASKED = 30
+"""Questions."""
 
 
 def samples(count: int) -> list[Sample]:
@@ -58,19 +63,44 @@ def test_interval_of_a_change() -> None:
 
 @pytest.fixture(scope="module")
 def answered() -> Evaluation:
-    """60 questions, by the oracle: dense, pruned, and the worst tokens kept."""
+    """Some questions, by the oracle: dense, pruned, and the worst tokens kept."""
     recipes = [RECIPE, RECIPE.baseline("inverted")]
-    return evaluate(*open_checkpoint(CHECKPOINT), recipes, samples(60))
+    return evaluate(*open_checkpoint(CHECKPOINT), recipes, samples(ASKED))
 
 
 def test_dense_answers_are_those_of_transformers(answered: Evaluation) -> None:
     model: Any = load_model(CHECKPOINT)
     processor = load_processor(CHECKPOINT)
-    for sample, said in zip(samples(20), answered.results[0].answers, strict=False):
+    for sample, said in zip(samples(10), answered.results[0].answers, strict=False):
         inputs = inputs_of(processor, [sample])
         ids = model.generate(**inputs, max_new_tokens=12)
         new = ids[0, inputs["input_ids"].shape[1] :]
         assert str(processor.decode(new, skip_special_tokens=True)).strip() == said
+
+
+def test_models_beside_llava_are_asked_too(tmp_path: Path) -> None:
+    """A VipLLaVA, whose projector reads two layers of the tower."""
+    spec = CheckpointSpec(image_size=56, layers=2, hidden=32, heads=4, vision_layers=2)
+    llava: Any
+    llava, processor = open_checkpoint(build_checkpoint(tmp_path / "llava", spec))
+    config = VipLlavaConfig(
+        vision_config=llava.config.vision_config,
+        text_config=llava.config.text_config,
+        image_token_index=llava.config.image_token_id,
+        vision_feature_layer=[-2, -1],
+    )
+    torch.manual_seed(0)
+    model: Any = VipLlavaForConditionalGeneration(config).eval()
+    found = evaluate(model, processor, [recipe_for(2, {0: 5})], samples(3))
+    dense, pruned = found.results
+    for sample, said in zip(samples(3), dense.answers, strict=True):
+        inputs = inputs_of(processor, [sample])
+        ids = model.generate(
+            **inputs, max_new_tokens=12, eos_token_id=processor.tokenizer.eos_token_id
+        )
+        new = ids[0, inputs["input_ids"].shape[1] :]
+        assert str(processor.decode(new, skip_special_tokens=True)).strip() == said
+    assert pruned.macs_saved > 0
 
 
 def test_scores_matter(answered: Evaluation) -> None:
@@ -84,7 +114,7 @@ def test_costs_are_those_of_the_prompts(answered: Evaluation) -> None:
     model, processor = open_checkpoint(CHECKPOINT)
     geometry = Geometry.from_config(model.config)
     dense = spent = cache = 0
-    for sample in samples(60):
+    for sample in samples(ASKED):
         visual = 144 * len(sample.pictures)
         whole = inputs_of(processor, [sample])["input_ids"].shape[1]
         work = cost(RECIPE, geometry, visual, whole - visual).total
@@ -92,7 +122,7 @@ def test_costs_are_those_of_the_prompts(answered: Evaluation) -> None:
         cache += work.pruned_cache_bytes
     result = answered.results[1]
     assert result.macs_saved == pytest.approx(1 - spent / dense)
-    assert result.cache_bytes == pytest.approx(cache / 60)
+    assert result.cache_bytes == pytest.approx(cache / ASKED)
     assert answered.results[0].macs_saved == 0
     assert 0.5 < result.macs_saved < 0.6
 
@@ -105,13 +135,13 @@ def _answers(backend: Backend, count: int) -> list[tuple[str, ...]]:
 @pytest.mark.slow
 def test_onnx_runtime_answers_like_the_oracle(answered: Evaluation) -> None:
     expected = [result.answers for result in answered.results[:2]]
-    assert _answers("onnx", 60) == expected
+    assert _answers("onnx", ASKED) == expected
 
 
 @pytest.mark.slow
 def test_compiled_answers_like_the_oracle(answered: Evaluation) -> None:
     expected = [result.answers for result in answered.results[:2]]
-    assert _answers("compile", 60) == expected
+    assert _answers("compile", ASKED) == expected
 
 
 @pytest.fixture(scope="module")

@@ -34,6 +34,9 @@ RECIPE = recipe_for(LAYERS, {0: 3, 1: 6})
 AHEAD = recipe_for(LAYERS, {0: 4, 1: 6}, site="before_layer")
 """A recipe whose first layer does not see the whole prompt either."""
 NEW = 32
+PLAIN = tiny_llava(layers=LAYERS)
+"""Never compiled: what the oracle runs on where the other model is shared."""
+shares_graphs = pytest.mark.shares_graphs
 
 PROMPTS = {
     "one": ((3, 6),),
@@ -50,6 +53,18 @@ def model() -> Iterator[LlavaForConditionalGeneration]:
     torch.compiler.reset()
     yield model
     vtprune_fx.undo(model)
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[Any]:
+    """A model compiled once, for tests that only run it; ``PLAIN`` has its weights."""
+    torch.compiler.reset()
+    model = compiled(tiny_llava.__wrapped__(layers=LAYERS))
+    # Each way to be called is a graph of its own; one model sees them all here.
+    with torch._dynamo.config.patch(recompile_limit=32):
+        yield model
+    vtprune_fx.undo(model)
+    torch.compiler.reset()
 
 
 def compiled(
@@ -80,64 +95,36 @@ def split(model: LlavaForConditionalGeneration, inputs: Inputs) -> list[oracle.S
 # ------------------------------------------------------------------------- greedy
 
 
-@pytest.mark.parametrize(
-    "decode",
-    [
-        pytest.param(True, id="compiled"),
-        pytest.param(False, id="eager", marks=pytest.mark.slow),
-    ],
-)
+@shares_graphs
 @pytest.mark.parametrize("case", list(PROMPTS))
-def test_generate_is_the_oracle(
-    model: LlavaForConditionalGeneration, case: str, decode: bool
-) -> None:
-    inputs = batch(model, *PROMPTS[case])
-    expected = by_oracle(model, RECIPE, inputs)
-    compiled(model, decode=decode)
-    assert generate(model, inputs).tolist() == expected
-
-
-def test_oracle_tokens_differ_from_those_without_pruning(
-    model: LlavaForConditionalGeneration,
-) -> None:
-    """Else a graph that prunes nothing would pass."""
-    inputs = batch(model, (3, 6), (9, 1))
-    dense = generate(model, inputs).tolist()
-    assert dense == by_oracle(model, RECIPE.keep_all(), inputs)
-    assert dense != by_oracle(model, RECIPE, inputs)
+def test_generate_is_the_oracle(shared: Any, case: str) -> None:
+    inputs = batch(PLAIN, *PROMPTS[case])
+    expected = by_oracle(PLAIN, RECIPE, inputs)
+    assert generate(shared, inputs).tolist() == expected
 
 
 @pytest.mark.slow
-def test_generate_with_inductor_is_the_oracle(
-    model: LlavaForConditionalGeneration,
-) -> None:
-    inputs = batch(model, (3, 6), (9, 1), (12,))
-    expected = by_oracle(model, RECIPE, inputs)
-    assert generate(vtprune_fx.compile(model, RECIPE), inputs).tolist() == expected
-
-
-def test_twenty_prompts_make_one_graph_and_their_steps_another(
-    model: LlavaForConditionalGeneration,
-) -> None:
-    compiled(model)
-    torch._dynamo.utils.counters.clear()
-    for text in range(20):
-        generate(model, batch(model, (text % 4, 3 + text)), new=64)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
-
-
-@pytest.mark.parametrize("case", ["one", "two images each", "text beside an image"])
-def test_cache_is_as_large_as_predicted(
+@pytest.mark.parametrize("case", list(PROMPTS))
+def test_generate_with_eager_steps_is_the_oracle(
     model: LlavaForConditionalGeneration, case: str
 ) -> None:
     inputs = batch(model, *PROMPTS[case])
+    expected = by_oracle(model, RECIPE, inputs)
+    compiled(model, decode=False)
+    assert generate(model, inputs).tolist() == expected
+
+
+@shares_graphs
+@pytest.mark.parametrize("case", ["one", "two images each", "text beside an image"])
+def test_cache_is_as_large_as_predicted(shared: Any, case: str) -> None:
+    inputs = batch(PLAIN, *PROMPTS[case])
     with torch.no_grad():
-        outputs = compiled(model)(**inputs)
+        outputs = shared(**inputs)
     layers = outputs.past_key_values.layers
     spent = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
     samples, length = inputs["input_ids"].shape
     visual = max((inputs["input_ids"] == 99).sum(1).tolist())
-    geometry = dataclasses.replace(Geometry.from_config(model.config), kv_bytes=4)
+    geometry = dataclasses.replace(Geometry.from_config(PLAIN.config), kv_bytes=4)
     one = cost(RECIPE, geometry, visual, length - visual).total
     assert spent == samples * one.pruned_cache_bytes
 
@@ -145,12 +132,13 @@ def test_cache_is_as_large_as_predicted(
 # ------------------------------------------------------------- other ways to generate
 
 
+@shares_graphs
 def test_a_static_cache_has_room_for_what_is_left_and_the_new_tokens(
-    model: LlavaForConditionalGeneration,
+    shared: Any,
 ) -> None:
-    inputs = batch(model, *PROMPTS["text beside an image"])
-    expected = by_oracle(model, RECIPE, inputs)
-    outputs = compiled(model).generate(
+    inputs = batch(PLAIN, *PROMPTS["text beside an image"])
+    expected = by_oracle(PLAIN, RECIPE, inputs)
+    outputs = shared.generate(
         **inputs,
         max_new_tokens=NEW,
         do_sample=False,
@@ -166,15 +154,14 @@ def test_a_static_cache_has_room_for_what_is_left_and_the_new_tokens(
     assert cache_lengths(outputs) == [whole, whole - 3, whole - 9]
 
 
-def test_beams_are_the_oracles(model: LlavaForConditionalGeneration) -> None:
-    inputs = batch(model, (3, 6), (9, 1))
+@shares_graphs
+def test_beams_are_the_oracles(shared: Any) -> None:
+    inputs = batch(PLAIN, (3, 6), (9, 1))
     expected = [
-        beams_by_oracle(model, sample, width=3, new=6)
-        for sample in split(model, inputs)
+        beams_by_oracle(PLAIN, sample, width=3, new=6)
+        for sample in split(PLAIN, inputs)
     ]
-    found = generate(
-        compiled(model), inputs, 6, num_beams=3, num_return_sequences=2
-    ).tolist()
+    found = generate(shared, inputs, 6, num_beams=3, num_return_sequences=2).tolist()
     assert [found[:2], found[2:]] == expected
 
 
@@ -200,16 +187,15 @@ def beams_by_oracle(
     return [tokens for _, tokens, _, _ in alive[:2]]
 
 
-def test_sampling_follows_the_oracles_probabilities(
-    model: LlavaForConditionalGeneration,
-) -> None:
+@shares_graphs
+def test_sampling_follows_the_oracles_probabilities(shared: Any) -> None:
     """Of one prompt many first tokens: chi-square far below what chance allows."""
-    inputs = batch(model, (3, 6))
-    logits = oracle.prefill(model, RECIPE, split(model, inputs)[0]).logits[-1]
+    inputs = batch(PLAIN, (3, 6))
+    logits = oracle.prefill(PLAIN, RECIPE, split(PLAIN, inputs)[0]).logits[-1]
     torch.manual_seed(0)
     count = 4000
     drawn = generate(
-        compiled(model), inputs, 1, do_sample=True, num_return_sequences=count, top_k=0
+        shared, inputs, 1, do_sample=True, num_return_sequences=count, top_k=0
     )
     found = torch.bincount(drawn[:, 0], minlength=len(logits)).double()
     expected = logits.double().softmax(-1) * count
@@ -228,19 +214,21 @@ def test_prompt_lookup_is_greedy(model: LlavaForConditionalGeneration) -> None:
     assert found.tolist() == expected
 
 
-def test_a_draft_model_changes_nothing(model: LlavaForConditionalGeneration) -> None:
+@shares_graphs
+def test_a_draft_model_changes_nothing(shared: Any) -> None:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=1
     )
     draft = LlamaForCausalLM(config).eval()
-    inputs = batch(model, (3, 6))
-    expected = by_oracle(model, RECIPE, inputs)
-    found = generate(compiled(model), inputs, assistant_model=draft)
+    inputs = batch(PLAIN, (3, 6))
+    expected = by_oracle(PLAIN, RECIPE, inputs)
+    found = generate(shared, inputs, assistant_model=draft)
     assert found.tolist() == expected
 
 
-def test_streaming_tells_the_same_tokens(model: LlavaForConditionalGeneration) -> None:
+@shares_graphs
+def test_streaming_tells_the_same_tokens(shared: Any) -> None:
     class Streamer:
         def __init__(self) -> None:
             self.told: list[int] = []
@@ -251,8 +239,8 @@ def test_streaming_tells_the_same_tokens(model: LlavaForConditionalGeneration) -
         def end(self) -> None:
             self.told.append(-1)
 
-    inputs, streamer = batch(model, (3, 6)), Streamer()
-    found = generate(compiled(model), inputs, streamer=streamer)
+    inputs, streamer = batch(PLAIN, (3, 6)), Streamer()
+    found = generate(shared, inputs, streamer=streamer)
     prompt = inputs["input_ids"][0].tolist()
     assert streamer.told == [*prompt, *found[0].tolist(), -1]
 
@@ -260,20 +248,22 @@ def test_streaming_tells_the_same_tokens(model: LlavaForConditionalGeneration) -
 # -------------------------------------------------------------------------- turns
 
 
-@pytest.mark.parametrize("recipe", [RECIPE, AHEAD], ids=["behind", "ahead"])
+@shares_graphs
 @pytest.mark.parametrize("own", [True, False], ids=["own cache", "returned cache"])
-def test_a_second_turn_goes_on_from_the_first(
-    model: LlavaForConditionalGeneration, own: bool, recipe: Recipe
-) -> None:
-    inputs = batch(model, (3, 6))
+def test_a_second_turn_goes_on_from_the_first(shared: Any, own: bool) -> None:
+    assert_goes_on(shared, RECIPE, own=own)
+
+
+def assert_goes_on(model: Any, recipe: Recipe, *, own: bool) -> None:
+    inputs = batch(PLAIN, (3, 6))
     more = torch.randint(1, 99, (1, 7), generator=torch.Generator().manual_seed(5))
-    [sample] = split(model, inputs)
-    state = oracle.prefill(model, recipe, sample)
-    first = follow(model, state, state.logits[-1], 8)
-    expected = follow(model, state, fed(model, state, more[0].tolist()), 8)
+    [sample] = split(PLAIN, inputs)
+    state = oracle.prefill(PLAIN, recipe, sample)
+    first = follow(PLAIN, state, state.logits[-1], 8)
+    expected = follow(PLAIN, state, fed(PLAIN, state, more[0].tolist()), 8)
 
     given: dict[str, Any] = {"past_key_values": DynamicCache()} if own else {}
-    turn = compiled(model, recipe).generate(
+    turn = model.generate(
         **inputs,
         **given,
         max_new_tokens=8,
@@ -305,25 +295,23 @@ def follow(model: Any, state: oracle.Prefill, logits: Tensor, new: int) -> list[
     return tokens
 
 
-def test_an_image_on_a_filled_cache_is_not_pruned(
-    model: LlavaForConditionalGeneration,
-) -> None:
-    inputs, second = batch(model, (3, 6)), batch(model, (2, 5), seed=3)
+@shares_graphs
+def test_an_image_on_a_filled_cache_is_not_pruned(shared: Any) -> None:
+    inputs, second = batch(PLAIN, (3, 6)), batch(PLAIN, (2, 5), seed=3)
     with torch.no_grad():
-        compiled(model)
-        first = model(**inputs)
+        first = shared(**inputs)
         lengths = cache_lengths(first)
         both = torch.cat([inputs["attention_mask"], second["attention_mask"]], dim=1)
-        then = model(
+        then = shared(
             **second | {"attention_mask": both}, past_key_values=first.past_key_values
         )
     new = second["input_ids"].shape[1]
     assert cache_lengths(then) == [length + new for length in lengths]
     assert then.logits.shape[1] == new
-    [sample], [other] = split(model, inputs), split(model, second)
-    state = oracle.prefill(model, RECIPE, sample)
+    [sample], [other] = split(PLAIN, inputs), split(PLAIN, second)
+    state = oracle.prefill(PLAIN, RECIPE, sample)
     assert set(state.next_positions) == {inputs["input_ids"].shape[1]}
-    expected = _after(model, state, other)
+    expected = _after(PLAIN, state, other)
     torch.testing.assert_close(then.logits[0, -1], expected, atol=1e-4, rtol=0)
 
 
@@ -342,6 +330,53 @@ def _step_with(model: Any, state: oracle.Prefill, vector: Tensor) -> Tensor:
     )
     with handle:
         return oracle.step(model, state, 0)
+
+
+@shares_graphs
+def test_padding_behind_a_prompt_is_refused(shared: Any) -> None:
+    inputs = batch(PLAIN, (3, 6), (9, 1))
+    inputs["attention_mask"] = inputs["attention_mask"].flip(1)
+    with pytest.raises(InputError, match="padding_side"), torch.no_grad():
+        shared(**inputs)
+
+
+# ------------------------------------------------------------------- other graphs
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["own cache", "returned cache"])
+def test_a_second_turn_goes_on_behind_a_cut_ahead_of_all_layers(
+    model: LlavaForConditionalGeneration, own: bool
+) -> None:
+    assert_goes_on(compiled(model, AHEAD), AHEAD, own=own)
+
+
+def test_oracle_tokens_differ_from_those_without_pruning(
+    model: LlavaForConditionalGeneration,
+) -> None:
+    """Else a graph that prunes nothing would pass."""
+    inputs = batch(model, (3, 6), (9, 1))
+    dense = generate(model, inputs).tolist()
+    assert dense == by_oracle(model, RECIPE.keep_all(), inputs)
+    assert dense != by_oracle(model, RECIPE, inputs)
+
+
+@pytest.mark.slow
+def test_generate_with_inductor_is_the_oracle(
+    model: LlavaForConditionalGeneration,
+) -> None:
+    inputs = batch(model, (3, 6), (9, 1), (12,))
+    expected = by_oracle(model, RECIPE, inputs)
+    assert generate(vtprune_fx.compile(model, RECIPE), inputs).tolist() == expected
+
+
+def test_twenty_prompts_make_one_graph_and_their_steps_another(
+    model: LlavaForConditionalGeneration,
+) -> None:
+    compiled(model)
+    torch._dynamo.utils.counters.clear()
+    for text in range(20):
+        generate(model, batch(model, (text % 4, 3 + text)), new=64)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
 # ------------------------------------------------------------------------ the report
@@ -455,15 +490,6 @@ def test_ways_that_do_not_work_on_a_ragged_cache_are_refused(
     inputs = batch(model, (3, 6))
     with pytest.raises(InputError, match=message):
         generate(compiled(model), inputs, **options)
-
-
-def test_padding_behind_a_prompt_is_refused(
-    model: LlavaForConditionalGeneration,
-) -> None:
-    inputs = batch(model, (3, 6), (9, 1))
-    inputs["attention_mask"] = inputs["attention_mask"].flip(1)
-    with pytest.raises(InputError, match="padding_side"), torch.no_grad():
-        compiled(model)(**inputs)
 
 
 def test_a_cache_from_elsewhere_is_refused(

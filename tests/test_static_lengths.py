@@ -40,16 +40,17 @@ def compiled(model: nn.Module, inner: Inner, **options: Any) -> Callable[..., An
     "prompts",
     [
         ((3, 6),),
-        ((5, 9), (2, 4), (8, 3)),
+        pytest.param(((5, 9), (2, 4), (8, 3)), marks=pytest.mark.slow),
         ((3, 2, 6), (0, 1, 20)),  # two images each
         ((2,), (5, 9), (4,), (3,)),  # one image among four samples
-        ((5, 11),),  # 32 tokens, as wide as the decoder, and heads times head width
+        # 32 tokens, as wide as the decoder, and heads times head width
+        pytest.param(((5, 11),), marks=pytest.mark.slow),
         ((5, 11), (2, 4), (3, 9), (0, 1)),  # the same, and as many samples as heads
         ((0, 1),),  # 17: the vision tower's own length
         ((0, 0),),  # 16: patches
         ((21, 11),),  # 48: the MLP
-        ((30, 10),),  # 56: an image's side
-        ((40, 44),),  # 100: the vocabulary
+        pytest.param(((30, 10),), marks=pytest.mark.slow),  # 56: an image's side
+        pytest.param(((40, 44),), marks=pytest.mark.slow),  # 100: the vocabulary
     ],
     ids=str,
 )

@@ -25,9 +25,9 @@ from tests.zoo import (
 from vtprune_fx import oracle
 from vtprune_fx.errors import PlanError
 
-SOME = {"LLaVA-NeXT", "Qwen2-VL", "Gemma 3", "Qwen3-VL"}
-"""What the default suite runs: any resolution, three axes, masks of its own, features
-that enter later layers."""
+SOME = {"Qwen2-VL", "Gemma 3", "Qwen3-VL"}
+"""What the default suite runs: three axes, masks of its own, features that enter later
+layers. Any resolution is below."""
 
 
 def run(model: Any, inputs: Any) -> None:
@@ -148,6 +148,18 @@ def test_positions_along_three_axes_cannot_be_compacted() -> None:
     recipe = recipe_for(LAYERS, {0: 2}, positions="compacted")
     vtprune_fx.compile(model, recipe, inner="eager")
     with pytest.raises(PlanError, match="along several"):
+        run(model, batch(name, model, *IMAGES))
+
+
+@pytest.mark.parametrize(
+    "name", ["Qwen2-VL", pytest.param("LLaVA-NeXT", marks=pytest.mark.slow)]
+)
+def test_towers_that_are_told_sizes_cannot_be_looked_at(name: str) -> None:
+    """They run ahead of the graph, so VisionZip finds no tower in it."""
+    model = tiny(name)
+    recipe = recipe_for(LAYERS, {0: 2}, site="before_layer", score="visionzip")
+    vtprune_fx.compile(model, recipe, inner="eager")
+    with pytest.raises(PlanError, match="does not look at the vision tower"):
         run(model, batch(name, model, *IMAGES))
 
 

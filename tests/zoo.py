@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 import vtprune_fx
+from examples import llava_hr
 from tests.tiny import recipe_for
 from vtprune_fx import oracle
 
@@ -118,6 +119,11 @@ def _placeholders(
     time = torch.tensor([1])
     parts = run.chunk(int(inputs["video_grid_thw"][0, 0]))
     return torch.cat([piece for part in parts for piece in (time, part)])
+
+
+def placeholders(inputs: Inputs) -> Tensor:
+    """[B, S]: where a visual token stands."""
+    return (inputs["input_ids"] == IMAGE) | (inputs["input_ids"] == VIDEO)
 
 
 def visual_tokens(model: PreTrainedModel, kind: str, inputs: Inputs) -> int:
@@ -483,6 +489,7 @@ def masked(generator: torch.Generator, _: int) -> Inputs:
 
 ZOO: dict[str, Kind] = {
     "LLaVA-1.5": Kind(llava, pixels(12), papers=True),
+    "LLaVA-HR": Kind(llava_hr.tiny, pixels(64), papers=True),
     "LLaVA-NeXT": Kind(llava_next, tiles, papers=True),
     "LLaVA-NeXT (Mistral)": Kind(lambda: llava_next("mistral"), tiles, papers=True),
     "LLaVA-NeXT-Video": Kind(llava_next_video, tiles, frames(12, 8), papers=True),

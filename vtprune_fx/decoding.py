@@ -130,9 +130,13 @@ def use_ragged_attention(model: PreTrainedModel) -> None:
 
 
 def set_attention(model: PreTrainedModel, name: str) -> None:
-    """Choose the attention implementation of a model's decoder alone."""
-    alone = model.config.get_text_config() is model.config
-    model.set_attn_implementation(name if alone else {"text_config": name})
+    """Choose the attention implementation of a model's decoder alone.
+
+    Told to the whole model, it would be checked against every tower's parts too, some
+    of which have no attention.
+    """
+    decoder: Any = model.get_decoder()
+    decoder.set_attn_implementation(name)
 
 
 @contextlib.contextmanager

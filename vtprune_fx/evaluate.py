@@ -16,11 +16,12 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from torch import Tensor
-from transformers import LlavaForConditionalGeneration, PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel, ProcessorMixin
 
 from vtprune_fx import oracle
 from vtprune_fx.accuracy import Evaluation, Result
 from vtprune_fx.cost import Cost, Geometry, cost
+from vtprune_fx.encoding import own_positions
 from vtprune_fx.errors import InputError
 from vtprune_fx.inputs import batch_inputs
 from vtprune_fx.recipe import Recipe
@@ -58,8 +59,8 @@ def evaluate(
             inductor; ``onnx``: ONNX Runtime.
 
     Raises:
-        InputError: The oracle does not know the model.
-        PlanError: A recipe does not fit the model.
+        InputError: The oracle cannot run the model.
+        PlanError: The same, or a recipe does not fit the model.
     """
     results = []
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn())
@@ -214,20 +215,20 @@ _TARGETS: dict[Backend, Target] = {"compile": "torch", "onnx": "onnx"}
 def _oracle(
     model: PreTrainedModel, processor: ProcessorMixin, recipe: Recipe
 ) -> Answerer:
-    if not isinstance(model, LlavaForConditionalGeneration):
+    if not isinstance(model, PreTrainedModel):
         raise InputError(
             "--backend torch",
-            expected="a LLaVA",
+            expected="a model of transformers",
             found=f"a {type(model).__name__}",
             fix="Evaluate this model with --backend compile or onnx.",
         )
     tokenizer: Any = processor.tokenizer
 
     def answer(inputs: dict[str, Tensor]) -> list[list[int]]:
-        mask = inputs["attention_mask"]
-        samples = oracle.split_batch(
-            model, **inputs, position_ids=(mask.cumsum(1) - 1).clamp(min=0)
-        )
+        positions = own_positions(model, inputs)
+        if positions is None:
+            positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        samples = oracle.split_batch(model, **inputs, position_ids=positions)
         ends = (tokenizer.eos_token_id,)
         return [oracle.generate(model, recipe, s, NEW_TOKENS, ends) for s in samples]
 
