@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from vtprune_fx.choice import CHOOSE, CHOOSE_SOME, unknown_length
 from vtprune_fx.graph import (
     STAMP,
     Stamp,
@@ -41,7 +40,9 @@ def own_length(positions: Tensor) -> Tensor:
 
 @own_length.register_fake
 def _(positions: Tensor) -> Tensor:
-    return positions.new_empty(positions.shape[0], unknown_length())
+    # Two at least: a length of 1 would be a size that broadcasts.
+    length = torch.library.get_ctx().new_dynamic_size(min=2)
+    return positions.new_empty(positions.shape[0], length)
 
 
 class OwnLengths(Pass):
@@ -65,9 +66,6 @@ class OwnLengths(Pass):
             layer = cut.attention.layer
             keep = named[f"{KEEP_PREFIX}{layer}"]
             keys = named.get(f"{KEYS_PREFIX}{layer}", keep)
-            if keep.target is CHOOSE:
-                keep.target = CHOOSE_SOME
-                continue
             with module.graph.inserting_after(keys):
                 own = module.graph.call_function(
                     torch.ops.vtprune.own_length.default, (keys,)

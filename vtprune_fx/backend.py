@@ -48,11 +48,6 @@ torch.compiler.assume_constant_result(  # type: ignore[no-untyped-call]
 
 _OPTIONS = ("recipe", "inner", "mode", "visual_tokens", "own", "tell")
 
-_FUSION = {"max_fusion_buffer_group_pairwise_attempts": 8}
-"""Inductor tries to fuse each kernel with the 64 next that depend on a buffer of its own.
-All kernels behind a cut depend on the one that gives the cut's length, and hardly one of
-them can be fused with one so far away; with 8 the same kernels come out."""
-
 Compiler = Callable[..., Callable[..., Any]]
 """What compiles a graph: ``(module, example_inputs, **kwargs) -> callable``."""
 
@@ -156,8 +151,6 @@ def inner_compiler(inner: str | Compiler, mode: str | None) -> Compiler:
             found=inner,
             fix="Leave it out for inductor.",
         ) from error
-    if inner == "inductor":
-        return functools.partial(compiler, config_patches=_FUSION)
     return compiler
 
 

@@ -64,27 +64,6 @@ def _(roles: Tensor, drop: int, *_: object) -> Tensor:
 
 CHOOSE = torch.ops.vtprune.choose.default
 
-choose_some = torch.library.custom_op(
-    "vtprune::choose_some", choose._init_fn, mutates_args=()
-)
-"""As ``choose``, to a compiler a choice of nobody knows how many: ``OwnLengths``."""
-
-
-@choose_some.register_fake
-def _(roles: Tensor, drop: int, *_: object) -> Tensor:
-    return roles.new_empty(roles.shape[0], unknown_length())
-
-
-def unknown_length() -> torch.SymInt:
-    """A size that is a symbol of its own; in a fake of an operator.
-
-    Two at least: a size of 1 would be one that broadcasts.
-    """
-    return torch.library.get_ctx().new_dynamic_size(min=2)
-
-
-CHOOSE_SOME = torch.ops.vtprune.choose_some.default
-
 
 @torch.library.custom_op("vtprune::take", mutates_args=())
 def take(value: Tensor, keep: Tensor, axes: list[int]) -> Tensor:
