@@ -133,7 +133,7 @@ class Bench:
         if recipe is None:
             model = torch.compile(self.model, fullgraph=True)
         else:
-            options = {"recipe": recipe, "tell": reports.append}
+            options: Any = {"recipe": recipe, "tell": reports.append}
             model = torch.compile(
                 self.model, backend=vtprune_backend, options=options, fullgraph=True
             )
@@ -170,7 +170,8 @@ class Bench:
             )
             saved = self.work(recipe).saved
             self.found["oracle, eager"] = Measured(len(recipe.cuts), saved)
-        tower: Any = torch.compile(self.model.get_image_features)
+        model: Any = self.model
+        tower: Any = torch.compile(model.get_image_features)
         pixels = {"pixel_values": self.inputs["pixel_values"]}
         self.runs["vision tower"] = lambda: self._tower(tower, pixels)
         self.found["vision tower"] = Measured()

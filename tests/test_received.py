@@ -23,7 +23,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vtprune_fx import received
-from vtprune_fx.scoring import lowest_leave
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -283,12 +282,6 @@ def test_results_lie_in_memory_as_compilers_are_told() -> None:
     given = given._replace(weights=given.weights.mT.contiguous().mT)
     torch.library.opcheck(received.received, given)
     assert received.received(*given).is_contiguous()
-
-
-def test_pytorchs_checks_of_who_stays() -> None:
-    roles = torch.tensor([[0, 1, 1, 1, 2], [3, 0, 1, 1, 2]])
-    scores = torch.tensor([[0.0, 0.3, 0.1, 0.2, 0.0], [0.0, 0.0, 0.5, 0.4, 0.0]])
-    torch.library.opcheck(lowest_leave, (roles, scores, 2))
 
 
 @pytest.mark.parametrize("name", ["as FitPrune", "mean, known", "half precision"])

@@ -72,7 +72,8 @@ def mean_from(seen: Evidence, rows: Tensor) -> Tensor:
 def _received(seen: Evidence, rows: tuple[Tensor, ...], *, strongest: bool) -> Tensor:
     weights = torch.stack(rows, dim=1).float()
     attention = (seen.query, seen.key, seen.mask)
-    return received.received(*attention, weights, None, seen.scale, strongest)
+    found: Tensor = received.received(*attention, weights, None, seen.scale, strongest)
+    return found
 
 
 def last_token(roles: Tensor) -> Tensor:
