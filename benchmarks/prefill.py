@@ -358,9 +358,8 @@ def main() -> None:
         "torch": torch.__version__,
     }
     if arguments.runtime == "onnx":
-        onnx_prefill.main(arguments)
-        return
-    if arguments.sweep:
+        result |= _on_onnx_runtime(arguments)
+    elif arguments.sweep:
         result |= sweep(arguments)
     else:
         bench = measured(arguments)

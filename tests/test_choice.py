@@ -58,7 +58,8 @@ def test_a_length_of_its_own_is_a_symbol_that_compiles_once() -> None:
         return module
 
     def doubled(positions: Tensor) -> Tensor:
-        return own_length(positions) * 2
+        twice: Tensor = own_length(positions) * 2
+        return twice
 
     compiled = torch.compile(doubled, backend=count, fullgraph=True)
     rows = torch.arange(10).reshape(2, 5)
