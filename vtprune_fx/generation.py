@@ -158,6 +158,10 @@ class _Numbers:
 
 _TEXT = _Numbers(0, own=False)
 
+_GRAPHS = 64
+"""Prompts and steps, of one sample and of several, with every kind of mask and cache,
+are graphs of one function: more than the 8 after which Dynamo makes no other."""
+
 _NEARLY = 0.9
 """Share of what could leave that a graph made before must let leave, to be taken."""
 
@@ -330,6 +334,7 @@ class _PrunedForward:
                 fullgraph=True,
                 # Graphs for other numbers do not count as recompilations of this one.
                 isolate_recompiles=True,
+                recompile_limit=_GRAPHS,
             )
         return self._compiled[key]
 
