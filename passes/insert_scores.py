@@ -131,7 +131,8 @@ class InsertScores(Pass):
             evidence = (*_evidence(cut, seen, roles), attended)
             trace = partial(_traced, plan.recipe.score, rate, evidence)
             if self._form == "whole" and _is_plain(cut):
-                self._insert_choice(inserter, anchor, cut, trace(inserter.reads))
+                read = trace(inserter.reads)
+                self._insert_choice(inserter, anchor, cut, roles, read)
                 seen.erase_unread()
                 continue
             rated = trace(partial(inserter.trace, anchor, stamp))
@@ -149,11 +150,16 @@ class InsertScores(Pass):
         return True
 
     def _insert_choice(
-        self, inserter: Inserter, anchor: Node, cut: PlannedCut, read: list[Any]
+        self,
+        inserter: Inserter,
+        anchor: Node,
+        cut: PlannedCut,
+        roles: Node,
+        read: list[Any],
     ) -> None:
-        """Insert score and choice as one operator; ``read`` is the evidence."""
+        """Insert score and choice as one operator, given the evidence that is read."""
         recipe, layer = self._plan.recipe, cut.attention.layer
-        query, key, mask, roles, *others = read
+        query, key, mask, _, *others = read
         keep = inserter.call(
             anchor,
             Stamp("keep", layer),

@@ -39,7 +39,7 @@ def test_an_operator_chooses_what_torch_expects_of_one() -> None:
     [((2, 5), [1]), ((2, 3, 5, 4), [2]), ((1, 5, 4), [1]), ((1, 1, 5, 5), [2, 3])],
 )
 def test_each_sample_takes_its_own(shape: tuple[int, ...], axes: list[int]) -> None:
-    value = torch.arange(torch.Size(shape).numel()).reshape(shape)
+    value = torch.randn(shape, dtype=torch.double, requires_grad=True)
     keep = torch.tensor([[0, 2, 4], [1, 2, 3]])
     taken = take(value, keep, axes)
     for sample in range(2):
@@ -48,6 +48,7 @@ def test_each_sample_takes_its_own(shape: tuple[int, ...], axes: list[int]) -> N
             expected = expected.index_select(axis - 1, keep[sample])
         assert torch.equal(taken[sample], expected)
     torch.library.opcheck(take, (value, keep, axes))
+    assert torch.autograd.gradcheck(lambda given: take(given, keep, axes), value)
 
 
 def test_a_length_of_its_own_is_a_symbol_that_compiles_once() -> None:

@@ -10,6 +10,7 @@ Shapes: B samples, S tokens, K of them left.
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,5 +94,27 @@ def _(value: Tensor, keep: Tensor, axes: list[int]) -> Tensor:
         shape[axis] = keep.shape[1]
     return value.new_empty(shape)
 
+
+def _remember(ctx: Any, inputs: tuple[Tensor, Tensor, list[int]], output: Any) -> None:
+    value, keep, ctx.axes = inputs
+    ctx.shape = value.shape
+    ctx.save_for_backward(keep)
+
+
+def _put_back(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    """What was taken goes to where it stood; a token is taken once at most."""
+    [keep] = ctx.saved_tensors
+    for axis in reversed(ctx.axes):
+        index = keep[(..., *[None] * (gradient.dim() - 2))]
+        index = index.transpose(1, axis).expand_as(gradient)
+        shape = list(gradient.shape)
+        shape[axis] = ctx.shape[axis]
+        gradient = gradient.new_zeros(shape).scatter_add(axis, index, gradient)
+    if ctx.shape[0] == 1:
+        gradient = gradient.sum(dim=0, keepdim=True)
+    return gradient, None, None
+
+
+take.register_autograd(_put_back, setup_context=_remember)
 
 TAKE = torch.ops.vtprune.take.default
