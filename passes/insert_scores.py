@@ -130,17 +130,16 @@ class InsertScores(Pass):
                 attended = self._insert_class_attention(inserter, anchor, seen)
             evidence = (*_evidence(cut, seen, roles), attended)
             trace = partial(_traced, plan.recipe.score, rate, evidence)
+            insert = partial(inserter.trace, anchor, stamp)
             if self._form == "whole" and _is_plain(cut):
                 read = trace(inserter.reads)
                 self._insert_choice(inserter, anchor, cut, roles, read)
-                seen.erase_unread()
-                continue
-            rated = trace(partial(inserter.trace, anchor, stamp))
-            if plan.of is None:
-                order = inserter.trace(anchor, stamp, lowest_first, rated, roles)
+            elif plan.of is None:
+                order = insert(lowest_first, trace(insert), roles)
                 at = (inserter, anchor, order, cut)
                 self._insert_keep_set(at, seen, evidence)
             else:
+                rated = trace(insert)
                 came = came or inserter.trace(
                     anchor, Stamp("score", -1), visual_counts, roles
                 )

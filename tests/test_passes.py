@@ -32,10 +32,12 @@ from vtprune_fx.passes import (
     KEEP_PREFIX,
     AsyncChecks,
     CheckTokens,
+    Form,
     GatherTokens,
     InsertScores,
     Pass,
     RefreshValues,
+    default_pipeline,
 )
 from vtprune_fx.passes.gather_tokens import IN_PROMPT_PREFIX
 from vtprune_fx.passes.insert_scores import ROLES
@@ -395,6 +397,25 @@ def test_refreshed_values_are_what_was_recorded_less_the_tokens() -> None:
 def test_exported_graph_is_static() -> None:
     pruned = prune(exported_program(), recipe=recipe_for(2, DROPS))
     assert_static(pruned.program.graph_module)
+
+
+@pytest.mark.parametrize("form", ["traced", "whole"])
+def test_every_form_of_a_cut_gives_the_same(form: Form) -> None:
+    plain = prune(exported_program(), recipe=recipe_for(2, DROPS)).program
+    program = copy.deepcopy(exported_program())
+    module, plan = planned(DROPS)
+    default_pipeline(plan, form).run(module)
+    program._graph_module = module
+    operator = {"traced": "received", "whole": "choose"}[form]
+    assert any(operator in str(node.target) for node in module.graph.nodes)
+    inputs = batch(tiny_llava(layers=2), (3, 6), (9, 1))
+    with torch.no_grad():
+        ours, expected = (each.module()(**inputs) for each in (program, plain))
+    torch.testing.assert_close(ours.logits, expected.logits, atol=1e-5, rtol=0)
+    for layer, other in zip(
+        ours.past_key_values.layers, expected.past_key_values.layers, strict=True
+    ):
+        torch.testing.assert_close(layer.keys, other.keys, atol=1e-5, rtol=0)
 
 
 def test_compiled_graph_is_static() -> None:
