@@ -190,7 +190,7 @@ def test_a_video_of_eight_frames_through_video_llava(method: str) -> None:
     if method == "sparsevlm":
         recycle = {"tau": 0.3, "theta": 0.1}
         fields |= {"positions": "compacted", "recycle": recycle, "site": "after_layer"}
-    recipe = recipe_for(LAYERS, {0: 30, 1: 20}, **fields)
+    recipe = recipe_for(LAYERS, {0: 30, 1: 20}, visual_tokens=64, **fields)
     prompts: tuple[Prompt, ...] = ((3, "video", 6), (2, "video", 9))
     assert_generates_like_the_oracle("Video-LLaVA", prompts, recipe)
 
