@@ -215,8 +215,8 @@ class Bench:
                 own.operators.pop("received", None)
 
 
-def tokens_per_second(bench: Bench, recipe: Recipe, steps: int) -> dict[str, float]:
-    """Milliseconds per generated token, eager, dense and pruned in turn."""
+def ms_per_token(bench: Bench, recipe: Recipe, steps: int) -> dict[str, float]:
+    """Milliseconds per generated token, eager, dense and then pruned."""
     model, inputs = bench.model, dict(bench.inputs)
 
     def spent(new: int) -> float:
@@ -372,7 +372,7 @@ def main() -> None:
         if arguments.steps:
             recipe = load_recipe(arguments.recipe) if arguments.recipe else None
             recipe = recipe or default(bench.geometry.layers, bench.visual)
-            decode = tokens_per_second(bench, recipe, arguments.steps)
+            decode = ms_per_token(bench, recipe, arguments.steps)
             console.print(f"ms per new token, eager: {decode}")
             result["decode_ms"] = decode
     if arguments.json is not None:

@@ -4,12 +4,12 @@ Behind the cuts of a recipe the lengths are S - 36, S - 92, ...: to a compiler e
 another shape, and it generates every layer's kernels anew. With a symbol in their place
 the layers are alike, and their kernels are generated once::
 
-    vtprune_keep_3: "i64[B, S - 36]" = vtprune.lowest_leave(roles, score, 36)
+    vtprune_keep_3: "i64[B, S - 36]" = vtprune.choose(vtprune_roles, 36, ...)
     length: "Sym(S - 36)" = aten.sym_size(vtprune_keep_3, 1)
 
 becomes::
 
-    vtprune_keep_3: "i64[B, S - 36]" = vtprune.lowest_leave(roles, score, 36)
+    vtprune_keep_3: "i64[B, S - 36]" = vtprune.choose(vtprune_roles, 36, ...)
     own_length: "i64[B, u0]" = vtprune.own_length(vtprune_keep_3)
     length: "Sym(u0)" = aten.sym_size(own_length, 1)
 """
