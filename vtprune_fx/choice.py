@@ -79,11 +79,9 @@ def take(value: Tensor, keep: Tensor, axes: list[int]) -> Tensor:
         [B, ..., K, ...].
     """
     rows = torch.arange(len(keep), device=keep.device)[:, None]
-    if len(value) == 1:
-        rows = torch.zeros_like(rows)
+    value = value.expand(len(keep), *value.shape[1:])
     for axis in axes:
         value = value.transpose(1, axis)[rows, keep].transpose(1, axis)
-        rows = torch.arange(len(keep), device=keep.device)[:, None]
     return value.contiguous()
 
 

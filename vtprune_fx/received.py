@@ -15,6 +15,8 @@ ways to weight rows.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -59,29 +61,15 @@ def received(
 
 
 @received.register_kernel("cuda")
-def _(
-    query: Tensor,
-    key: Tensor,
-    mask: Tensor | None,
-    weights: Tensor,
-    lse: Tensor | None,
-    scale: float,
-    strongest: bool,
-) -> Tensor:
+def _(*given: Any) -> Tensor:
     from vtprune_fx import received_triton  # noqa: PLC0415 - PyTorch's GPU builds have it
 
-    return received_triton.received(query, key, mask, weights, lse, scale, strongest)
+    return received_triton.received(*given)
 
 
 @received.register_fake
 def _(
-    query: Tensor,
-    key: Tensor,
-    mask: Tensor | None,
-    weights: Tensor,
-    lse: Tensor | None,
-    scale: float,
-    strongest: bool,
+    query: Tensor, key: Tensor, mask: Tensor | None, weights: Tensor, *_: object
 ) -> Tensor:
     return weights.new_empty(weights.shape)
 
