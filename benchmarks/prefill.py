@@ -243,19 +243,25 @@ def ms_per_token(bench: Bench, recipe: Recipe, steps: int) -> dict[str, float]:
 
 
 def measured(arguments: argparse.Namespace, visual: int | None = None) -> Bench:
-    """Compile, run and profile everything."""
+    """Compile, run and profile everything; of a sweep, only dense and as published.
+
+    Args:
+        arguments: The command line's.
+        visual: Visual tokens, in a sweep.
+    """
     bench = Bench(arguments, visual)
     recipe = (
         load_recipe(arguments.recipe)
         if arguments.recipe
         else default(bench.geometry.layers, bench.visual)
     )
-    few = coalesced_recipe(recipe, bench.geometry, bench.visual)
-    for name, cut in (("dense", None), ("published", recipe), ("few", few)):
-        if name in arguments.only:
-            with console.status(f"compiling: {name}"):
-                bench.add_compiled(name, cut)
-    if arguments.eager:
+    recipes: dict[str, Recipe | None] = {"dense": None, "published": recipe}
+    if visual is None:
+        recipes["few"] = coalesced_recipe(recipe, bench.geometry, bench.visual)
+    for name, cut in recipes.items():
+        with console.status(f"compiling: {name}"):
+            bench.add_compiled(name, cut)
+    if visual is None:
         bench.add_eager(recipe)
     bench.time(arguments.rounds)
     bench.profile()
@@ -312,7 +318,6 @@ def exponent(sizes: list[int], seconds: list[float]) -> float:
 
 def sweep(arguments: argparse.Namespace) -> dict[str, Any]:
     """Dense and pruned over the number of visual tokens; exponents of the growth."""
-    arguments.only, arguments.eager = ("dense", "published"), False
     sizes = [576 * images for images in range(1, 6)]
     times: dict[str, list[float]] = {"dense": [], "published": []}
     for visual in sizes:
@@ -355,7 +360,6 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file for all numbers")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    arguments.only, arguments.eager = ("dense", "published", "few"), True
     result: dict[str, Any] = {
         "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["python", "-m", "benchmarks.prefill", *sys.argv[1:]]),

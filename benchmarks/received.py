@@ -1,6 +1,6 @@
 """What the scores of a cut cost, beside fused attention and a dense layer.
 
-    python benchmarks/received.py [--rounds 9] [--threads N] [--json FILE]
+    python -m benchmarks.received [--rounds 9] [--threads N] [--json FILE]
 
 A layer's queries and keys, random, of 35 tokens of text, an image of 576 visual tokens
 and 40 tokens of text, rated as FitPrune rates: maxima over heads, visual and text rows
@@ -36,15 +36,12 @@ from transformers.models.llama.modeling_llama import (
     LlamaRotaryEmbedding,
 )
 
+from benchmarks.presets import AHEAD, BEHIND, config_of
 from vtprune_fx import received
 from vtprune_fx.cost import LLAVA_1_5_7B, Geometry
 
-AHEAD, VISUAL, BEHIND = 35, 576, 40
+VISUAL = 576
 TOKENS = AHEAD + VISUAL + BEHIND
-
-CPU_MID = Geometry(
-    layers=32, hidden=1024, intermediate=2752, heads=16, kv_heads=16, head_dim=64
-)
 
 
 class Setting(NamedTuple):
@@ -69,9 +66,13 @@ class Setting(NamedTuple):
     calls: int
 
 
+CPU_MID = Geometry.from_config(config_of("cpu-mid"))
+
 SETTINGS = {
     "cuda": Setting(LLAVA_1_5_7B, torch.bfloat16, (1, 8), 64, 64, 2, 20),
-    "cpu": Setting(CPU_MID, torch.float32, (1,), 32, 1, 1, 1),
+    "cpu": Setting(
+        Geometry.from_config(config_of("cpu-mid")), torch.float32, (1,), 32, 1, 1, 1
+    ),
 }
 
 Ways = dict[str, Callable[[], object]]
@@ -95,7 +96,7 @@ def main() -> None:
     setting = SETTINGS[device]
     result: dict[str, Any] = {
         "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
-        "command": ["python", *sys.argv],
+        "command": ["python", "-m", "benchmarks.received", *sys.argv[1:]],
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
