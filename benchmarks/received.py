@@ -70,9 +70,7 @@ CPU_MID = Geometry.from_config(config_of("cpu-mid"))
 
 SETTINGS = {
     "cuda": Setting(LLAVA_1_5_7B, torch.bfloat16, (1, 8), 64, 64, 2, 20),
-    "cpu": Setting(
-        Geometry.from_config(config_of("cpu-mid")), torch.float32, (1,), 32, 1, 1, 1
-    ),
+    "cpu": Setting(CPU_MID, torch.float32, (1,), 32, 1, 1, 1),
 }
 
 Ways = dict[str, Callable[[], object]]
