@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from vtprune_fx import recycling
+from vtprune_fx import rank, recycling
 from vtprune_fx.graph import Inserter, Stamp
 
 if TYPE_CHECKING:
@@ -21,8 +21,8 @@ _DOMAIN = "vtprune"
 def spell_rank(module: GraphModule) -> None:
     """Write the operators out in a graph, in place: the rank as a function's name."""
     spelled: dict[object, Callable[..., Tensor]] = {
-        torch.ops.vtprune.attention_rank.default: _named,
-        torch.ops.vtprune.merge.default: recycling.merge,
+        rank.attention_rank: _named,
+        rank.merge: recycling.merge,
     }
     graph, stamp = module.graph, Stamp("keep", -1)
     nodes = [node for node in graph.nodes if node.target in spelled]

@@ -28,6 +28,12 @@ one kernel that follows all positions back, a longer one for each cut::
 
     vtprune_in_prompt_7: "i64[B, S - 92]" = ...      # vtprune_keep_3 at vtprune_keep_7
     mask_7: "b8[B, 1, S - 92, S - 92]" = ...         # mask at vtprune_in_prompt_7
+
+In the form ``whole`` each of these gathers is one operator that a compiler does not
+look into. There they do follow one another: it would compute the prompt's mask anew for
+each that reads it. Besides, they become smaller::
+
+    mask_7: "b8[B, 1, S - 92, S - 92]" = vtprune.take(mask_3, vtprune_keep_7, [2, 3])
 """
 
 from __future__ import annotations
@@ -39,7 +45,7 @@ import sympy
 import torch
 from torch.fx import GraphModule, Node
 
-from vtprune_fx.choice import TAKE
+from vtprune_fx import choice
 from vtprune_fx.graph import (
     Inserter,
     Stamp,
@@ -125,8 +131,9 @@ class _Gather:
 
     def __init__(self, inserter: Inserter, plan: PrunePlan, form: Form) -> None:
         self._inserter = inserter
-        self._take = _take_whole if form == "whole" else _take
-        self._of_prompt = _of_prompt(plan)
+        constant = _constant(plan)
+        self._whole = constant if form == "whole" else frozenset()
+        self._of_prompt = constant - self._whole
         self._in_prompt: Node | None = None
         self._rows: Node | None = None
         self._has_visual: Node | None = None
@@ -165,7 +172,7 @@ class _Gather:
                 value, index = original, self._in_prompt
             if cut.new and live.node == cut.hidden:
                 value, index = self._with_new(insert, value, cut, named), keep
-            take = self._take if live.node in self._of_prompt else _take
+            take = _take_whole if live.node in self._whole else _take
             taken = take(insert, value, self._rows, index, live.axes)
             if cut.new and len(live.axes) == 2:
                 taken = self._in_order(anchor, stamp, taken, stand_in)
@@ -179,7 +186,7 @@ class _Gather:
         if self._in_prompt is None or not self._of_prompt:
             return keep
         assert self._rows is not None
-        found = self._take(insert, self._in_prompt, self._rows, keep, (1,))
+        found = _take(insert, self._in_prompt, self._rows, keep, (1,))
         found._rename(f"{IN_PROMPT_PREFIX}{layer}")
         return found
 
@@ -225,7 +232,7 @@ class _Gather:
         return trace(mask_without, taken, keep) if len(live.axes) == 2 else taken
 
 
-def _of_prompt(plan: PrunePlan) -> frozenset[str]:
+def _constant(plan: PrunePlan) -> frozenset[str]:
     """Values that are there at the first cut: later cuts only choose from them.
 
     New tokens and those that left in place change masks and roles at each cut.
@@ -282,7 +289,7 @@ def _take_whole(
     insert: Insert, value: Node, rows: Node, keep: Node, axes: tuple[int, ...]
 ) -> Node:
     """As ``_take``, in one operator."""
-    taken = insert(TAKE, value, keep, list(axes))
+    taken = insert(choice.take, value, keep, list(axes))
     set_value(taken, value_at_full_length(taken), dropped_tokens(keep))
     return taken
 

@@ -162,7 +162,7 @@ class InsertScores(Pass):
         keep = inserter.call(
             anchor,
             Stamp("keep", layer),
-            choice.CHOOSE,
+            choice.choose,
             *(roles, cut.drop, recipe.score, json.dumps(options_of(recipe))),
             *(query, key, mask, *others),
             drop=cut.drop,

@@ -91,7 +91,7 @@ def by_rank(
     call, trace = partial(inserter.call, anchor, stamp), partial(inserter.trace, anchor)
     roles = evidence[3]
     attended = trace(stamp, rank.attended, *evidence)
-    found = call(torch.ops.vtprune.attention_rank.default, attended, roles)
+    found = call(rank.attention_rank, attended, roles)
     counts = trace(stamp, rank.counts, found, roles, cut.rule, recipe.recycle)
 
     def read(which: int, least: int, symbol: Count, of: Node | None = None) -> Node:

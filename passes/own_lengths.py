@@ -27,22 +27,22 @@ from vtprune_fx.graph import (
     set_value,
     value_at_full_length,
 )
+from vtprune_fx.operators import operator
 from vtprune_fx.passes.base import Pass
 from vtprune_fx.passes.insert_scores import KEEP_PREFIX, KEYS_PREFIX
 from vtprune_fx.plan import PrunePlan
 
 
-@torch.library.custom_op("vtprune::own_length", mutates_args=())
-def own_length(positions: Tensor) -> Tensor:
-    """The same positions [B, K], of whose number a compiler knows nothing."""
-    return positions.clone()
-
-
-@own_length.register_fake
-def _(positions: Tensor) -> Tensor:
+def _any_number(positions: Tensor) -> Tensor:
     # Two at least: a length of 1 would be a size that broadcasts.
     length = torch.library.get_ctx().new_dynamic_size(min=2)
     return positions.new_empty(positions.shape[0], length)
+
+
+@operator("vtprune::own_length", _any_number)
+def own_length(positions: Tensor) -> Tensor:
+    """The same positions [B, K], of whose number a compiler knows nothing."""
+    return positions.clone()
 
 
 class OwnLengths(Pass):
@@ -67,9 +67,7 @@ class OwnLengths(Pass):
             keep = named[f"{KEEP_PREFIX}{layer}"]
             keys = named.get(f"{KEYS_PREFIX}{layer}", keep)
             with module.graph.inserting_after(keys):
-                own = module.graph.call_function(
-                    torch.ops.vtprune.own_length.default, (keys,)
-                )
+                own = module.graph.call_function(own_length, (keys,))
             keys.replace_all_uses_with(own, lambda user, own=own: user is not own)
             own.meta = keys.meta | {STAMP: Stamp("keep", layer)}
             set_value(own, value_at_full_length(keys), dropped_tokens(keys))

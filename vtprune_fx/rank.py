@@ -15,6 +15,7 @@ from torch import Tensor
 from vtprune_fx import recycling
 from vtprune_fx.by_rank import ByRank, KeepByRank
 from vtprune_fx.errors import InputError
+from vtprune_fx.operators import operator
 from vtprune_fx.recipe import Recycle
 from vtprune_fx.scorers.evidence import Evidence, logits
 from vtprune_fx.scoring import INSTRUCTION, VISUAL
@@ -39,7 +40,11 @@ def check_alone(samples: int) -> None:
         )
 
 
-@torch.library.custom_op("vtprune::attention_rank", mutates_args=())
+def _scalar(attended: Tensor, roles: Tensor) -> Tensor:
+    return roles.new_empty(())
+
+
+@operator("vtprune::attention_rank", _scalar)
 def attention_rank(attended: Tensor, roles: Tensor) -> Tensor:
     """Rank of the attention from raters to visual tokens, as ``by_rank`` defines it.
 
@@ -59,11 +64,6 @@ def attention_rank(attended: Tensor, roles: Tensor) -> Tensor:
         return roles.new_zeros(())
     found: Tensor = torch.linalg.matrix_rank(rated)
     return found
-
-
-@attention_rank.register_fake
-def _(attended: Tensor, roles: Tensor) -> Tensor:
-    return roles.new_empty(())
 
 
 def attended(*fields: object) -> Tensor:
@@ -108,7 +108,11 @@ def _share(recycle: Recycle, share: float, of: Tensor) -> Tensor:
     return part.minimum(of)
 
 
-@torch.library.custom_op("vtprune::merge", mutates_args=())
+def _merged(hidden: Tensor, best_first: Tensor, clusters: int, paper: bool) -> Tensor:
+    return hidden.new_empty(hidden.shape[0], clusters, hidden.shape[2])
+
+
+@operator("vtprune::merge", _merged)
 def merge(hidden: Tensor, best_first: Tensor, clusters: int, paper: bool) -> Tensor:
     """``recycling.merge`` as one operator.
 
@@ -116,11 +120,6 @@ def merge(hidden: Tensor, best_first: Tensor, clusters: int, paper: bool) -> Ten
     count that is read from the data.
     """
     return recycling.merge(hidden, best_first, clusters, paper)
-
-
-@merge.register_fake
-def _(hidden: Tensor, best_first: Tensor, clusters: int, paper: bool) -> Tensor:
-    return hidden.new_empty(hidden.shape[0], clusters, hidden.shape[2])
 
 
 def best(lowest_first: Tensor, count: int) -> Tensor:
