@@ -2,7 +2,7 @@
 
     python -m benchmarks.prefill --preset cpu-mid --threads 2 --json prefill.json
     python -m benchmarks.prefill --preset llava-7b --device cuda --batch 8
-    python -m benchmarks.prefill --preset small --sweep
+    python -m benchmarks.prefill --preset small --sweep tokens
     python -m benchmarks.prefill --preset cpu-mid --runtime onnx
 
 A model with random weights, 35 tokens of text, an image, 40 tokens of text. Run in
@@ -27,7 +27,7 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -56,6 +56,9 @@ from vtprune_fx.backend import vtprune_backend
 from vtprune_fx.cost import Geometry, Work, cost
 from vtprune_fx.recipe import Recipe, default, load_recipe
 from vtprune_fx.report import PruneReport
+
+RUNTIMES = ("inductor", "eager", "onnx")
+"""``eager`` runs the graphs, operator by operator."""
 
 Run = Callable[[], Any]
 console = Console()
@@ -93,19 +96,44 @@ class Measured:
         return statistics.median(self.seconds)
 
 
+@dataclass(frozen=True)
+class Size:
+    """What a sweep changes; None is what the preset and the command line say.
+
+    Attributes:
+        tokens: Visual tokens.
+        layers: Of the decoder.
+        batch: Prompts.
+    """
+
+    tokens: int | None = None
+    layers: int | None = None
+    batch: int | None = None
+
+
+SWEEPS: dict[str, Sequence[int]] = {
+    "tokens": range(576, 2881, 576),
+    "layers": (2, 4, 8, 16),
+    "batch": (1, 2, 4, 8),
+}
+"""The field of ``Size`` that a sweep changes, and to what."""
+
+
 class Bench:
     """A model, a prompt and what runs on them.
 
     Args:
         arguments: The command line's.
-        visual: Visual tokens of a prompt, those of one image if None.
+        size: What differs from it in a sweep.
     """
 
-    def __init__(self, arguments: argparse.Namespace, visual: int | None) -> None:
+    def __init__(self, arguments: argparse.Namespace, size: Size) -> None:
         self.device: str = arguments.device
         dtype = torch.float32 if self.device == "cpu" else torch.bfloat16
-        self.model = build(arguments.preset, self.device, dtype)
-        self.inputs = prompt(self.model, arguments.batch, visual)
+        self.inner: str = arguments.runtime
+        self.model = build(arguments.preset, self.device, dtype, size.layers)
+        batch = size.batch or arguments.batch
+        self.inputs = prompt(self.model, batch, size.tokens)
         self.geometry = Geometry.from_config(self.model.config)
         ids = self.inputs["input_ids"]
         self.visual = ids.shape[1] - AHEAD - BEHIND
@@ -131,9 +159,10 @@ class Bench:
         own = self.found[name] = Measured()
         reports: list[PruneReport] = []
         if recipe is None:
-            model = torch.compile(self.model, fullgraph=True)
+            model = torch.compile(self.model, backend=self.inner, fullgraph=True)
         else:
             options: Any = {"recipe": recipe, "tell": reports.append}
+            options["inner"] = self.inner
             model = torch.compile(
                 self.model, backend=vtprune_backend, options=options, fullgraph=True
             )
@@ -242,26 +271,26 @@ def ms_per_token(bench: Bench, recipe: Recipe, steps: int) -> dict[str, float]:
     return {name: 1e3 * seconds for name, seconds in found.items()}
 
 
-def measured(arguments: argparse.Namespace, visual: int | None = None) -> Bench:
+def measured(arguments: argparse.Namespace, size: Size | None = None) -> Bench:
     """Compile, run and profile everything; of a sweep, only dense and as published.
 
     Args:
         arguments: The command line's.
-        visual: Visual tokens, in a sweep.
+        size: What differs from it, in a sweep.
     """
-    bench = Bench(arguments, visual)
+    bench = Bench(arguments, size or Size())
     recipe = (
         load_recipe(arguments.recipe)
         if arguments.recipe
         else default(bench.geometry.layers, bench.visual)
     )
     recipes: dict[str, Recipe | None] = {"dense": None, "published": recipe}
-    if visual is None:
+    if size is None:
         recipes["few"] = coalesced_recipe(recipe, bench.geometry, bench.visual)
     for name, cut in recipes.items():
         with console.status(f"compiling: {name}"):
             bench.add_compiled(name, cut)
-    if visual is None:
+    if size is None:
         bench.add_eager(recipe)
     bench.time(arguments.rounds)
     bench.profile()
@@ -309,7 +338,7 @@ def _mebi(count: int | None) -> str:
     return "" if count is None else f"{count / 2**20:.1f}"
 
 
-def exponent(sizes: list[int], seconds: list[float]) -> float:
+def exponent(sizes: Sequence[int], seconds: list[float]) -> float:
     """By which power of the size the time grows: least squares of logarithms."""
     logs = (torch.tensor(each, dtype=torch.double).log() for each in (sizes, seconds))
     across, up = (each - each.mean() for each in logs)
@@ -317,18 +346,19 @@ def exponent(sizes: list[int], seconds: list[float]) -> float:
 
 
 def sweep(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Dense and pruned over the number of visual tokens; exponents of the growth."""
-    sizes = [576 * images for images in range(1, 6)]
+    """Dense and pruned over what the sweep is of; exponents of the growth."""
+    over: str = arguments.sweep
+    sizes = SWEEPS[over]
     times: dict[str, list[float]] = {"dense": [], "published": []}
-    for visual in sizes:
-        bench = measured(arguments, visual)
-        console.print(table(bench, f"{visual} visual tokens"))
+    for each in sizes:
+        bench = measured(arguments, Size(**{over: each}))
+        console.print(table(bench, f"{over}: {each}"))
         for name, row in times.items():
             row.append(bench.found[name].median)
     grown = {name: exponent(sizes, row) for name, row in times.items()}
     for name, power in grown.items():
-        console.print(f"{name}: time grows with visual tokens to the power {power:.2f}")
-    return {"visual_tokens": sizes, "seconds": times, "exponents": grown}
+        console.print(f"{name}: time grows with {over} to the power {power:.2f}")
+    return {over: list(sizes), "seconds": times, "exponents": grown}
 
 
 def _on_onnx_runtime(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -348,13 +378,13 @@ def main() -> None:
     )
     parser.add_argument("--preset", choices=PRESETS, default="cpu-mid")
     parser.add_argument("--recipe", help="shipped name or file; the default otherwise")
-    parser.add_argument("--runtime", choices=("inductor", "onnx"), default="inductor")
+    parser.add_argument("--runtime", choices=RUNTIMES, default="inductor")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=2, help="of the CPU")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=0, help="time so many new tokens")
-    parser.add_argument("--sweep", action="store_true", help="over visual tokens")
+    parser.add_argument("--sweep", choices=SWEEPS, help="growth over one size")
     parser.add_argument("--fused", action="store_true", help="ONNX: with fusions too")
     parser.add_argument("--folder", type=Path, help="where ONNX graphs are kept")
     parser.add_argument("--json", type=Path, help="file for all numbers")

@@ -57,14 +57,16 @@ _VOCABULARY = 2048
 """Of models with a small tower: the head is outside of all recipes too."""
 
 
-def config_of(preset: str) -> Any:
-    """The configuration of a preset."""
+def config_of(preset: str, layers: int | None = None) -> Any:
+    """The configuration of a preset, with another number of decoder layers if told."""
     name, text, vision = _SIZES[preset]
     config: Any = load_config(name)
     decoder, tower = config.get_text_config(), config.vision_config
     for part, sizes in ((decoder, text), (tower, vision)):
         for field, size in sizes.items():
             setattr(part, field, size)
+    if layers is not None:
+        decoder.num_hidden_layers = layers
     decoder.head_dim = decoder.hidden_size // decoder.num_attention_heads
     if vision:
         decoder.vocab_size = _VOCABULARY
@@ -73,12 +75,14 @@ def config_of(preset: str) -> Any:
     return config
 
 
-def build(preset: str, device: str, dtype: torch.dtype) -> PreTrainedModel:
-    """A model with random weights."""
+def build(
+    preset: str, device: str, dtype: torch.dtype, layers: int | None = None
+) -> PreTrainedModel:
+    """A model with random weights, with another number of decoder layers if told."""
     torch.manual_seed(0)
     with torch.device(device):
         model: PreTrainedModel = AutoModelForImageTextToText.from_config(
-            config_of(preset), dtype=dtype, attn_implementation="sdpa"
+            config_of(preset, layers), dtype=dtype, attn_implementation="sdpa"
         )
     model.eval()
     return model

@@ -82,15 +82,25 @@ def take(value: Tensor, keep: Tensor, axes: list[int]) -> Tensor:
     Returns:
         [B, ..., K, ...].
     """
-    taken = _taken(value, keep, axes)
-    *ahead, last = (axis - 1 for axis in axes)
     samples = value.expand(len(keep), *value.shape[1:])
-    # Row by row: ``value[rows, keep]`` takes three times as long for wide tokens.
-    for sample, stays, into in zip(samples, keep, taken, strict=True):
-        for axis in ahead:
-            sample = sample.index_select(axis, stays)  # noqa: PLW2901
-        torch.index_select(sample, last, stays, out=into)
-    return taken
+    taken = []
+    for sample, stays in zip(samples, keep, strict=True):
+        own = sample
+        for axis in axes:
+            own = _of_one(own, stays, axis - 1)
+        taken.append(own)
+    return torch.stack(taken) if len(taken) > 1 else taken[0][None]
+
+
+def _of_one(sample: Tensor, stays: Tensor, axis: int) -> Tensor:
+    """What stays along an axis: columns one by one, anything wider as a whole.
+
+    By ``sample[stays]`` wide tokens take three times, and a mask's columns five times
+    as long.
+    """
+    if axis == sample.dim() - 1:
+        return sample.gather(axis, stays.expand(*sample.shape[:-1], -1))
+    return sample.index_select(axis, stays)
 
 
 def _remember(ctx: Any, inputs: tuple[Tensor, Tensor, list[int]], output: Any) -> None:
