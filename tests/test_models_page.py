@@ -5,7 +5,7 @@ from __future__ import annotations
 from tests import matrix
 from tests.zoo import ZOO
 
-CELLS = {"yes", "inductor", "eager", "-", "refused", "fails", matrix.NOT_RUN}
+CELLS = {"yes", "-", "refused", "fails", matrix.NOT_RUN}
 
 
 def test_every_model_has_a_row_and_every_column_a_cell() -> None:
