@@ -31,6 +31,7 @@ from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from vtprune_fx.capture import lower
 from vtprune_fx.errors import InputError
+from vtprune_fx.graph import fake_mode_of, uncached_fakes
 from vtprune_fx.literals import places_images
 from vtprune_fx.passes import KEEP_PREFIX, Form, OwnLengths, prune_graph
 from vtprune_fx.plan import PrunePlan
@@ -100,7 +101,8 @@ def vtprune_backend(
     if mode is None:
         # A mode may ask for CUDA graphs, which record no length that is a symbol.
         OwnLengths(report.plan)(pruned)
-    compiled = inner(pruned, parts(example_inputs), **kwargs)
+    with uncached_fakes(fake_mode_of(pruned.graph)):
+        compiled = inner(pruned, parts(example_inputs), **kwargs)
     recorded = _recording(compiled, report, options.get("tell"))
     if not has_any(example_inputs):
         return recorded
