@@ -4,6 +4,7 @@
     python -m benchmarks.prefill --preset llava-7b --device cuda --batch 8
     python -m benchmarks.prefill --preset small --sweep tokens
     python -m benchmarks.prefill --preset cpu-mid --runtime onnx
+    python -m benchmarks.prefill --preset llava-7b --runtime tensorrt --device cuda
 
 A model with random weights, 35 tokens of text, an image, 40 tokens of text. Run in
 turn: the stock model compiled by inductor (dense), the same pruned by a recipe as
@@ -41,7 +42,7 @@ from torch._inductor.utils import fresh_cache
 from torch.profiler import ProfilerActivity, profile
 
 import vtprune_fx
-from benchmarks import onnx_prefill
+from benchmarks import onnx_prefill, tensorrt_prefill
 from benchmarks.presets import (
     AHEAD,
     BEHIND,
@@ -57,8 +58,8 @@ from vtprune_fx.cost import Geometry, Work, cost
 from vtprune_fx.recipe import Recipe, default, load_recipe
 from vtprune_fx.report import PruneReport
 
-RUNTIMES = ("inductor", "eager", "onnx")
-"""``eager`` runs the graphs, operator by operator."""
+RUNTIMES = ("inductor", "eager", "onnx", "tensorrt")
+"""``eager`` runs Dynamo's graphs, operator by operator."""
 
 Run = Callable[[], Any]
 console = Console()
@@ -178,6 +179,16 @@ class Bench:
             own.pass_seconds = sum(r.seconds + r.verify_seconds for r in records)
         self._note_cache(own, outputs.past_key_values, recipe)
 
+    def add_engine(self, name: str, recipe: Recipe | None) -> None:
+        """Build a TensorRT engine with a recipe, or of the model as it came."""
+        own = self.found[name] = Measured()
+        if recipe is not None:
+            own.cuts, own.saved = len(recipe.cuts), self.work(recipe).saved
+        start = time.perf_counter()
+        recipe = recipe or default(self.geometry.layers, self.visual).keep_all()
+        self.runs[name] = tensorrt_prefill.engine(self.model, self.inputs, recipe)
+        own.compile_seconds = time.perf_counter() - start
+
     def _note_cache(self, own: Measured, cache: Any, recipe: Recipe | None) -> None:
         layers = ((layer.keys, layer.values) for layer in cache.layers)
         own.cache_bytes = sum(t.nbytes for pair in layers for t in pair)
@@ -284,12 +295,13 @@ def measured(arguments: argparse.Namespace, size: Size | None = None) -> Bench:
         if arguments.recipe
         else default(bench.geometry.layers, bench.visual)
     )
+    add = bench.add_engine if arguments.runtime == "tensorrt" else bench.add_compiled
     recipes: dict[str, Recipe | None] = {"dense": None, "published": recipe}
     if size is None:
         recipes["few"] = coalesced_recipe(recipe, bench.geometry, bench.visual)
     for name, cut in recipes.items():
         with console.status(f"compiling: {name}"):
-            bench.add_compiled(name, cut)
+            add(name, cut)
     if size is None:
         bench.add_eager(recipe)
     bench.time(arguments.rounds)
@@ -389,6 +401,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where ONNX graphs are kept")
     parser.add_argument("--json", type=Path, help="file for all numbers")
     arguments = parser.parse_args()
+    if arguments.runtime == "tensorrt" and arguments.device != "cuda":
+        parser.error("--runtime tensorrt takes --device cuda")
     torch.set_num_threads(arguments.threads)
     result: dict[str, Any] = {
         "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),

@@ -147,7 +147,7 @@ def write_tensorrt(
     engines = build_engines(exported, sizes, capability)
     told = {"target": "tensorrt", "packages": versions() | version()}
     told |= described(model, report)
-    write_export(folder, _engines_of(exported, engines, sizes), processor, **told)
+    write_export(folder, engines_of(exported, engines, sizes), processor, **told)
     return EngineReport(report, engines)
 
 
@@ -291,7 +291,7 @@ def _in_precision(inputs: Mapping[str, Any], model: PreTrainedModel) -> dict[str
     }
 
 
-def _engines_of(
+def engines_of(
     exported: ExportedModel, engines: Mapping[str, Built], sizes: Sizes
 ) -> ExportedModel:
     """The engines in place of the graphs, with all else that was recorded of them."""
