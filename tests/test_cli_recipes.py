@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
@@ -79,6 +80,14 @@ def test_show_json_is_a_recipe_file(io: Run, tmp_path: Path) -> None:
     (tmp_path / "copy.json").write_text(out, encoding="utf-8")
     assert status == 0
     assert recipe.load_recipe(tmp_path / "copy.json") == recipe.load_recipe(NAME)
+
+
+def test_show_leaves_whole_tiles_if_told(io: Run) -> None:
+    tile = ("--tile", "64", "--text-tokens", "64", "--json")
+    status, out, _ = run(*io, "recipes", "show", NAME, *tile)
+    assert status == 0
+    gone = itertools.accumulate(cut["drop"] for cut in json.loads(out)["cuts"])
+    assert {(576 + 64 - count) % 64 for count in gone} == {0}
 
 
 def test_cost_prints_both_counts(io: Run) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from typing import TYPE_CHECKING
 
@@ -238,6 +239,29 @@ def test_bound_shares_are_counts() -> None:
     bound = shares.bound(25)  # 3 and 4 of 10 are 7.5 and 10 of 25
     assert (bound.of, bound.visual_tokens) == (None, 25)
     assert bound.drops(25) == bound.drops(30) == {1: 7, 2: 10}
+
+
+def test_aligned_recipes_leave_whole_tiles() -> None:
+    """Of 128 tokens 98, 68 and 48 would be left: in tiles of 32, 128, 96 and 64."""
+    cuts = [{"layer": at, "drop": drop} for at, drop in ((1, 30), (3, 30), (5, 20))]
+    plain = recipe.load_recipe(changed(visual_tokens=100, layers=8, cuts=cuts))
+    aligned = plain.aligned(32, 28)
+    assert aligned.drops(100) == {3: 32, 5: 32}
+    assert aligned.name == "mine-tile-32"
+    assert plain.aligned(1, 28).drops(100) == plain.drops(100)
+
+
+def test_shares_are_aligned_as_counts() -> None:
+    shares = recipe.load_recipe("fitprune-llava-next-7b-60")
+    aligned = shares.aligned(64, 64)
+    assert aligned.of is None
+    gone = itertools.accumulate(aligned.drops(2880).values())
+    assert all((2880 + 64 - count) % 64 == 0 for count in gone)
+
+
+def test_recipes_with_new_tokens_are_not_aligned() -> None:
+    with pytest.raises(RecipeError, match=r"cuts that make new tokens\. Leave"):
+        recipe.load_recipe("sparsevlm-llava-1.5-7b-64").aligned(64, 75)
 
 
 def test_keep_all_drops_nothing() -> None:

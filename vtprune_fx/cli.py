@@ -112,13 +112,24 @@ def _summary(recipe: Recipe) -> list[str]:
 @recipes_app.command("show")
 def show_recipe(
     name: Annotated[str, typer.Argument(help="Shipped name, or a recipe file.")],
+    tile: Annotated[
+        int | None,
+        typer.Option(min=1, help="Leave prompts that fill tiles of so many tokens."),
+    ] = None,
+    text_tokens: TextTokens = 75,
     as_json: JsonOption = False,
 ) -> None:
     """Show one recipe: the visual tokens left after each layer.
 
     Example: [bold]vtprune recipes show fitprune-llava-1.5-7b-60 --json[/bold]
+
+    For prompts of one length, 704 tokens, and kernels that work in tiles of 64:
+    [bold]vtprune recipes show fitprune-llava-1.5-7b-60 --tile 64 --text-tokens 128
+    --json[/bold]
     """
     recipe = recipes_module.load_recipe(name)
+    if tile is not None:
+        recipe = recipe.aligned(tile, text_tokens)
     if as_json:
         typer.echo(recipe.to_json(), nl=False)
         return

@@ -342,6 +342,42 @@ class Recipe(_Strict):
         changes = {"of": None, "visual_tokens": visual_tokens, "cuts": cuts}
         return self.model_copy(update=changes)
 
+    def aligned(self, tile: int, text_tokens: int) -> Recipe:
+        """The same for prompts of one length, which fills whole tiles behind each cut.
+
+        Kernels work in tiles, and a part of one takes as long as a whole: what would
+        leave a tile in part stays. Cuts that have nothing left to drop are left out.
+
+        Args:
+            tile: Tokens of a tile.
+            text_tokens: Of a prompt, padding included, beside ``visual_tokens``.
+
+        Raises:
+            RecipeError: New tokens are made, which would come on top; or counts follow
+                the rank of each sample's attention.
+        """
+        if self.recycle is not None:
+            raise RecipeError(
+                f"recipe {self.name}",
+                expected="cuts that only drop, to leave whole tiles",
+                found="cuts that make new tokens",
+                fix="Leave the tile out.",
+            )
+        prompt = self.visual_tokens + text_tokens
+        drops = self.drops(self.visual_tokens)
+        cuts, stays = [], prompt
+        for cut, gone in zip(
+            (cut for cut in self.cuts if cut.layer in drops),
+            itertools.accumulate(drops.values()),
+            strict=True,
+        ):
+            filled = -(-(prompt - gone) // tile) * tile
+            if filled < stays:
+                cuts.append(cut.model_copy(update={"drop": stays - filled}))
+                stays = filled
+        changes = {"name": f"{self.name}-tile-{tile}", "of": None, "cuts": tuple(cuts)}
+        return self.model_copy(update=changes)
+
     @property
     def adaptive(self) -> bool:
         """Whether counts follow the rank of each sample's attention.
