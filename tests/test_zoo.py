@@ -24,6 +24,8 @@ from tests.zoo import (
 )
 from vtprune_fx import oracle
 from vtprune_fx.errors import PlanError
+from vtprune_fx.observe import observed
+from vtprune_fx.statistics import observe
 
 SOME = {"Qwen2-VL", "Gemma 3", "Qwen3-VL"}
 """What the default suite runs: three axes, masks of its own, features that enter later
@@ -57,6 +59,25 @@ def test_images_are_the_oracle(name: str) -> None:
 )
 def test_videos_beside_images_are_the_oracle(name: str) -> None:
     assert_generates_like_the_oracle(name, VIDEOS, recipe_of(name))
+
+
+@pytest.mark.parametrize("name", names(SOME))
+def test_recipes_are_fitted_to_what_the_oracle_goes_by(name: str) -> None:
+    """Who leaves first has the lowest product of the two means that are observed."""
+    model = shared(name)
+    inputs = batch(name, model, *IMAGES)
+    with observed(model):
+        found = observe(model, inputs)
+    assert found.cross.shape[:2] == (len(IMAGES), LAYERS)
+    recipe = recipe_for(LAYERS, {0: 2})
+    for own, sample in enumerate(oracle.split_batch(model, **inputs)):
+        [visual] = (sample.input_ids == IMAGE).nonzero(as_tuple=True)
+        assert found.visual[own] == len(visual)
+        product = found.cross[own, 0] * found.own[own, 0]
+        lowest = product[: len(visual)].argsort(stable=True)[:2]
+        kept = oracle.prefill(model, recipe, sample).kept[0]
+        left = set(range(len(sample.input_ids))) - set(kept.tolist())
+        assert left == set(visual[lowest].tolist())
 
 
 # ---------------------------------------------------------------- any resolution
