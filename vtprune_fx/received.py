@@ -143,45 +143,69 @@ def _in_blocks(
     scale: float,
     strongest: bool,
 ) -> Tensor:
-    """As ``spelled_out``, a sample and a block of rows at a time.
-
-    From the first row with a weight to the last: slices, since gathered rows would be
-    copied first.
-    """
+    """As ``spelled_out``, a sample at a time."""
     bias = attention_bias(mask, query).expand(query.shape[0], -1, -1, -1)[:, 0]
-    at_once = max(1, _BLOCK // (query.shape[1] * query.shape[2]))
+    reach = _reach(bias)
+    # Half precision is left once for a sample, not once for a block.
+    sums = [
+        _of_one(
+            query[own].float(),
+            per_query_head(query, key[own : own + 1])[0].float().mT,
+            bias[own],
+            weights[own],
+            None if lse is None else lse[own],
+            reach[own],
+            scale,
+            strongest,
+        )
+        for own in range(query.shape[0])
+    ]
+    return torch.stack(sums)
+
+
+def _of_one(
+    query: Tensor,
+    key: Tensor,
+    bias: Tensor,
+    weights: Tensor,
+    lse: Tensor | None,
+    reach: list[int],
+    scale: float,
+    strongest: bool,
+) -> Tensor:
+    """[W, S] of one sample: query [H, S, D], key [H, D, S], bias [S, S].
+
+    A block of rows at a time, from the first with a weight to the last: slices, since
+    gathered rows would be copied first.
+    """
     sums = weights.new_zeros(weights.shape)
-    for sample in range(query.shape[0]):
-        weighted = weights[sample].any(dim=0).nonzero().flatten().tolist()
-        if not weighted:
-            continue
-        # Half precision is left once for a sample, not once for a block.
-        queries = query[sample].float()
-        keys = per_query_head(query, key[sample : sample + 1])[0].float().mT
-        for first in range(weighted[0], weighted[-1] + 1, at_once):
-            rows = slice(first, min(first + at_once, weighted[-1] + 1))
-            columns = _reach(bias[sample, rows])
-            added = bias[sample, rows, :columns]
-            block = queries[:, rows], keys[:, :, :columns]
-            if lse is None:
-                pairs = _over_heads(_softmax(*block, added, scale), strongest)
-            else:
-                pairs = _by_lse(*block, added, lse[sample][:, rows], scale, strongest)
-            sums[sample, :, :columns].addmm_(weights[sample][:, rows], pairs)
+    weighted = weights.any(dim=0).nonzero().flatten().tolist()
+    first, behind = (weighted[0], weighted[-1] + 1) if weighted else (0, 0)
+    at_once = max(1, _BLOCK // (query.shape[0] * query.shape[1]))
+    for start in range(first, behind, at_once):
+        rows = slice(start, min(start + at_once, behind))
+        columns = max(reach[rows])
+        block = query[:, rows], key[:, :, :columns], bias[rows, :columns]
+        if lse is None:
+            pairs = _over_heads(_softmax(*block, scale), strongest)
+        else:
+            pairs = _by_lse(*block, lse[:, rows], scale, strongest)
+        sums[:, :columns].addmm_(weights[:, rows], pairs)
     return sums
 
 
-def _reach(bias: Tensor) -> int:
-    """Behind which column rows [R, S] attend to nothing; S where one to nothing at all.
+def _reach(bias: Tensor) -> list[list[int]]:
+    """[B][S]: behind which column a row attends to nothing; S where to nothing at all.
 
     Half of a causal mask is never looked at. A row that may attend nothing has a
     uniform softmax over all columns, as ``NEVER`` is finite.
     """
-    tokens = bias.shape[1]
-    nothing = NEVER / 2
-    if float(bias.amax(dim=1).min()) <= nothing:
-        return tokens
-    return int((bias.amax(dim=0) > nothing).nonzero()[-1]) + 1
+    tokens = bias.shape[2]
+    # Whole numbers up to 2 ** 24, which float32 holds.
+    behind = torch.arange(1.0, tokens + 1, device=bias.device)
+    last = ((bias > NEVER / 2) * behind).amax(dim=2)
+    reach: list[list[int]] = last.masked_fill(last == 0, tokens).int().tolist()
+    return reach
 
 
 def _softmax(query: Tensor, key: Tensor, bias: Tensor, scale: float) -> Tensor:
