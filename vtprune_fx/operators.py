@@ -14,8 +14,8 @@ def operator(name: str, fake: Function) -> Callable[[Function], Any]:
     """Make an operator of a function, which runs on every device.
 
     As ``torch.library.custom_op``, without its check at every call that outputs share
-    no memory with inputs: with that, a call takes 0.1 ms on a CPU that was at other
-    work, and without 0.03; a cut of a narrow model is seven calls in 3 ms.
+    no memory with inputs. With that an empty call takes 46 us on a CPU, and without 13;
+    a cut makes seven.
 
     Args:
         name: ``vtprune::...``. No input is changed, and no output shares memory.

@@ -65,7 +65,9 @@ def received(
     Returns:
         [B, W, S] float32.
     """
-    return _in_blocks(query, key, mask, weights, lse, scale, strongest)
+    # Autocast would round the products of what is float32 by then.
+    with torch.autocast(query.device.type, enabled=False):
+        return _in_blocks(query, key, mask, weights, lse, scale, strongest)
 
 
 def _on_gpu(*given: Any) -> Tensor:
