@@ -68,7 +68,13 @@ from vtprune_fx.passes.insert_scores import (
 from vtprune_fx.passes.leaving import Insert
 from vtprune_fx.plan import LiveValue, PlannedCut, PrunePlan
 from vtprune_fx.recycling import hidden_from_each_other, hide
-from vtprune_fx.scoring import VISUAL, mask_without, roles_without
+from vtprune_fx.scoring import (
+    VISUAL,
+    mask_without,
+    own_places,
+    padding_counts,
+    roles_without,
+)
 
 aten = torch.ops.aten
 
@@ -157,7 +163,10 @@ class _Gather:
         if self._rows is None:
             self._rows = _sample_rows(insert, keep)
         places = stand_in
-        if cut.places:
+        if cut.places and cut.share is not None:
+            roles = current.get(named[ROLES], named[ROLES])
+            places = self._own_places(anchor, stamp, roles, stand_in, keep)
+        elif cut.places:
             places = self._places(insert, stand_in, length, named[ROLES])
         self._in_prompt = self._follow(insert, stand_in, layer)
         shorter: dict[Node, Node] = {}
@@ -200,6 +209,15 @@ class _Gather:
         device = value_at_full_length(stand_in).device
         first = insert(aten.arange.default, length, device=device)
         return insert(aten.where.self, self._has_visual, first, stand_in)
+
+    def _own_places(
+        self, anchor: Node, stamp: Stamp, roles: Node, stand_in: Node, keep: Node
+    ) -> Node:
+        """[B, K]: the first places of each sample, wherever its padding ends."""
+        trace = partial(self._inserter.trace, anchor, stamp)
+        padding = trace(padding_counts, roles, dropped=dropped_tokens(roles))
+        gone = dropped_tokens(keep)
+        return trace(own_places, roles, stand_in, keep, padding, dropped=gone)
 
     def _with_new(
         self, insert: Insert, value: Node, cut: PlannedCut, named: Mapping[str, Node]

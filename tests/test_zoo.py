@@ -116,10 +116,7 @@ def _text(ids: torch.Tensor) -> list[int]:
     [
         {},
         pytest.param({"site": "after_layer"}, marks=pytest.mark.slow),
-        pytest.param(
-            {"site": "before_layer", "score": "last-token", "positions": "compacted"},
-            marks=pytest.mark.slow,
-        ),
+        {"site": "before_layer", "score": "last-token", "positions": "compacted"},
     ],
     ids=str,
 )

@@ -124,6 +124,31 @@ def own_stand_ins(keys: Tensor) -> Tensor:
     return torch.where(keys < 0, keys + _FRONT, keys)
 
 
+def padding_counts(roles: Tensor) -> Tensor:
+    """[B, 1]: tokens of padding in each row."""
+    return (roles == PADDING).sum(dim=1, keepdim=True)
+
+
+def own_places(
+    roles: Tensor, stand_in: Tensor, keep: Tensor, padding: Tensor
+) -> Tensor:
+    """[B, K]: whose positions the tokens left take, where positions are compacted.
+
+    Those of the first tokens of a sample. Its first token moves when padding in front
+    of it leaves, or when visual tokens become padding.
+
+    Args:
+        roles: [B, S].
+        stand_in: [B, K] positions of those left.
+        keep: [B, K], the same and -1 for those who left.
+        padding: [B, 1], of the rows as they were.
+    """
+    samples = torch.arange(roles.shape[0], device=roles.device)[:, None]
+    still = padding_counts(roles_without(roles[samples, stand_in], keep))
+    places = torch.arange(stand_in.shape[1], device=roles.device)
+    return (places + padding - still).clamp(min=0)
+
+
 def roles_without(roles: Tensor, keep: Tensor) -> Tensor:
     """Gathered roles [B, K], padding in the places of those who left."""
     return roles.masked_fill(keep < 0, PADDING)
