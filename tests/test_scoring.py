@@ -17,6 +17,8 @@ from vtprune_fx.scoring import (
     VISUAL,
     enough_to_drop,
     lowest_first,
+    own_places,
+    padding_counts,
     token_roles,
 )
 
@@ -185,3 +187,19 @@ def test_inverted_ranks_backwards() -> None:
     best_last = lowest_first(fitprune.rate(seen), roles[None])[0, :6]
     worst_last = lowest_first(inverted.rate(seen), roles[None])[0, :6]
     assert worst_last.tolist() == best_last.flip(0).tolist()
+
+
+def test_compacted_positions_begin_with_a_samples_first_token() -> None:
+    """A row loses one: one sample padding, the other two tokens, one in place."""
+    roles = torch.tensor(
+        [
+            [PADDING, PADDING, VISUAL, VISUAL, INSTRUCTION],
+            [VISUAL, VISUAL, VISUAL, INSTRUCTION, INSTRUCTION],
+        ]
+    )
+    stand_in = torch.tensor([[1, 2, 3, 4], [0, 2, 3, 4]])
+    keep = torch.tensor([[1, 2, 3, 4], [-1, 2, 3, 4]])
+    places = own_places(roles, stand_in, keep, padding_counts(roles))
+    # What the padding of the second sample gets is read by nobody.
+    assert places[0].tolist() == [1, 2, 3, 4]
+    assert places[1, 1:].tolist() == [0, 1, 2]
