@@ -16,6 +16,7 @@ from vtprune_fx.passes.manager import (
 )
 from vtprune_fx.passes.own_lengths import OwnLengths
 from vtprune_fx.passes.refresh_values import RefreshValues
+from vtprune_fx.passes.share_attention import ShareAttention
 from vtprune_fx.passes.shift_keys import ShiftKeys
 from vtprune_fx.passes.verify import Verifier
 
@@ -31,6 +32,7 @@ __all__ = [
     "PassResult",
     "Pipeline",
     "RefreshValues",
+    "ShareAttention",
     "ShiftKeys",
     "Verifier",
     "default_pipeline",

@@ -29,6 +29,7 @@ from vtprune_fx.passes.check_tokens import CheckTokens
 from vtprune_fx.passes.gather_tokens import GatherTokens
 from vtprune_fx.passes.insert_scores import InsertScores
 from vtprune_fx.passes.refresh_values import RefreshValues
+from vtprune_fx.passes.share_attention import ShareAttention
 from vtprune_fx.passes.shift_keys import ShiftKeys
 from vtprune_fx.passes.verify import Verifier
 from vtprune_fx.plan import PrunePlan, place
@@ -172,14 +173,16 @@ def default_pipeline(plan: PrunePlan, form: Form = "plain") -> Pipeline:
         plan: The plan.
         form: How cuts are written.
     """
-    return Pipeline(
-        plan,
+    passes = (
         AsyncChecks(),
         InsertScores(plan, form),
         CheckTokens(plan),
         GatherTokens(plan, form),
         ShiftKeys(plan),
     )
+    if form == "whole":
+        return Pipeline(plan, *passes, ShareAttention(plan))
+    return Pipeline(plan, *passes)
 
 
 class Pipeline:

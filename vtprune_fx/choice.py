@@ -1,4 +1,4 @@
-"""Who stays, and what is gathered of them, as one operator each.
+"""Who stays, and what is gathered of them, as one operator each; attention besides.
 
 What a compiler plans costs it time: a score, a choice and the gathers of a cut are some
 forty nodes of ATen, a whole decoder layer fifty-five. On a CPU nothing is won by fusing
@@ -14,8 +14,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from vtprune_fx.operators import operator
+from vtprune_fx.received import (
+    attend,
+    logits,
+    per_query_head,
+    received,
+    unwritten_output,
+)
 from vtprune_fx.scorers import rate_of
 from vtprune_fx.scoring import lowest_first
 
@@ -60,7 +68,144 @@ def choose(
     """
     evidence = (query, key, mask, roles, scale, hidden, cos, sin, class_attention)
     scores = rate_of(score, json.loads(options))(*evidence)
+    return _stays(scores, roles, drop)
+
+
+def _stays(scores: Tensor, roles: Tensor, drop: int) -> Tensor:
     return lowest_first(scores, roles)[:, drop:].sort(dim=1).values
+
+
+def _attended(value: Tensor, roles: Tensor, drop: int, *given: Any) -> Any:
+    query = given[2]
+    return unwritten_output(query, value), _chosen(roles, drop)
+
+
+@operator("vtprune::attend_and_choose", _attended)
+def attend_and_choose(
+    value: Tensor,
+    roles: Tensor,
+    drop: int,
+    score: str,
+    options: str,
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    hidden: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    class_attention: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """A layer's attention, and what ``choose`` chooses by it.
+
+    The probabilities are computed once, if the scorer asks ``Evidence.receive`` for
+    what tokens get of them.
+
+    Args:
+        value: [B, G, S, D'] float32.
+        roles: As ``choose`` takes it, and all others of its names.
+        drop: See ``roles``.
+        score: See ``roles``.
+        options: See ``roles``.
+        query: See ``roles``.
+        key: See ``roles``.
+        mask: Bool, or None for a plain causal mask; else see ``roles``.
+        scale: See ``roles``.
+        hidden: See ``roles``.
+        cos: See ``roles``.
+        sin: See ``roles``.
+        class_attention: See ``roles``.
+
+    Returns:
+        [B, H, S, D'] float32; [B, S - drop] int64.
+    """
+    attention = _Attention(query, key, value, mask, scale)
+    evidence = (query, key, mask, roles, scale, hidden, cos, sin, class_attention)
+    scores = rate_of(score, json.loads(options))(*evidence, attention.receive)
+    return attention.output(), _stays(scores, roles, drop)
+
+
+class _Attention:
+    """A layer's attention, which a scorer may ask what tokens get of it.
+
+    Args:
+        query: [B, H, S, D].
+        key: [B, G, S, D].
+        value: [B, G, S, D'].
+        mask: Bool, [B or 1, 1, S, S], or None for a plain causal mask.
+        scale: What logits are multiplied by.
+    """
+
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scale: float,
+    ) -> None:
+        self._query, self._key, self._value = query, key, value
+        self._mask, self._scale = mask, scale
+        self._output: Tensor | None = None
+
+    def receive(
+        self, query: Tensor, key: Tensor, mask: Tensor | None, *how: Any
+    ) -> Tensor:
+        """As ``received``; the attention's output falls off, if it is this one."""
+        own = query is self._query and key is self._key and mask is self._mask
+        weights, _, scale, strongest = how
+        if not own or scale != self._scale or self._output is not None:
+            found: Tensor = received(query, key, mask, *how)
+            return found
+        attention = query, key, self._value, mask
+        self._output, sums = attend(*attention, weights, scale, strongest)
+        return sums
+
+    def output(self) -> Tensor:
+        """[B, H, S, D']: computed now, if the scorer did not ask."""
+        if self._output is not None:
+            return self._output
+        found = scaled_dot_product_attention(
+            self._query,
+            per_query_head(self._query, self._key),
+            per_query_head(self._query, self._value),
+            self._mask,
+            is_causal=self._mask is None,
+            scale=self._scale,
+        )
+        return unwritten_output(self._query, self._value).copy_(found)
+
+
+def _remember_attention(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    value, *_, query, key, mask, ctx.scale, _, _, _, _ = inputs
+    ctx.save_for_backward(query, key, value, mask)
+
+
+def _through_attention(ctx: Any, gradient: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    """Gradients of value, query and key; of a choice there are none."""
+    query, key, value, mask = ctx.saved_tensors
+    found = logits(query, key, mask, ctx.scale).softmax(dim=3)
+    if mask is not None:
+        found = found.masked_fill(~mask.any(dim=3, keepdim=True), 0)
+    each = gradient @ per_query_head(query, value).mT
+    of_logits = found * (each - (each * found).sum(dim=3, keepdim=True)) * ctx.scale
+    of_query = of_logits @ per_query_head(query, key)
+    of_key = _per_key_head(of_logits.mT @ query, key)
+    of_value = _per_key_head(found.mT @ gradient, value)
+    return of_value, *[None] * 4, of_query, of_key, *[None] * 6
+
+
+def _per_key_head(gradient: Tensor, key: Tensor) -> Tensor:
+    """[B, G, S, D]: the sum over the query heads [B, H, S, D] that a key serves."""
+    samples, groups, *width = key.shape
+    return gradient.reshape(samples, groups, -1, *width).sum(dim=2)
+
+
+torch.library.register_autograd(
+    "vtprune::attend_and_choose",
+    _through_attention,
+    setup_context=_remember_attention,
+)
 
 
 def _taken(value: Tensor, keep: Tensor, axes: list[int]) -> Tensor:

@@ -3,7 +3,8 @@
 One custom operator, ``vtprune::received``, so that no compiler ever writes the
 [B, H, S, S] probabilities down. ``spelled_out`` defines it in plain PyTorch, and is
 what exported graphs hold; on a CPU it is computed in blocks of rows that stay in the
-cache, on a GPU in Triton (``received_triton``).
+cache, on a GPU in Triton (``received_triton``). ``attend`` computes it on a CPU beside
+the attention itself, whose probabilities it then costs no second time.
 
 Operations, counted: the products of queries and keys, ``B * H * R * S * D``
 multiply-adds with R the rows that have a weight, and as many again without the
@@ -181,8 +182,7 @@ def _of_one(
     gathered rows would be copied first.
     """
     sums = weights.new_zeros(weights.shape)
-    weighted = weights.any(dim=0).nonzero().flatten().tolist()
-    first, behind = (weighted[0], weighted[-1] + 1) if weighted else (0, 0)
+    first, behind = _weighted(weights)
     at_once = max(1, _BLOCK // (query.shape[0] * query.shape[1]))
     for start in range(first, behind, at_once):
         rows = slice(start, min(start + at_once, behind))
@@ -194,6 +194,95 @@ def _of_one(
             pairs = _by_lse(*block, lse[:, rows], scale, strongest)
         sums[:, :columns].addmm_(weights[:, rows], pairs)
     return sums
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    weights: Tensor,
+    scale: float,
+    strongest: bool,
+) -> tuple[Tensor, Tensor]:
+    """Attention, and what ``received`` gives, of the same probabilities.
+
+    Shorter than fused attention alone, if the mask is causal: that looks at pairs which
+    may not attend, too. For float32; products of half precision would be made twice.
+
+    Args:
+        query: As ``received`` takes it, and the others of its names.
+        key: See ``query``.
+        value: [B, G, S, D'].
+        mask: Bool or None: [B or 1, 1, S, S].
+        weights: See ``query``.
+        scale: See ``query``.
+        strongest: See ``query``.
+
+    Returns:
+        [B, H, S, D'] in memory as [B, S, H, D'], 0 in rows that may attend nothing, as
+        fused attention has it; [B, W, S] float32.
+    """
+    with torch.autocast(query.device.type, enabled=False):
+        bias = attention_bias(mask, query).expand(query.shape[0], -1, -1, -1)[:, 0]
+        output, sums = unwritten_output(query, value), torch.zeros_like(weights)
+        reach = _reach(bias)
+        keys, values = per_query_head(query, key), per_query_head(query, value)
+        for own in range(query.shape[0]):
+            attention = query[own], keys[own].mT, values[own], bias[own], reach[own]
+            given = weights[own], sums[own]
+            _attend_one(output[own], *attention, *given, scale, strongest)
+        if mask is not None:
+            nothing = ~mask.any(dim=3, keepdim=True)
+            if nothing.any():
+                output.masked_fill_(nothing, 0)
+    return output, sums
+
+
+def unwritten_output(query: Tensor, value: Tensor) -> Tensor:
+    """[B, H, S, D'], memory for an attention's output: heads side by side in a token.
+
+    That is how fused attention leaves it: a decoder goes on with [B, S, H * D'].
+    """
+    samples, heads, tokens, _ = query.shape
+    return value.new_empty(samples, tokens, heads, value.shape[3]).transpose(1, 2)
+
+
+def _attend_one(
+    output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor,
+    reach: list[int],
+    weights: Tensor,
+    sums: Tensor,
+    scale: float,
+    strongest: bool,
+) -> None:
+    """Write output [H, S, D'] and sums [W, S] of one sample.
+
+    As ``_of_one``, but over all rows; those ahead of the first with a weight, and
+    behind the last, are not looked at for sums. They may be no numbers.
+    """
+    first, behind = _weighted(weights)
+    at_once = max(1, _BLOCK // (query.shape[0] * query.shape[1]))
+    for start in range(0, query.shape[1], at_once):
+        rows = slice(start, start + at_once)
+        columns = max(reach[rows])
+        block = query[:, rows], key[:, :, :columns], bias[rows, :columns]
+        probabilities = _softmax(*block, scale)
+        output[:, rows] = probabilities @ value[:, :columns]
+        of, end = max(first, start), min(behind, start + at_once)
+        if of < end:
+            pairs = _over_heads(probabilities[:, of - start : end - start], strongest)
+            sums[:, :columns].addmm_(weights[:, of:end], pairs)
+
+
+def _weighted(weights: Tensor) -> tuple[int, int]:
+    """The first of the rows [W, S] that have a weight, and what is behind the last."""
+    rows = weights.any(dim=0).nonzero().flatten().tolist()
+    return (rows[0], rows[-1] + 1) if rows else (0, 0)
 
 
 def _reach(bias: Tensor) -> list[list[int]]:

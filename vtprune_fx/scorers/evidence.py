@@ -8,6 +8,7 @@ Shapes: B samples, H query heads, G key heads, S tokens, D head width, E hidden 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -35,6 +36,7 @@ class Evidence(NamedTuple):
         class_attention: [B, S] float32, what a visual token's patch gets of the vision
             tower's attention (``patches.class_attention``), for scorers that say they
             look at it (``Scorer.tower``); else None.
+        receive: Computes what tokens get of the attention, as ``received.received``.
     """
 
     query: Tensor
@@ -46,6 +48,7 @@ class Evidence(NamedTuple):
     cos: Tensor | None = None
     sin: Tensor | None = None
     class_attention: Tensor | None = None
+    receive: Callable[..., Tensor] = received.received
 
 
 def logits(seen: Evidence) -> Tensor:
@@ -72,8 +75,7 @@ def mean_from(seen: Evidence, rows: Tensor) -> Tensor:
 def _received(seen: Evidence, rows: tuple[Tensor, ...], *, strongest: bool) -> Tensor:
     weights = torch.stack(rows, dim=1).float()
     attention = (seen.query, seen.key, seen.mask)
-    found: Tensor = received.received(*attention, weights, None, seen.scale, strongest)
-    return found
+    return seen.receive(*attention, weights, None, seen.scale, strongest)
 
 
 def last_token(roles: Tensor) -> Tensor:
