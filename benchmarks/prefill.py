@@ -39,6 +39,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch._inductor.utils import fresh_cache
+from torch.nn.functional import scaled_dot_product_attention
 from torch.profiler import ProfilerActivity, profile
 
 import vtprune_fx
@@ -77,7 +78,8 @@ class Measured:
         seconds: Of each round.
         cache_bytes: Keys and values of all layers, as run.
         cache_predicted: The same as counted beforehand.
-        operators: Milliseconds of a run in vtprune's own operators.
+        operators: Milliseconds of a run in vtprune's own operators; less what fused
+            attention takes, where they do its work, too.
         peak_bytes: Of the device's memory in a run, on a GPU.
     """
 
@@ -244,15 +246,48 @@ class Bench:
             activities = [ProfilerActivity.CPU]
             if self.device != "cpu":
                 activities.append(ProfilerActivity.CUDA)
-            with profile(activities=activities) as profiled:
+            with profile(activities=activities, record_shapes=True) as profiled:
                 run()
-            for event in profiled.key_averages():
-                if event.key.startswith("vtprune::"):
-                    spent = max(event.cpu_time_total, event.device_time_total)
-                    own.operators[event.key.removeprefix("vtprune::")] = spent / 1e3
-            if "choose" in own.operators:
-                # Called by it, and counted there.
-                own.operators.pop("received", None)
+            own.operators = _own_operators(profiled)
+
+
+def _own_operators(profiled: profile) -> dict[str, float]:
+    """Milliseconds in vtprune's own operators, and, negative, in what one replaces."""
+    spent: dict[str, float] = {}
+    for event in profiled.key_averages(group_by_input_shape=True):
+        if not event.key.startswith("vtprune::"):
+            continue
+        name = event.key.removeprefix("vtprune::")
+        own = max(event.cpu_time_total, event.device_time_total) / 1e3
+        spent[name] = spent.get(name, 0) + own
+        if name == "attend_and_choose":
+            value, query = event.input_shapes[0], event.input_shapes[5]
+            instead = event.count * _fused_attention_ms(query, value)
+            spent["fused attention"] = spent.get("fused attention", 0) - instead
+    if "choose" in spent:
+        # Called by it, and counted there.
+        spent.pop("received", None)
+    return spent
+
+
+def _fused_attention_ms(query: Sequence[int], value: Sequence[int]) -> float:
+    """What PyTorch's attention takes on a CPU, behind a causal mask as models have."""
+    samples, heads, tokens, depth = query
+    groups, wide = value[1], value[3]
+    queries, keys, values = (
+        torch.randn(samples, tokens, *shape).transpose(1, 2)
+        for shape in ((heads, depth), (groups, depth), (groups, wide))
+    )
+    mask = torch.ones(samples, 1, tokens, tokens, dtype=torch.bool).tril()
+
+    def spent() -> float:
+        start = time.perf_counter()
+        scaled_dot_product_attention(
+            queries, keys, values, mask, enable_gqa=heads != groups
+        )
+        return 1e3 * (time.perf_counter() - start)
+
+    return statistics.median(spent() for _ in range(9))
 
 
 def ms_per_token(bench: Bench, recipe: Recipe, steps: int) -> dict[str, float]:

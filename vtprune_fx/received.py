@@ -129,9 +129,17 @@ def attention_bias(mask: Tensor | None, query: Tensor) -> Tensor:
         mask: As ``received`` takes it.
         query: [B, H, S, D].
     """
-    if mask is None:
-        order = torch.arange(query.shape[2], device=query.device)
-        mask = (order[:, None] >= order)[None, None]
+    return _bias(_causal(query)[None, None] if mask is None else mask)
+
+
+def _causal(query: Tensor) -> Tensor:
+    """[S, S] bool."""
+    order = torch.arange(query.shape[2], device=query.device)
+    return order[:, None] >= order
+
+
+def _bias(mask: Tensor) -> Tensor:
+    """A mask of any shape as what is added to logits."""
     if mask.dtype == torch.bool:
         return (~mask).float() * NEVER
     return mask.float().clamp(min=NEVER)
@@ -147,53 +155,34 @@ def _in_blocks(
     strongest: bool,
 ) -> Tensor:
     """As ``spelled_out``, a sample at a time."""
-    bias = attention_bias(mask, query).expand(query.shape[0], -1, -1, -1)[:, 0]
-    reach = _reach(bias)
-    # Half precision is left once for a sample, not once for a block.
-    sums = [
-        _of_one(
-            query[own].float(),
-            per_query_head(query, key[own : own + 1])[0].float().mT,
-            bias[own],
-            weights[own],
-            None if lse is None else lse[own],
-            reach[own],
-            scale,
-            strongest,
-        )
-        for own in range(query.shape[0])
-    ]
-    return torch.stack(sums)
+    heads = _Heads(query, key, mask, scale)
+    sums = torch.zeros_like(weights, memory_format=torch.contiguous_format)
+    for own in range(query.shape[0]):
+        of_own = weights[own], None if lse is None else lse[own], strongest
+        _sum_up(heads.of(own), sums[own], *of_own)
+    return sums
 
 
-def _of_one(
-    query: Tensor,
-    key: Tensor,
-    bias: Tensor,
+def _sum_up(
+    attention: _Attention,
+    sums: Tensor,
     weights: Tensor,
     lse: Tensor | None,
-    reach: list[int],
-    scale: float,
     strongest: bool,
-) -> Tensor:
-    """[W, S] of one sample: query [H, S, D], key [H, D, S], bias [S, S].
+) -> None:
+    """Write sums [W, S] of one sample, given weights [W, S] and lse [H, S].
 
     A block of rows at a time, from the first with a weight to the last: slices, since
     gathered rows would be copied first.
     """
-    sums = weights.new_zeros(weights.shape)
     first, behind = _weighted(weights)
-    at_once = max(1, _BLOCK // (query.shape[0] * query.shape[1]))
-    for start in range(first, behind, at_once):
-        rows = slice(start, min(start + at_once, behind))
-        columns = max(reach[rows])
-        block = query[:, rows], key[:, :, :columns], bias[rows, :columns]
+    for start in range(first, behind, attention.at_once):
+        rows = slice(start, min(start + attention.at_once, behind))
         if lse is None:
-            pairs = _over_heads(_softmax(*block, scale), strongest)
+            pairs = _over_heads(attention.probabilities(rows), strongest)
         else:
-            pairs = _by_lse(*block, lse[:, rows], scale, strongest)
-        sums[:, :columns].addmm_(weights[:, rows], pairs)
-    return sums
+            pairs = attention.pairs(rows, lse[:, rows], strongest)
+        sums[:, : pairs.shape[1]].addmm_(weights[:, rows], pairs)
 
 
 def attend(
@@ -224,19 +213,41 @@ def attend(
         fused attention has it; [B, W, S] float32.
     """
     with torch.autocast(query.device.type, enabled=False):
-        bias = attention_bias(mask, query).expand(query.shape[0], -1, -1, -1)[:, 0]
-        output, sums = unwritten_output(query, value), torch.zeros_like(weights)
-        reach = _reach(bias)
-        keys, values = per_query_head(query, key), per_query_head(query, value)
+        heads = _Heads(query, key, mask, scale)
+        output = unwritten_output(query, value)
+        sums = torch.zeros_like(weights, memory_format=torch.contiguous_format)
+        values = per_query_head(query, value)
         for own in range(query.shape[0]):
-            attention = query[own], keys[own].mT, values[own], bias[own], reach[own]
-            given = weights[own], sums[own]
-            _attend_one(output[own], *attention, *given, scale, strongest)
-        if mask is not None:
-            nothing = ~mask.any(dim=3, keepdim=True)
-            if nothing.any():
-                output.masked_fill_(nothing, 0)
+            of_own = values[own].contiguous(), weights[own], strongest
+            _attend_one(heads.of(own), output[own], sums[own], *of_own)
     return output, sums
+
+
+def _attend_one(
+    attention: _Attention,
+    output: Tensor,
+    sums: Tensor,
+    value: Tensor,
+    weights: Tensor,
+    strongest: bool,
+) -> None:
+    """Write output [H, S, D'] and sums [W, S] of one sample, given value [H, S, D'].
+
+    As ``_sum_up``, but over all rows; those ahead of the first with a weight, and
+    behind the last, are not looked at for sums. They may be no numbers.
+    """
+    first, behind = _weighted(weights)
+    for start in range(0, output.shape[1], attention.at_once):
+        rows = slice(start, start + attention.at_once)
+        probabilities = attention.probabilities(rows)
+        columns = probabilities.shape[2]
+        output[:, rows] = probabilities @ value[:, :columns]
+        of, end = max(first, start), min(behind, start + attention.at_once)
+        if of < end:
+            pairs = _over_heads(probabilities[:, of - start : end - start], strongest)
+            sums[:, :columns].addmm_(weights[:, of:end], pairs)
+    if attention.nothing:
+        output[:, attention.nothing] = 0
 
 
 def unwritten_output(query: Tensor, value: Tensor) -> Tensor:
@@ -248,80 +259,90 @@ def unwritten_output(query: Tensor, value: Tensor) -> Tensor:
     return value.new_empty(samples, tokens, heads, value.shape[3]).transpose(1, 2)
 
 
-def _attend_one(
-    output: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor,
-    reach: list[int],
-    weights: Tensor,
-    sums: Tensor,
-    scale: float,
-    strongest: bool,
-) -> None:
-    """Write output [H, S, D'] and sums [W, S] of one sample.
-
-    As ``_of_one``, but over all rows; those ahead of the first with a weight, and
-    behind the last, are not looked at for sums. They may be no numbers.
-    """
-    first, behind = _weighted(weights)
-    at_once = max(1, _BLOCK // (query.shape[0] * query.shape[1]))
-    for start in range(0, query.shape[1], at_once):
-        rows = slice(start, start + at_once)
-        columns = max(reach[rows])
-        block = query[:, rows], key[:, :, :columns], bias[rows, :columns]
-        probabilities = _softmax(*block, scale)
-        output[:, rows] = probabilities @ value[:, :columns]
-        of, end = max(first, start), min(behind, start + at_once)
-        if of < end:
-            pairs = _over_heads(probabilities[:, of - start : end - start], strongest)
-            sums[:, :columns].addmm_(weights[:, of:end], pairs)
-
-
 def _weighted(weights: Tensor) -> tuple[int, int]:
     """The first of the rows [W, S] that have a weight, and what is behind the last."""
     rows = weights.any(dim=0).nonzero().flatten().tolist()
     return (rows[0], rows[-1] + 1) if rows else (0, 0)
 
 
-def _reach(bias: Tensor) -> list[list[int]]:
-    """[B][S]: behind which column a row attends to nothing; S where to nothing at all.
+class _Heads:
+    """Queries, keys and masks of all samples, as ``received`` takes them."""
 
-    Half of a causal mask is never looked at. A row that may attend nothing has a
-    uniform softmax over all columns, as ``NEVER`` is finite.
+    def __init__(
+        self, query: Tensor, key: Tensor, mask: Tensor | None, scale: float
+    ) -> None:
+        self._query, self._key, self._scale = query, key, scale
+        self._mask = _causal(query)[None, None] if mask is None else mask
+
+    def of(self, own: int) -> _Attention:
+        """One sample's. Half precision is left here, not once for a block."""
+        key = per_query_head(self._query, self._key[own : own + 1])[0]
+        return _Attention(
+            self._query[own].float().contiguous() * self._scale,
+            key.float().contiguous().mT,
+            self._mask[own if len(self._mask) > 1 else 0, 0],
+        )
+
+
+class _Attention:
+    """One sample's attention, a block of rows at a time.
+
+    Half of a causal mask is never looked at, and only the diagonal's blocks of it
+    are added.
+
+    Args:
+        query: [H, S, D], scaled.
+        key: [H, D, S].
+        mask: [S, S], bool or float.
+
+    Attributes:
+        at_once: Rows of a block.
+        nothing: Rows that may attend nothing.
     """
-    tokens = bias.shape[2]
-    # Whole numbers up to 2 ** 24, which float32 holds.
-    behind = torch.arange(1.0, tokens + 1, device=bias.device)
-    last = ((bias > NEVER / 2) * behind).amax(dim=2)
-    reach: list[list[int]] = last.masked_fill(last == 0, tokens).int().tolist()
-    return reach
 
+    def __init__(self, query: Tensor, key: Tensor, mask: Tensor) -> None:
+        self._query, self._key, self._mask = query, key, mask
+        self.at_once = max(1, _BLOCK // (query.shape[0] * query.shape[1]))
+        is_bool = mask.dtype == torch.bool
+        attends, plain = (mask, mask) if is_bool else (mask > NEVER / 2, mask == 0)
+        tokens = mask.shape[1]
+        places = torch.arange(1, tokens + 1, dtype=torch.int32, device=mask.device)
+        behind = (attends * places).amax(dim=1)
+        self.nothing = (behind == 0).nonzero().flatten().tolist()
+        self._behind = behind.masked_fill(behind == 0, tokens).tolist()
+        added = (~plain * places.flip(0)).amax(dim=1)
+        self._plain = (tokens - added).tolist()
 
-def _softmax(query: Tensor, key: Tensor, bias: Tensor, scale: float) -> Tensor:
-    """[H, R, C]: probabilities of a block; key is [H, D, C], bias [R, C]."""
-    return torch.baddbmm(bias[None], query, key, alpha=scale).softmax(dim=2)
+    def probabilities(self, rows: slice) -> Tensor:
+        """[H, R, C]: up to the last column that one of the rows attends to.
 
+        A row that may attend nothing has a uniform softmax over all columns, as
+        ``NEVER`` is finite.
+        """
+        columns = max(self._behind[rows])
+        found = self._query[:, rows] @ self._key[:, :, :columns]
+        return self._mask_in(found, rows).softmax(dim=2)
 
-def _by_lse(
-    query: Tensor,
-    key: Tensor,
-    bias: Tensor,
-    lse: Tensor,
-    scale: float,
-    strongest: bool,
-) -> Tensor:
-    """[R, C]: probabilities of a block, heads taken together, by lse [H, R].
+    def pairs(self, rows: slice, lse: Tensor, strongest: bool) -> Tensor:
+        """[R, C]: probabilities by lse [H, R], heads taken together.
 
-    exp is monotone, so the maximum over heads takes one exp a pair, and what is the
-    same for all heads is added once.
-    """
-    lse = lse.masked_fill(lse == -torch.inf, torch.inf)
-    relative = torch.baddbmm(-lse[:, :, None], query, key, alpha=scale)
-    if strongest:
-        return relative.amax(dim=0).add_(bias).exp_()
-    return relative.add_(bias).exp_().mean(dim=0)
+        exp is monotone, so the maximum over heads takes one exp a pair, and what is the
+        same for all heads is added once.
+        """
+        columns = max(self._behind[rows])
+        lse = lse.masked_fill(lse == -torch.inf, torch.inf)
+        key = self._key[:, :, :columns]
+        relative = torch.baddbmm(-lse[:, :, None], self._query[:, rows], key)
+        if strongest:
+            return self._mask_in(relative.amax(dim=0), rows).exp_()
+        return self._mask_in(relative, rows).exp_().mean(dim=0)
+
+    def _mask_in(self, found: Tensor, rows: slice) -> Tensor:
+        """Add the mask to logits [..., R, C], where it is anything but 0."""
+        plain, columns = min(self._plain[rows]), found.shape[-1]
+        if plain < columns:
+            found[..., plain:] += _bias(self._mask[rows, plain:columns])
+        return found
 
 
 def _over_heads(pairs: Tensor, strongest: bool) -> Tensor:
