@@ -306,9 +306,19 @@ def _take(
 def _take_whole(
     insert: Insert, value: Node, rows: Node, keep: Node, axes: tuple[int, ...]
 ) -> Node:
-    """As ``_take``, in one operator."""
-    taken = insert(choice.take, value, keep, list(axes))
+    """As ``_take``, in one operator.
+
+    An attention's output lies in memory token by token, whatever its axes say: it is
+    turned, so that the operator copies a token as a whole.
+    """
+    turned = len(axes) == 1 and axes != (1,)
+    if turned:
+        value = insert(aten.transpose.int, value, 1, *axes)
+    taken = insert(choice.take, value, keep, [1] if turned else list(axes))
     set_value(taken, value_at_full_length(taken), dropped_tokens(keep))
+    if turned:
+        taken = insert(aten.transpose.int, taken, 1, *axes)
+        set_value(taken, value_at_full_length(taken), dropped_tokens(keep))
     return taken
 
 

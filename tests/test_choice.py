@@ -1,15 +1,21 @@
-"""Score and choice as one operator, gathers as one operator, lengths of their own."""
+"""Operators: score and choice, with attention or without; gathers; own lengths."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
-from vtprune_fx.choice import choose, take
+import vtprune_fx
+from vtprune_fx import scorers
+from vtprune_fx.choice import attend_and_choose, choose, take
 from vtprune_fx.passes.own_lengths import own_length
+from vtprune_fx.scorers.evidence import Evidence, strongest_from
+from vtprune_fx.scoring import VISUAL
 
 ROLES = torch.tensor([[0, 1, 1, 1, 1, 2], [3, 1, 1, 1, 1, 2]])
 NOTHING = (None, None, None, 1.0, None, None, None, None)
@@ -32,6 +38,110 @@ def test_options_reach_the_scorer() -> None:
 
 def test_an_operator_chooses_what_torch_expects_of_one() -> None:
     torch.library.opcheck(choose, (ROLES, 2, "uniform", "{}", *NOTHING))
+
+
+# ------------------------------------------------------------- attention and choice
+
+
+def heads(*, padded: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Queries, keys, values and a mask: causal, or with padding that attends nothing.
+
+    Four query heads, two for each key.
+    """
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(2, 6, heads, 8, generator=generator).transpose(1, 2)
+        for heads in (4, 2, 2)
+    )
+    if not padded:
+        return query, key, value, None
+    mask = torch.ones(2, 1, 6, 6, dtype=torch.bool).tril()
+    return query, key, value, mask & (ROLES != 3)[:, None, None]
+
+
+def fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    return scaled_dot_product_attention(
+        query, key, value, mask, is_causal=mask is None, enable_gqa=True, scale=0.5
+    )
+
+
+def attended(
+    score: str, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    what = (ROLES, 2, score, "{}", query, key, mask, 0.5, None, None, None, None)
+    output, kept = attend_and_choose(value, *what)
+    return output, kept
+
+
+def asks_twice(seen: Evidence) -> Tensor:
+    visual = seen.roles == VISUAL
+    strongest_from(seen, visual)
+    return strongest_from(seen, visual)[:, 0]
+
+
+def asks_of_other_keys(seen: Evidence) -> Tensor:
+    return strongest_from(seen._replace(key=-seen.key), seen.roles == VISUAL)[:, 0]
+
+
+def asks_at_another_scale(seen: Evidence) -> Tensor:
+    return strongest_from(seen._replace(scale=3.0), seen.roles == VISUAL)[:, 0]
+
+
+def asks_nothing(seen: Evidence) -> Tensor:
+    return (seen.query.sum(dim=(1, 3)) + seen.key.sum(dim=(1, 3))).float()
+
+
+OWN = (asks_twice, asks_of_other_keys, asks_at_another_scale, asks_nothing)
+
+
+@pytest.fixture
+def own_scorers() -> Iterator[None]:
+    for rate in OWN:
+        vtprune_fx.register_scorer(rate.__name__, rate)
+    yield
+    for rate in OWN:
+        del scorers._REGISTERED[rate.__name__]
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(
+    "score", ["fitprune", "sparsevlm", "last-token", *(r.__name__ for r in OWN)]
+)
+@pytest.mark.usefixtures("own_scorers")
+def test_attention_beside_the_choice_is_what_it_was(
+    score: str, *, padded: bool
+) -> None:
+    given = heads(padded=padded)
+    output, kept = attended(score, *given)
+    torch.testing.assert_close(output, fused(*given))
+    nothing = (None, None, None, None)
+    query, key, _, mask = given
+    alone = choose(ROLES, 2, score, "{}", query, key, mask, 0.5, *nothing)
+    assert torch.equal(kept, alone)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_gradients_of_attention_beside_the_choice_are_what_they_were(
+    *, padded: bool
+) -> None:
+    *tensors, mask = heads(padded=padded)
+
+    def gradients(attention: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        own = [tensor.detach().requires_grad_() for tensor in tensors]
+        return torch.autograd.grad(attention(*own, mask).sin().sum(), own)
+
+    found = gradients(lambda *given: attended("fitprune", *given)[0])
+    torch.testing.assert_close(found, gradients(fused))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_attention_beside_the_choice_is_what_torch_expects(*, padded: bool) -> None:
+    query, key, value, mask = heads(padded=padded)
+    what = (ROLES, 2, "fitprune", "{}", query, key, mask, 0.5, None, None, None, None)
+    torch.library.opcheck(attend_and_choose, (value, *what))
+
+
+# ---------------------------------------------------------------- gathers and lengths
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from vtprune_fx.graph import (
     STAMP,
     dropped_tokens,
     readable,
+    set_value,
     value_at_full_length,
 )
 from vtprune_fx.passes import (
@@ -37,6 +38,7 @@ from vtprune_fx.passes import (
     InsertScores,
     Pass,
     RefreshValues,
+    ShareAttention,
     default_pipeline,
 )
 from vtprune_fx.passes.gather_tokens import IN_PROMPT_PREFIX
@@ -391,6 +393,61 @@ def test_refreshed_values_are_what_was_recorded_less_the_tokens() -> None:
     assert (shape[0], shape[2]) == (full[0], full[2])
 
 
+# --------------------------------------------------------------------- ShareAttention
+
+
+def whole_graph(**told: Any) -> tuple[GraphModule, PrunePlan]:
+    module, plan = planned(DROPS, **told)
+    InsertScores(plan, "whole")(module)
+    GatherTokens(plan, "whole")(module)
+    return module, plan
+
+
+def test_attention_and_the_choice_by_it_become_one_operator() -> None:
+    module, plan = whole_graph()
+    named = {node.name: node for node in module.graph.nodes}
+    before = [
+        (named[cut.attention.node].args, named[f"{KEEP_PREFIX}{i}"].args)
+        for i, cut in enumerate(plan.cuts)
+    ]
+    assert ShareAttention(plan)(module).modified
+    assert not calls(module, torch.ops.vtprune.choose.default)
+    both = calls(module, torch.ops.vtprune.attend_and_choose.default)
+    for i, cut in enumerate(plan.cuts):
+        attention, chosen = before[i]
+        assert both[i].args == (attention[2], *chosen)
+        for place, name in enumerate((cut.attention.node, f"{KEEP_PREFIX}{i}")):
+            part = named[name]
+            assert (part.target, part.args) == (operator.getitem, (both[i], place))
+        # Layer 1 attends to what layer 0 left; what leaves it there is 5 tokens less.
+        gone = [dropped_tokens(node) for node in both[i].users]
+        assert gone == [[0, 3], [3, 8]][i]
+    assert not ShareAttention(plan)(module).modified
+
+
+@pytest.mark.parametrize("site", ["before_layer", "after_layer"])
+def test_a_cut_that_is_not_behind_the_attention_is_left_alone(site: str) -> None:
+    module, plan = whole_graph(site=site)
+    text = readable(module)
+    assert not ShareAttention(plan)(module).modified
+    assert readable(module) == text
+
+
+@pytest.mark.parametrize(
+    ("of", "kind"), [("mask", torch.float32), ("query", torch.bfloat16)]
+)
+def test_a_mask_that_is_added_and_half_precision_are_left_alone(
+    of: str, kind: torch.dtype
+) -> None:
+    module, plan = whole_graph()
+    for chosen in calls(module, torch.ops.vtprune.choose.default):
+        query, _, mask = chosen.args[4:7]
+        read = {"query": query, "mask": mask}[of]
+        assert isinstance(read, Node)
+        set_value(read, value_at_full_length(read).to(kind), dropped_tokens(read))
+    assert not ShareAttention(plan)(module).modified
+
+
 # ------------------------------------------------------------------------ whole graphs
 
 
@@ -406,8 +463,8 @@ def test_every_form_of_a_cut_gives_the_same(form: Form) -> None:
     module, plan = planned(DROPS)
     default_pipeline(plan, form).run(module)
     program._graph_module = module
-    operator = {"traced": "received", "whole": "choose"}[form]
-    assert any(operator in str(node.target) for node in module.graph.nodes)
+    own = {"traced": "received", "whole": "attend_and_choose"}[form]
+    assert any(own in str(node.target) for node in module.graph.nodes)
     inputs = batch(tiny_llava(layers=2), (3, 6), (9, 1))
     with torch.no_grad():
         ours, expected = (each.module()(**inputs) for each in (program, plain))

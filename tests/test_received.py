@@ -236,6 +236,57 @@ def test_on_a_cpu(name: str) -> None:
     assert_by_hand(received.received(*drawn(case)), case)
 
 
+SHARED = {
+    name: case
+    for name, case in (CASES | NAN).items()
+    if case.mask in {"none", "bool", "shared", "padding"}
+    and case.dtype == torch.float32
+    and not case.known
+}
+"""What ``attend`` takes."""
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_beside_the_attention_itself(name: str) -> None:
+    """Three blocks of rows, the last a short one."""
+    given, case = drawn(SHARED[name]), SHARED[name]
+    value = _value(case, given)
+    block = given.query.shape[1] * case.tokens * (case.tokens * 2 // 5)
+    with mock.patch.object(received, "_BLOCK", block):
+        output, sums = _attended(given, value)
+    assert_by_hand(sums, case)
+    heard = slice(case.tokens // 6 if case.nan else 0, None)
+    expected = _output(given, value)[:, :, heard].float()
+    torch.testing.assert_close(output[:, :, heard], expected)
+    assert output.transpose(1, 2).is_contiguous(), "a token's heads side by side"
+
+
+def _value(case: Case, given: Arguments) -> Tensor:
+    """[B, G, S, 12]: not as wide as keys."""
+    generator = torch.Generator().manual_seed(1)
+    value = torch.randn(case.samples, case.tokens, case.groups, 12, generator=generator)
+    assert given.key.shape[:3] == value.transpose(1, 2).shape[:3]
+    return value.transpose(1, 2)
+
+
+def _attended(given: Arguments, value: Tensor) -> tuple[Tensor, Tensor]:
+    query, key, mask, weights, _, scale, strongest = given
+    return received.attend(query, key, value, mask, weights, scale, strongest)
+
+
+def _output(given: Arguments, value: Tensor) -> Tensor:
+    """[B, H, S, D'] float64: 0 in rows that may attend nothing."""
+    found = value.new_zeros(*given.query.shape[:3], value.shape[3], dtype=torch.double)
+    served = found.shape[1] // value.shape[1]
+    for sample, head, row in itertools.product(*map(range, found.shape[:3])):
+        attended, _ = _row(given, sample, head, row)
+        if attended.any():
+            share = _probabilities(given, sample, head, row)
+            values = value[sample, head // served].double()
+            found[sample, head, row] = share @ values
+    return found
+
+
 @pytest.mark.parametrize("name", CASES | BFLOAT16)
 def test_the_definition(name: str) -> None:
     case = (CASES | BFLOAT16)[name]

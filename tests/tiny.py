@@ -365,11 +365,9 @@ def exported_program(layers: int = 2) -> ExportedProgram:
     return export(model, batch(model, (3, 6)))
 
 
-def planned(
-    drops: Mapping[int, int], of: int | None = None
-) -> tuple[GraphModule, PrunePlan]:
-    """A graph of two layers to write to, and a recipe placed on it."""
+def planned(drops: Mapping[int, int], **told: Any) -> tuple[GraphModule, PrunePlan]:
+    """A graph of two layers to write to, and a recipe (as told) placed on it."""
     module = copy.deepcopy(exported_program().graph_module)
     anatomy = read(module.graph)
     assert anatomy is not None
-    return module, place(recipe_for(2, drops, of=of), anatomy, module.graph)
+    return module, place(recipe_for(2, drops, **told), anatomy, module.graph)

@@ -67,7 +67,7 @@ def received(
         [B, W, S] float32.
     """
     # Autocast would round the products of what is float32 by then.
-    with torch.autocast(query.device.type, enabled=False):
+    with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
         return _in_blocks(query, key, mask, weights, lse, scale, strongest)
 
 
@@ -212,13 +212,13 @@ def attend(
         [B, H, S, D'] in memory as [B, S, H, D'], 0 in rows that may attend nothing, as
         fused attention has it; [B, W, S] float32.
     """
-    with torch.autocast(query.device.type, enabled=False):
+    with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
         heads = _Heads(query, key, mask, scale)
         output = unwritten_output(query, value)
         sums = torch.zeros_like(weights, memory_format=torch.contiguous_format)
         values = per_query_head(query, value)
         for own in range(query.shape[0]):
-            of_own = values[own].contiguous(), weights[own], strongest
+            of_own = values[own], weights[own], strongest
             _attend_one(heads.of(own), output[own], sums[own], *of_own)
     return output, sums
 
@@ -241,7 +241,7 @@ def _attend_one(
         rows = slice(start, start + attention.at_once)
         probabilities = attention.probabilities(rows)
         columns = probabilities.shape[2]
-        output[:, rows] = probabilities @ value[:, :columns]
+        output[:, rows] = torch.bmm(probabilities, value[:, :columns])
         of, end = max(first, start), min(behind, start + attention.at_once)
         if of < end:
             pairs = _over_heads(probabilities[:, of - start : end - start], strongest)
@@ -261,8 +261,10 @@ def unwritten_output(query: Tensor, value: Tensor) -> Tensor:
 
 def _weighted(weights: Tensor) -> tuple[int, int]:
     """The first of the rows [W, S] that have a weight, and what is behind the last."""
-    rows = weights.any(dim=0).nonzero().flatten().tolist()
-    return (rows[0], rows[-1] + 1) if rows else (0, 0)
+    weighted = weights.any(dim=0).tolist()
+    if True not in weighted:
+        return 0, 0
+    return weighted.index(True), len(weighted) - weighted[::-1].index(True)
 
 
 class _Heads:
@@ -278,8 +280,8 @@ class _Heads:
         """One sample's. Half precision is left here, not once for a block."""
         key = per_query_head(self._query, self._key[own : own + 1])[0]
         return _Attention(
-            self._query[own].float().contiguous() * self._scale,
-            key.float().contiguous().mT,
+            self._query[own].float(),
+            (key.float() * self._scale).mT,
             self._mask[own if len(self._mask) > 1 else 0, 0],
         )
 
@@ -291,8 +293,8 @@ class _Attention:
     are added.
 
     Args:
-        query: [H, S, D], scaled.
-        key: [H, D, S].
+        query: [H, S, D].
+        key: [H, D, S], scaled.
         mask: [S, S], bool or float.
 
     Attributes:
@@ -302,47 +304,62 @@ class _Attention:
 
     def __init__(self, query: Tensor, key: Tensor, mask: Tensor) -> None:
         self._query, self._key, self._mask = query, key, mask
-        self.at_once = max(1, _BLOCK // (query.shape[0] * query.shape[1]))
-        is_bool = mask.dtype == torch.bool
-        attends, plain = (mask, mask) if is_bool else (mask > NEVER / 2, mask == 0)
-        tokens = mask.shape[1]
-        places = torch.arange(1, tokens + 1, dtype=torch.int32, device=mask.device)
-        behind = (attends * places).amax(dim=1)
-        self.nothing = (behind == 0).nonzero().flatten().tolist()
-        self._behind = behind.masked_fill(behind == 0, tokens).tolist()
-        added = (~plain * places.flip(0)).amax(dim=1)
-        self._plain = (tokens - added).tolist()
+        heads, tokens, _ = query.shape
+        self.at_once = max(1, _BLOCK // (heads * tokens))
+        self.nothing: list[int] = []
+        if not _attends(mask.diagonal()).all():
+            attends = _attends(mask).any(dim=1)
+            self.nothing = (~attends).nonzero().flatten().tolist()
 
     def probabilities(self, rows: slice) -> Tensor:
-        """[H, R, C]: up to the last column that one of the rows attends to.
+        """[H, R, C]: up to a column behind which none of the rows attends to any.
 
         A row that may attend nothing has a uniform softmax over all columns, as
         ``NEVER`` is finite.
         """
-        columns = max(self._behind[rows])
-        found = self._query[:, rows] @ self._key[:, :, :columns]
-        return self._mask_in(found, rows).softmax(dim=2)
+        found = self._logits(rows)
+        return torch.softmax(found, 2)
 
     def pairs(self, rows: slice, lse: Tensor, strongest: bool) -> Tensor:
         """[R, C]: probabilities by lse [H, R], heads taken together.
 
-        exp is monotone, so the maximum over heads takes one exp a pair, and what is the
-        same for all heads is added once.
+        exp is monotone, so the maximum over heads takes one exp a pair.
         """
-        columns = max(self._behind[rows])
+        found = self._logits(rows)
         lse = lse.masked_fill(lse == -torch.inf, torch.inf)
-        key = self._key[:, :, :columns]
-        relative = torch.baddbmm(-lse[:, :, None], self._query[:, rows], key)
-        if strongest:
-            return self._mask_in(relative.amax(dim=0), rows).exp_()
-        return self._mask_in(relative, rows).exp_().mean(dim=0)
+        found -= lse[:, :, None]
+        return found.amax(dim=0).exp_() if strongest else found.exp_().mean(dim=0)
 
-    def _mask_in(self, found: Tensor, rows: slice) -> Tensor:
-        """Add the mask to logits [..., R, C], where it is anything but 0."""
-        plain, columns = min(self._plain[rows]), found.shape[-1]
-        if plain < columns:
-            found[..., plain:] += _bias(self._mask[rows, plain:columns])
+    def _logits(self, rows: slice) -> Tensor:
+        """[H, R, C], the mask added where it is anything but 0."""
+        first, columns = self._masked(rows)
+        query = self._query[:, rows]
+        found = torch.bmm(query, self._key[:, :, :columns])
+        mask, masked = self._mask[rows, first:columns], found[:, :, first:]
+        if mask.dtype == torch.bool:
+            masked.masked_fill_(~mask, NEVER)
+        else:
+            masked += _bias(mask)
         return found
+
+    def _masked(self, rows: slice) -> tuple[int, int]:
+        """The first column whose mask counts, and one behind which none is attended to.
+
+        In a causal mask they enclose the block on the diagonal.
+        """
+        tokens = len(self._mask)
+        if any(row in self.nothing for row in range(rows.start, rows.stop)):
+            return 0, tokens
+        start, stop = rows.start, min(rows.stop, tokens)
+        ahead, behind = self._mask[rows, :start], self._mask[rows, stop:]
+        plain = ahead if ahead.dtype == torch.bool else ahead == 0
+        first = start if start and plain.all() else 0
+        return first, tokens if stop < tokens and _attends(behind).any() else stop
+
+
+def _attends(mask: Tensor) -> Tensor:
+    """Bool: where a mask, bool or float, lets anything through."""
+    return mask if mask.dtype == torch.bool else mask > NEVER / 2
 
 
 def _over_heads(pairs: Tensor, strongest: bool) -> Tensor:
