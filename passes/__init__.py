@@ -15,6 +15,7 @@ from vtprune_fx.passes.manager import (
     prune_program,
 )
 from vtprune_fx.passes.own_lengths import OwnLengths
+from vtprune_fx.passes.read_rows import ReadRows
 from vtprune_fx.passes.refresh_values import RefreshValues
 from vtprune_fx.passes.share_attention import ShareAttention
 from vtprune_fx.passes.shift_keys import ShiftKeys
@@ -31,6 +32,7 @@ __all__ = [
     "Pass",
     "PassResult",
     "Pipeline",
+    "ReadRows",
     "RefreshValues",
     "ShareAttention",
     "ShiftKeys",

@@ -28,6 +28,7 @@ from vtprune_fx.passes.base import Form, Pass
 from vtprune_fx.passes.check_tokens import CheckTokens
 from vtprune_fx.passes.gather_tokens import GatherTokens
 from vtprune_fx.passes.insert_scores import InsertScores
+from vtprune_fx.passes.read_rows import ReadRows
 from vtprune_fx.passes.refresh_values import RefreshValues
 from vtprune_fx.passes.share_attention import ShareAttention
 from vtprune_fx.passes.shift_keys import ShiftKeys
@@ -179,6 +180,7 @@ def default_pipeline(plan: PrunePlan, form: Form = "plain") -> Pipeline:
         CheckTokens(plan),
         GatherTokens(plan, form),
         ShiftKeys(plan),
+        ReadRows(plan),
     )
     if form == "whole":
         return Pipeline(plan, *passes, ShareAttention(plan))

@@ -1,8 +1,7 @@
 """Let a cut behind attention share the attention's probabilities.
 
 A score computes again what fused attention computed and did not keep. As one operator
-they do it once, which also takes less than fused attention alone where the mask is
-causal (``received.attend``)::
+they do it once, in about the time of fused attention alone (``received.attend``)::
 
     attention: "f32[B, H, S, D]" = aten.scaled_dot_product_attention(q, k, v, mask)
     vtprune_keep_3: "i64[B, S - 36]" = vtprune.choose(vtprune_roles, 36, ..., q, k, ...)

@@ -164,7 +164,7 @@ def _in_blocks(
 
 
 def _sum_up(
-    attention: _Attention,
+    sample: _Sample,
     sums: Tensor,
     weights: Tensor,
     lse: Tensor | None,
@@ -176,12 +176,12 @@ def _sum_up(
     gathered rows would be copied first.
     """
     first, behind = _weighted(weights)
-    for start in range(first, behind, attention.at_once):
-        rows = slice(start, min(start + attention.at_once, behind))
+    for start in range(first, behind, sample.at_once):
+        rows = slice(start, min(start + sample.at_once, behind))
         if lse is None:
-            pairs = _over_heads(attention.probabilities(rows), strongest)
+            pairs = _over_heads(sample.probabilities(rows), strongest)
         else:
-            pairs = attention.pairs(rows, lse[:, rows], strongest)
+            pairs = sample.pairs(rows, lse[:, rows], strongest)
         sums[:, : pairs.shape[1]].addmm_(weights[:, rows], pairs)
 
 
@@ -196,8 +196,8 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """Attention, and what ``received`` gives, of the same probabilities.
 
-    Shorter than fused attention alone, if the mask is causal: that looks at pairs which
-    may not attend, too. For float32; products of half precision would be made twice.
+    If the mask is causal, both take about as long as fused attention alone, which looks
+    at pairs that may not attend, too. For float32: half precision would be left.
 
     Args:
         query: As ``received`` takes it, and the others of its names.
@@ -224,7 +224,7 @@ def attend(
 
 
 def _attend_one(
-    attention: _Attention,
+    sample: _Sample,
     output: Tensor,
     sums: Tensor,
     value: Tensor,
@@ -237,17 +237,17 @@ def _attend_one(
     behind the last, are not looked at for sums. They may be no numbers.
     """
     first, behind = _weighted(weights)
-    for start in range(0, output.shape[1], attention.at_once):
-        rows = slice(start, start + attention.at_once)
-        probabilities = attention.probabilities(rows)
+    for start in range(0, output.shape[1], sample.at_once):
+        rows = slice(start, start + sample.at_once)
+        probabilities = sample.probabilities(rows)
         columns = probabilities.shape[2]
         output[:, rows] = torch.bmm(probabilities, value[:, :columns])
-        of, end = max(first, start), min(behind, start + attention.at_once)
+        of, end = max(first, start), min(behind, start + sample.at_once)
         if of < end:
             pairs = _over_heads(probabilities[:, of - start : end - start], strongest)
             sums[:, :columns].addmm_(weights[:, of:end], pairs)
-    if attention.nothing:
-        output[:, attention.nothing] = 0
+    if sample.nothing:
+        output[:, list(sample.nothing)] = 0
 
 
 def unwritten_output(query: Tensor, value: Tensor) -> Tensor:
@@ -276,17 +276,17 @@ class _Heads:
         self._query, self._key, self._scale = query, key, scale
         self._mask = _causal(query)[None, None] if mask is None else mask
 
-    def of(self, own: int) -> _Attention:
+    def of(self, own: int) -> _Sample:
         """One sample's. Half precision is left here, not once for a block."""
         key = per_query_head(self._query, self._key[own : own + 1])[0]
-        return _Attention(
+        return _Sample(
             self._query[own].float(),
             (key.float() * self._scale).mT,
             self._mask[own if len(self._mask) > 1 else 0, 0],
         )
 
 
-class _Attention:
+class _Sample:
     """One sample's attention, a block of rows at a time.
 
     Half of a causal mask is never looked at, and only the diagonal's blocks of it
@@ -306,10 +306,10 @@ class _Attention:
         self._query, self._key, self._mask = query, key, mask
         heads, tokens, _ = query.shape
         self.at_once = max(1, _BLOCK // (heads * tokens))
-        self.nothing: list[int] = []
+        self.nothing: frozenset[int] = frozenset()
         if not _attends(mask.diagonal()).all():
             attends = _attends(mask).any(dim=1)
-            self.nothing = (~attends).nonzero().flatten().tolist()
+            self.nothing = frozenset((~attends).nonzero().flatten().tolist())
 
     def probabilities(self, rows: slice) -> Tensor:
         """[H, R, C]: up to a column behind which none of the rows attends to any.
@@ -317,8 +317,7 @@ class _Attention:
         A row that may attend nothing has a uniform softmax over all columns, as
         ``NEVER`` is finite.
         """
-        found = self._logits(rows)
-        return torch.softmax(found, 2)
+        return self._logits(rows).softmax(dim=2)
 
     def pairs(self, rows: slice, lse: Tensor, strongest: bool) -> Tensor:
         """[R, C]: probabilities by lse [H, R], heads taken together.
@@ -348,7 +347,7 @@ class _Attention:
         In a causal mask they enclose the block on the diagonal.
         """
         tokens = len(self._mask)
-        if any(row in self.nothing for row in range(rows.start, rows.stop)):
+        if not self.nothing.isdisjoint(range(rows.start, rows.stop)):
             return 0, tokens
         start, stop = rows.start, min(rows.stop, tokens)
         ahead, behind = self._mask[rows, :start], self._mask[rows, stop:]
