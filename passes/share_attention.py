@@ -36,8 +36,8 @@ class ShareAttention(Pass):
     1. A cut behind a layer's attention, fused, in float32 and with a mask that is bool
        or none; the scorer reads queries and keys; score and choice are one operator:
        done.
-    2. A cut elsewhere, eager attention, half precision, a mask that is added, a scorer
-       that reads something else: unchanged.
+    2. A cut elsewhere, eager attention, half precision, a mask that is added, dropout,
+       a scorer that reads something else: unchanged.
 
     Args:
         plan: The cuts.
@@ -69,15 +69,24 @@ def _can_share(attention: Node, chosen: Node) -> bool:
         return False
     values = map(value_at_full_length, (attention, query, key))
     exact = all(value.dtype == torch.float32 for value in values)
-    return exact and _is_plain(attention, mask)
+    return exact and _is_plain(mask, *_told(attention))
 
 
-def _is_plain(attention: Node, mask: object) -> bool:
-    """Whether the choice was given the attention's own mask, and that hides or not."""
-    if isinstance(mask, Node):
-        value = value_at_full_length(mask)
-        return isinstance(value, Tensor) and value.dtype == torch.bool
-    return mask is None
+def _told(attention: Node) -> tuple[object, object]:
+    """How much an attention drops out, and whether it is told that it is causal."""
+    given = dict(zip(("dropout_p", "is_causal"), attention.args[4:], strict=False))
+    given |= attention.kwargs
+    return given.get("dropout_p", 0.0), given.get("is_causal", False)
+
+
+def _is_plain(mask: object, dropout: object, causal: object) -> bool:
+    """Whether attention is what ``received.attend`` makes of such a mask."""
+    if dropout != 0.0:
+        return False
+    if not isinstance(mask, Node):
+        return causal is True
+    value = value_at_full_length(mask)
+    return isinstance(value, Tensor) and value.dtype == torch.bool
 
 
 def _share(attention: Node, chosen: Node) -> None:

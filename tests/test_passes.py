@@ -448,6 +448,35 @@ def test_a_mask_that_is_added_and_half_precision_are_left_alone(
     assert not ShareAttention(plan)(module).modified
 
 
+@pytest.mark.parametrize(
+    ("told", "shared"),
+    [
+        ({"dropout_p": 0.1}, False),
+        ({"attn_mask": None}, False),
+        ({"attn_mask": None, "is_causal": True}, True),
+        ({"attn_mask": None, "is_causal": True, "dropout_p": 0.1}, False),
+    ],
+)
+@pytest.mark.parametrize("in_place", [False, True])
+def test_what_an_attention_is_told_decides(
+    told: dict[str, Any], *, shared: bool, in_place: bool
+) -> None:
+    """Dropout is left alone, and so is attention without a mask that is not causal."""
+    module, plan = whole_graph()
+    named = {node.name: node for node in module.graph.nodes}
+    for cut in plan.cuts:
+        attention = named[cut.attention.node]
+        chosen = named[f"{KEEP_PREFIX}{cut.attention.layer}"]
+        mask = told.get("attn_mask", chosen.args[6])
+        rest = told.get("dropout_p", 0.0), told.get("is_causal", False)
+        given = (mask, *rest)
+        names_ = ("attn_mask", "dropout_p", "is_causal")
+        attention.args = (*attention.args[:3], *(given if in_place else ()))
+        attention.kwargs = {} if in_place else dict(zip(names_, given, strict=True))
+        chosen.args = (*chosen.args[:6], mask, *chosen.args[7:])
+    assert ShareAttention(plan)(module).modified == shared
+
+
 # ------------------------------------------------------------------------ whole graphs
 
 
