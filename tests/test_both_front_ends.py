@@ -32,7 +32,7 @@ from vtprune_fx.anatomy import read
 from vtprune_fx.api import PrunedProgram, prune
 from vtprune_fx.capture import lower
 from vtprune_fx.decoding import mark_dynamic
-from vtprune_fx.graph import STAMP
+from vtprune_fx.graph import STAMP, value_at_full_length
 from vtprune_fx.passes import default_pipeline, manager
 from vtprune_fx.plan import PrunePlan, place
 from vtprune_fx.recipe import Recipe, default
@@ -42,9 +42,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from torch.export import ExportedProgram
-    from torch.fx import GraphModule
-
-aten = torch.ops.aten
+    from torch.fx import GraphModule, Node
 
 RECIPE = recipe_for(4, {0: 3, 2: 5, 3: 1})
 SHORT = recipe_for(2, {0: 3, 1: 5})
@@ -206,8 +204,15 @@ def _without(inputs: Inputs, name: str) -> Inputs:
 
 
 def _decoder_groups_heads(graph: GraphModule) -> bool:
-    attentions = calls(graph, aten.scaled_dot_product_attention.default)
-    return any(node.kwargs.get("enable_gqa") for node in attentions)
+    attentions = calls(graph, torch.ops.vtprune.attend_and_choose.default)
+    assert attentions
+    inputs = [node.all_input_nodes for node in attentions]
+    return all(_heads(value) < _heads(query) for value, _, query, *_ in inputs)
+
+
+def _heads(node: Node) -> int:
+    heads: int = value_at_full_length(node).shape[1]
+    return heads
 
 
 def test_text_alone_and_decode_steps_go_to_the_inner_backend_as_they_are(
