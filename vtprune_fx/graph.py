@@ -39,7 +39,7 @@ class Stamp:
     """Who inserted a node.
 
     Attributes:
-        role: ``check``, ``score``, ``keep`` or ``gather``.
+        role: ``check``, ``score``, ``keep``, ``gather``, ``shift`` or ``rows``.
         layer: Decoder layer of the cut, -1 where the node serves all cuts.
     """
 
