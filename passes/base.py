@@ -14,7 +14,7 @@ Form: TypeAlias = Literal["plain", "traced", "whole"]
 * ``plain``: ATen operators alone, for graphs that other runtimes run.
 * ``traced``: the attention that tokens get is one operator, which has a kernel of its
   own; the rest is ATen, which a compiler fuses into few launches. For a GPU.
-* ``whole``: score and choice of a cut are one operator, with the layer's attention where
+* ``whole``: score and choice of a cut are one operator, with the layer's attention if
   that allows it, and so is each gather from the prompt. A compiler has little to plan,
   and nothing is launched. For a CPU.
 """
