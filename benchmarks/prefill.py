@@ -267,7 +267,8 @@ def _own_operators(profiled: profile) -> dict[str, float]:
         own = max(event.cpu_time_total, event.device_time_total) / 1e3
         spent[name] = spent.get(name, 0) + own
         if name == "attend_and_choose":
-            value, query = event.input_shapes[0], event.input_shapes[5]
+            # As attend_and_choose takes them.
+            value, query = (tuple(event.input_shapes[at]) for at in (0, 5))
             instead = event.count * _fused_attention_ms(query, value)
             spent["fused attention"] = spent.get("fused attention", 0) - instead
     if not spent.keys().isdisjoint(("choose", "attend_and_choose")):
@@ -276,7 +277,8 @@ def _own_operators(profiled: profile) -> dict[str, float]:
     return spent
 
 
-def _fused_attention_ms(query: Sequence[int], value: Sequence[int]) -> float:
+@functools.cache
+def _fused_attention_ms(query: tuple[int, ...], value: tuple[int, ...]) -> float:
     """What PyTorch's attention takes on a CPU, behind a causal mask as models have."""
     samples, heads, tokens, depth = query
     groups, wide = value[1], value[3]

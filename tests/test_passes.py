@@ -467,13 +467,11 @@ def test_what_an_attention_is_told_decides(
     for cut in plan.cuts:
         attention = named[cut.attention.node]
         chosen = named[f"{KEEP_PREFIX}{cut.attention.layer}"]
-        mask = told.get("attn_mask", chosen.args[6])
-        rest = told.get("dropout_p", 0.0), told.get("is_causal", False)
-        given = (mask, *rest)
-        names_ = ("attn_mask", "dropout_p", "is_causal")
-        attention.args = (*attention.args[:3], *(given if in_place else ()))
-        attention.kwargs = {} if in_place else dict(zip(names_, given, strict=True))
-        chosen.args = (*chosen.args[:6], mask, *chosen.args[7:])
+        given = {"attn_mask": chosen.args[6], "dropout_p": 0.0, "is_causal": False}
+        given |= told
+        attention.args = (*attention.args[:3], *(given.values() if in_place else ()))
+        attention.kwargs = {} if in_place else given
+        chosen.args = (*chosen.args[:6], given["attn_mask"], *chosen.args[7:])
     assert ShareAttention(plan)(module).modified == shared
 
 

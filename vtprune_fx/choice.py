@@ -153,8 +153,9 @@ class _Attention:
     ) -> Tensor:
         """As ``received``; the attention's output falls off, if it is this one."""
         own = query is self._query and key is self._key and mask is self._mask
-        weights, _, scale, strongest = how
-        if not own or scale != self._scale or self._output is not None:
+        weights, lse, scale, strongest = how
+        own = own and lse is None and scale == self._scale
+        if not own or self._output is not None:
             found: Tensor = received(query, key, mask, *how)
             return found
         attention = query, key, self._value, mask
