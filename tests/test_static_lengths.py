@@ -24,6 +24,7 @@ from vtprune_fx import vtprune_backend
 from vtprune_fx.api import prune
 from vtprune_fx.capture import lower
 from vtprune_fx.errors import PlanError
+from vtprune_fx.report import PruneReport
 
 SHORT = recipe_for(2, {0: 3, 1: 5})
 
@@ -72,17 +73,19 @@ def test_a_second_length_makes_the_graph_dynamic_and_a_third_no_graph() -> None:
     assert len(inner.graphs) == 2
 
 
-def test_a_fresh_model_needs_no_call_ahead_and_no_option() -> None:
+@pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
+def test_a_fresh_model_needs_no_call_ahead_and_no_option(inner: str) -> None:
     """Dynamo breaks the graph where transformers counts the placeholders."""
     model = LlavaForConditionalGeneration(tiny_llava(layers=2).config).eval()
     model.load_state_dict(tiny_llava(layers=2).state_dict())
-    inner, inputs = Inner(), batch(model, (3, 6), (2, 0, 9))
-    told: dict[str, Any] = {"recipe": SHORT, "inner": inner}
+    inputs = batch(model, (3, 6), (2, 0, 9))
+    reports: list[PruneReport] = []
+    told: dict[str, Any] = {"recipe": SHORT, "inner": inner, "tell": reports.append}
     whole: Any = torch.compile(model, backend=vtprune_backend, options=told)
     with torch.no_grad():
         outputs = whole(**inputs)
-    keep_sets = next(sets for sets in inner.recorded if sets)
-    assert_matches_oracle(outputs, keep_sets, model, SHORT, inputs)
+    [report] = reports
+    assert_matches_oracle(outputs, report.keep_sets, model, SHORT, inputs)
 
 
 def test_a_prompt_of_which_one_token_would_be_left_is_refused() -> None:

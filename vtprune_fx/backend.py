@@ -11,6 +11,7 @@ The graph with the images is pruned and handed to an inner backend; every other 
 
 With a dynamic prompt length, ``torch._dynamo.mark_dynamic(ids, 1)``, one graph serves
 all prompts; without, Dynamo makes one for the first length and one for all others.
+Inductor packs weights where its ``config.freezing`` is set, pruned graphs' too.
 With ``fullgraph=True`` one graph has it all; without, Dynamo breaks it where
 transformers compares the number of image placeholders with that of image features.
 """
@@ -26,12 +27,14 @@ import torch
 from torch import Tensor
 from torch._dynamo import lookup_backend
 from torch._dynamo.exc import InvalidBackend
+from torch._guards import detect_fake_mode
 from torch.fx import GraphModule
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from vtprune_fx.capture import lower
 from vtprune_fx.errors import InputError
-from vtprune_fx.graph import fake_mode_of, uncached_fakes
+from vtprune_fx.frozen import hold, layouts_as_they_are, lifted
+from vtprune_fx.graph import fake_mode_of, new_lengths, uncached_fakes
 from vtprune_fx.literals import places_images
 from vtprune_fx.passes import KEEP_PREFIX, Form, OwnLengths, prune_graph
 from vtprune_fx.plan import PrunePlan
@@ -93,7 +96,8 @@ def vtprune_backend(
         load_recipe(options["recipe"]) if options.get("recipe") is not None else None
     )
     own = bool(options.get("own"))
-    found = _prune(module, recipe, options.get("visual_tokens"), own=own)
+    given, weights = lifted(module)
+    found = _prune(given, recipe, options.get("visual_tokens"), own=own)
     if found is None:
         return inner(module, example_inputs, **kwargs)
     pruned, report = found
@@ -101,7 +105,11 @@ def vtprune_backend(
     if mode is None:
         # A mode may ask for CUDA graphs, which record no length that is a symbol.
         OwnLengths(report.plan)(pruned)
-    with uncached_fakes(fake_mode_of(pruned.graph)):
+    hold(pruned, weights)
+    # Dynamo's own, in which the inner backend traces. Values of a graph whose length
+    # was a literal are in another.
+    fakes = detect_fake_mode(example_inputs) or fake_mode_of(pruned.graph)
+    with uncached_fakes(fakes), new_lengths(fakes), layouts_as_they_are():
         compiled = inner(pruned, parts(example_inputs), **kwargs)
     recorded = _recording(compiled, report, options.get("tell"))
     if not has_any(example_inputs):

@@ -12,6 +12,7 @@ with a new symbolic length costs milliseconds, thousands of times over in one gr
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -154,6 +155,23 @@ def uncached_fakes(mode: FakeTensorMode) -> Iterator[None]:
         yield
     finally:
         mode.cache_enabled = enabled
+
+
+@contextlib.contextmanager
+def new_lengths(mode: FakeTensorMode) -> Iterator[None]:
+    """Let operators on fakes return sizes that are new symbols.
+
+    Dynamo forbids them where it may break a graph instead, and takes a backend that
+    asks for one to ask for that: the graph would run as it came.
+    """
+    shapes = mode.shape_env
+    assert shapes is not None, "Dynamo's sizes are symbols"
+    settings = shapes.settings
+    shapes.settings = dataclasses.replace(settings, allow_dynamic_output_shape_ops=True)
+    try:
+        yield
+    finally:
+        shapes.settings = settings
 
 
 def assume_at_least(graph: Graph, symbol: sympy.Symbol, least: int) -> None:
