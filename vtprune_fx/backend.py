@@ -21,6 +21,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -28,12 +29,14 @@ from torch import Tensor
 from torch._dynamo import lookup_backend
 from torch._dynamo.exc import InvalidBackend
 from torch._guards import detect_fake_mode
+from torch._inductor import config
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from vtprune_fx.capture import lower
 from vtprune_fx.errors import InputError
-from vtprune_fx.frozen import hold, layouts_as_they_are, lifted
+from vtprune_fx.frozen import hold, lifted
 from vtprune_fx.graph import fake_mode_of, new_lengths, uncached_fakes
 from vtprune_fx.literals import places_images
 from vtprune_fx.passes import KEEP_PREFIX, Form, OwnLengths, prune_graph
@@ -109,12 +112,37 @@ def vtprune_backend(
     # Dynamo's own, in which the inner backend traces. Values of a graph whose length
     # was a literal are in another.
     fakes = detect_fake_mode(example_inputs) or fake_mode_of(pruned.graph)
-    with uncached_fakes(fakes), new_lengths(fakes), layouts_as_they_are():
+    with _remembering(fakes, report.plan), new_lengths(fakes), _inductor_settings():
         compiled = inner(pruned, parts(example_inputs), **kwargs)
     recorded = _recording(compiled, report, options.get("tell"))
     if not has_any(example_inputs):
         return recorded
     return lambda *inputs: recorded(*parts(inputs))
+
+
+def _remembering(
+    fakes: FakeTensorMode, plan: PrunePlan
+) -> AbstractContextManager[None]:
+    """Remember operators on fakes only where most layers are as long as others are."""
+    alike = 2 * len(plan.cuts) < plan.layers
+    return nullcontext() if alike else uncached_fakes(fakes)
+
+
+def _inductor_settings() -> AbstractContextManager[None]:
+    """Inductor as it is set, but for what does not suit pruned graphs.
+
+    * Kernels behind a cut all depend on the buffer that its length is read off. Each is
+      tried with so many of them for fusion; few are enough for the same kernels.
+    * Freezing lays convolutions' weights out anew, and then asks for the strides of the
+      graph's outputs. Lengths behind cuts are symbols that torch 2.13 has renamed by
+      then, and ``torch.fx.Graph.materialize_symints`` looks for the names of before.
+    """
+    attempts = min(8, config.max_fusion_buffer_group_pairwise_attempts)
+    patched: AbstractContextManager[None] = config.patch(
+        max_fusion_buffer_group_pairwise_attempts=attempts,
+        layout_optimization=config.layout_optimization and not config.freezing,
+    )
+    return patched
 
 
 def _recording(

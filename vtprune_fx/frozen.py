@@ -16,11 +16,9 @@ Between the two::
 
 from __future__ import annotations
 
-import contextlib
 import copy
 
 from torch import Tensor
-from torch._inductor import config
 from torch.fx import GraphModule, Interpreter
 from torch.nn import Parameter
 
@@ -84,17 +82,3 @@ def hold(module: GraphModule, weights: list[Tensor]) -> None:
         node.replace_all_uses_with(held)
         module.graph.erase_node(node)
     module.recompile()
-
-
-def layouts_as_they_are() -> contextlib.AbstractContextManager[None]:
-    """Let inductor leave convolutions' weights laid out as they are while it freezes.
-
-    Having changed them it would ask for the strides of the graph's outputs, and lengths
-    behind cuts are symbols that torch 2.13 has renamed by then, without telling
-    ``torch.fx.Graph.materialize_symints``, which finds none of them.
-    """
-    wanted = config.layout_optimization and not config.freezing
-    patched: contextlib.AbstractContextManager[None] = config.patch(
-        layout_optimization=wanted
-    )
-    return patched
