@@ -21,11 +21,12 @@ from tests.tiny import (
     counted_positions,
     tiny_llava,
 )
-from vtprune_fx import oracle, rank
+from vtprune_fx import oracle, rank, vtprune_backend
 from vtprune_fx.errors import InputError
 from vtprune_fx.export import export_onnx
 from vtprune_fx.export.rank_functions import FUNCTIONS
 from vtprune_fx.recipe import Recipe, Recycle
+from vtprune_fx.report import PruneReport
 from vtprune_fx.scoring import INSTRUCTION, VISUAL
 
 RECIPES = {
@@ -68,6 +69,22 @@ def oracle_run(recipe: Recipe, inputs: Inputs) -> oracle.Prefill:
     model = tiny_llava(layers=2)
     [sample] = oracle.split_batch(model, **inputs)
     return oracle.prefill(model, recipe, sample)
+
+
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_a_plain_compile_of_one_length_follows_the_rank(fullgraph: bool) -> None:
+    """Nothing marked, so lengths are numbers, and symbols are those that ranks make."""
+    model, recipe = tiny_llava(layers=2), RECIPES[next(iter(RECIPES))]
+    inputs, reports = prompts()[0], list[PruneReport]()
+    told: dict[str, Any] = {"recipe": recipe, "inner": "aot_eager"}
+    told["tell"] = reports.append
+    run: Any = torch.compile(
+        model.forward, backend=vtprune_backend, options=told, fullgraph=fullgraph
+    )
+    with torch.no_grad():
+        outputs = run(**inputs)
+    [report] = reports
+    assert_matches_oracle(outputs, report.keep_sets, model, recipe, inputs)
 
 
 @pytest.mark.slow

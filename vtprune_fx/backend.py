@@ -37,7 +37,7 @@ from transformers.utils.output_capturing import maybe_install_capturing_hooks
 from vtprune_fx.capture import lower
 from vtprune_fx.errors import InputError
 from vtprune_fx.frozen import hold, lifted
-from vtprune_fx.graph import fake_mode_of, new_lengths, uncached_fakes
+from vtprune_fx.graph import fake_mode_of, lengths_from_data, uncached_fakes
 from vtprune_fx.literals import places_images
 from vtprune_fx.passes import KEEP_PREFIX, Form, OwnLengths, prune_graph
 from vtprune_fx.plan import PrunePlan
@@ -109,15 +109,25 @@ def vtprune_backend(
         # A mode may ask for CUDA graphs, which record no length that is a symbol.
         OwnLengths(report.plan)(pruned)
     hold(pruned, weights)
-    # Dynamo's own, in which the inner backend traces. Values of a graph whose length
-    # was a literal are in another.
     fakes = detect_fake_mode(example_inputs) or fake_mode_of(pruned.graph)
-    with _remembering(fakes, report.plan), new_lengths(fakes), _inductor_settings():
+    if fakes is not fake_mode_of(pruned.graph):
+        _forget_symbols(pruned)
+    remembering = _remembering(fakes, report.plan)
+    with remembering, lengths_from_data(fakes), _inductor_settings():
         compiled = inner(pruned, parts(example_inputs), **kwargs)
     recorded = _recording(compiled, report, options.get("tell"))
     if not has_any(example_inputs):
         return recorded
     return lambda *inputs: recorded(*parts(inputs))
+
+
+def _forget_symbols(module: GraphModule) -> None:
+    """Let a graph of a literal length, whose symbols are its own, say nothing of them.
+
+    Retraced in Dynamo's mode, they would be taken for that one's.
+    """
+    for node in module.graph.nodes:
+        node.meta.pop("unbacked_bindings", None)
 
 
 def _remembering(

@@ -158,16 +158,18 @@ def uncached_fakes(mode: FakeTensorMode) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def new_lengths(mode: FakeTensorMode) -> Iterator[None]:
-    """Let operators on fakes return sizes that are new symbols.
+def lengths_from_data(mode: FakeTensorMode) -> Iterator[None]:
+    """Let operators on fakes return numbers, and sizes, that are new symbols.
 
-    Dynamo forbids them where it may break a graph instead, and takes a backend that
+    Dynamo forbids both where it may break a graph instead, and takes a backend that
     asks for one to ask for that: the graph would run as it came.
     """
     shapes = mode.shape_env
     assert shapes is not None, "Dynamo's sizes are symbols"
     settings = shapes.settings
-    shapes.settings = dataclasses.replace(settings, allow_dynamic_output_shape_ops=True)
+    shapes.settings = dataclasses.replace(
+        settings, allow_dynamic_output_shape_ops=True, allow_scalar_outputs=True
+    )
     try:
         yield
     finally:
