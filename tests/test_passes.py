@@ -20,6 +20,7 @@ from tests.tiny import (
     recipe_for,
     tiny_llava,
 )
+from vtprune_fx import backend, oracle
 from vtprune_fx.api import prune
 from vtprune_fx.graph import (
     SHORTER,
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from vtprune_fx.plan import PrunePlan
+    from vtprune_fx.recipe import Recipe
 
 aten = torch.ops.aten
 
@@ -500,6 +502,38 @@ def test_every_form_of_a_cut_gives_the_same(form: Form) -> None:
         ours.past_key_values.layers, expected.past_key_values.layers, strict=True
     ):
         torch.testing.assert_close(layer.keys, other.keys, atol=1e-5, rtol=0)
+
+
+def test_inductor_compiles_the_form_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU, where its operator has an implementation too."""
+    monkeypatch.setattr(backend, "_form_for", lambda module: "traced")
+    model, recipe = tiny_llava(layers=2), recipe_for(2, DROPS)
+    inputs = batch(model, (3, 6))
+    spent = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+    compiled = Compiled(model, recipe, "inductor")
+    compiled(**inputs)
+    with spent:
+        outputs = compiled(**inputs)
+    called = [event.key for event in spent.key_averages()]
+    assert "vtprune::received" in called
+    assert not {"vtprune::choose", "vtprune::attend_and_choose"} & set(called)
+    assert_logits_are_the_oracles(outputs, model, recipe, inputs)
+
+
+def test_inductor_compiles_few_cuts_among_many_layers() -> None:
+    """Then layers are traced with what fakes of others remember."""
+    model, recipe = tiny_llava(layers=3), recipe_for(3, {1: 5})
+    inputs, compiled = batch(model, (3, 6)), Compiled(model, recipe, "inductor")
+    assert_logits_are_the_oracles(compiled(**inputs), model, recipe, inputs)
+
+
+def assert_logits_are_the_oracles(
+    outputs: Any, model: Any, recipe: Recipe, inputs: dict[str, torch.Tensor]
+) -> None:
+    """Of one sample."""
+    [sample] = oracle.split_batch(model, **inputs)
+    expected = oracle.prefill(model, recipe, sample).logits
+    torch.testing.assert_close(outputs.logits[0], expected, atol=1e-4, rtol=0)
 
 
 def test_compiled_graph_is_static() -> None:

@@ -20,8 +20,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -30,7 +30,6 @@ from torch._dynamo import lookup_backend
 from torch._dynamo.exc import InvalidBackend
 from torch._guards import detect_fake_mode
 from torch._inductor import config
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
@@ -109,11 +108,7 @@ def vtprune_backend(
         # A mode may ask for CUDA graphs, which record no length that is a symbol.
         OwnLengths(report.plan)(pruned)
     hold(pruned, weights)
-    fakes = detect_fake_mode(example_inputs) or fake_mode_of(pruned.graph)
-    if fakes is not fake_mode_of(pruned.graph):
-        _forget_symbols(pruned)
-    remembering = _remembering(fakes, report.plan)
-    with remembering, lengths_from_data(fakes), _inductor_settings():
+    with _tracing(pruned, report.plan, example_inputs), _inductor_settings():
         compiled = inner(pruned, parts(example_inputs), **kwargs)
     recorded = _recording(compiled, report, options.get("tell"))
     if not has_any(example_inputs):
@@ -121,21 +116,22 @@ def vtprune_backend(
     return lambda *inputs: recorded(*parts(inputs))
 
 
-def _forget_symbols(module: GraphModule) -> None:
-    """Let a graph of a literal length, whose symbols are its own, say nothing of them.
-
-    Retraced in Dynamo's mode, they would be taken for that one's.
-    """
-    for node in module.graph.nodes:
-        node.meta.pop("unbacked_bindings", None)
-
-
-def _remembering(
-    fakes: FakeTensorMode, plan: PrunePlan
-) -> AbstractContextManager[None]:
-    """Remember operators on fakes only where most layers are as long as others are."""
-    alike = 2 * len(plan.cuts) < plan.layers
-    return nullcontext() if alike else uncached_fakes(fakes)
+@contextmanager
+def _tracing(
+    pruned: GraphModule, plan: PrunePlan, example_inputs: list[Tensor]
+) -> Iterator[None]:
+    """Let the inner backend trace a pruned graph in Dynamo's mode."""
+    own = fake_mode_of(pruned.graph)
+    mode = detect_fake_mode(example_inputs) or own
+    if mode is not own:
+        # A graph of a literal length. Its symbols would be taken for Dynamo's.
+        for node in pruned.graph.nodes:
+            node.meta.pop("unbacked_bindings", None)
+    few = 2 * len(plan.cuts) < plan.layers
+    # Most layers are then as long as others are, and worth being remembered.
+    remembering = nullcontext() if few else uncached_fakes(mode)
+    with remembering, lengths_from_data(mode):
+        yield
 
 
 def _inductor_settings() -> AbstractContextManager[None]:
