@@ -457,6 +457,8 @@ def _arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.runtime == "tensorrt" and arguments.device != "cuda":
         parser.error("--runtime tensorrt takes --device cuda")
+    if arguments.freezing and arguments.runtime != "inductor":
+        parser.error("--freezing is inductor's")
     return arguments
 
 

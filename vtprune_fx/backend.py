@@ -85,21 +85,14 @@ def vtprune_backend(
         PlanError: The recipe does not fit the graph.
     """
     options = dict(options or {})
-    if unknown := sorted(options.keys() - set(_OPTIONS)):
-        raise InputError(
-            "torch.compile options",
-            expected=" or ".join(_OPTIONS),
-            found=", ".join(unknown),
-            fix="Options of the inner backend are not passed on.",
-        )
+    _check_known(options)
     mode = options.get("mode") or kwargs.pop("mode", None)
     inner = inner_compiler(options.get("inner", "inductor"), mode)
     recipe = (
         load_recipe(options["recipe"]) if options.get("recipe") is not None else None
     )
     own = bool(options.get("own"))
-    given, weights = lifted(module)
-    found = _prune(given, recipe, options.get("visual_tokens"), own=own)
+    found = _prune(module, recipe, options.get("visual_tokens"), own=own)
     if found is None:
         return inner(module, example_inputs, **kwargs)
     pruned, report = found
@@ -107,13 +100,22 @@ def vtprune_backend(
     if mode is None:
         # A mode may ask for CUDA graphs, which record no length that is a symbol.
         OwnLengths(report.plan)(pruned)
-    hold(pruned, weights)
     with _tracing(pruned, report.plan, example_inputs), _inductor_settings():
         compiled = inner(pruned, parts(example_inputs), **kwargs)
     recorded = _recording(compiled, report, options.get("tell"))
     if not has_any(example_inputs):
         return recorded
     return lambda *inputs: recorded(*parts(inputs))
+
+
+def _check_known(options: dict[str, Any]) -> None:
+    if unknown := sorted(options.keys() - set(_OPTIONS)):
+        raise InputError(
+            "torch.compile options",
+            expected=" or ".join(_OPTIONS),
+            found=", ".join(unknown),
+            fix="Options of the inner backend are not passed on.",
+        )
 
 
 @contextmanager
@@ -220,13 +222,15 @@ def _prune(
     """The pruned graph, which returns its keep sets too; None if nothing is pruned."""
     if not places_images(module):
         return None
-    lowered = lower(module)
+    given, weights = lifted(module)
+    lowered = lower(given)
     form = _form_for(lowered)
     report = prune_graph(lowered, recipe, visual_tokens, own=own, form=form)
     logger.info("%s", report)
     if report.plan is None:
         return None
     _return_keep_sets(lowered, report.plan)
+    hold(lowered, weights)
     return lowered, report
 
 

@@ -69,8 +69,8 @@ def hold(module: GraphModule, weights: list[Tensor]) -> None:
         weights: The tensors.
     """
     tensors = parts(weights)
-    inputs = reversed(module.graph.find_nodes(op="placeholder"))
-    for node, tensor in zip(inputs, reversed(tensors), strict=False):
+    inputs = list(module.graph.find_nodes(op="placeholder"))
+    for node, tensor in zip(inputs[len(inputs) - len(tensors) :], tensors, strict=True):
         name = f"held_{node.name}"
         if isinstance(tensor, Parameter):
             module.register_parameter(name, tensor)
