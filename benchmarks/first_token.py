@@ -13,10 +13,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from vtprune_fx.checkpoint import build_checkpoint
-from vtprune_fx.demo import Task, run_demo
-from vtprune_fx.picture import sample_photo
-from vtprune_fx.recipe import load_recipe
+from vtprune_fx.cli.demo import Task, run_demo
+from vtprune_fx.evaluation.picture import sample_photo
+from vtprune_fx.recipes.schema import load_recipe
+from vtprune_fx.reference.random_llava import build_checkpoint
 
 RECIPE = "fitprune-llava-1.5-7b-60"
 

@@ -36,15 +36,16 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 from transformers import LlavaForConditionalGeneration as Llava
 
 from vtprune_fx import oracle
-from vtprune_fx.calibration import open_calibration
-from vtprune_fx.cost import Geometry
-from vtprune_fx.exact import Trials
-from vtprune_fx.fit import Account, Found, Prompts, search
-from vtprune_fx.inputs import open_checkpoint
-from vtprune_fx.observe import observed
-from vtprune_fx.oracle_decoder import Decoder, Heads
+from vtprune_fx.fitting.attention_statistics import Counts, Statistics, merged, observe
+from vtprune_fx.fitting.calibration import open_calibration
+from vtprune_fx.fitting.exact import Trials
+from vtprune_fx.fitting.observe import observed
+from vtprune_fx.fitting.search import Account, Found, Prompts, search
+from vtprune_fx.models.loading import open_checkpoint
+from vtprune_fx.oracle import pruner
+from vtprune_fx.oracle.decoder import Decoder, Heads
+from vtprune_fx.recipes.cost import Geometry
 from vtprune_fx.reference import CHECKPOINT
-from vtprune_fx.statistics import Counts, Statistics, merged, observe
 
 BUDGETS = (0.6, 0.3, 0.4, 0.5, 0.7)
 """The first is what exact searches for one budget are compared on."""
@@ -125,9 +126,9 @@ class _Run:
 
     def __init__(self, model: Llava, sample: oracle.Sample) -> None:
         self.decoder = Decoder(model)
-        self.hidden = oracle._embed(model, sample)
+        self.hidden = pruner._embed(model, sample)
         self.visual = sample.input_ids == model.config.image_token_id
-        self.instruction = oracle._after_last(self.visual)
+        self.instruction = pruner._after_last(self.visual)
         self.positions = sample.positions
 
     def attention(self, index: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -30,12 +30,12 @@ from rich.console import Console
 from rich.progress import track
 from transformers import AutoConfig
 
-from vtprune_fx.accuracy import Evaluation, Result
-from vtprune_fx.cost import Geometry, cost
-from vtprune_fx.curve import draw_curve
-from vtprune_fx.evaluate import evaluate_one
-from vtprune_fx.inputs import open_checkpoint, replace_file
-from vtprune_fx.recipe import Cut, Recipe, Recycle, load_recipe
+from vtprune_fx.evaluation.curve import draw_curve
+from vtprune_fx.evaluation.evaluate import evaluate_one
+from vtprune_fx.evaluation.results import Evaluation, Result
+from vtprune_fx.models.loading import open_checkpoint, replace_file
+from vtprune_fx.recipes.cost import Geometry, cost
+from vtprune_fx.recipes.schema import Cut, Recipe, Recycle, load_recipe
 from vtprune_fx.reference import CHECKPOINT
 from vtprune_fx.reference.questions import TWO_PICTURES, Sample, draw_samples
 

@@ -37,10 +37,10 @@ from benchmarks.presets import (
     prompt,
     realisation,
 )
-from vtprune_fx import capture
-from vtprune_fx.cost import Geometry, cost
+from vtprune_fx.capture import aten as capture
 from vtprune_fx.export.to_onnx import OPSET, PrunedOnnxExporter, prefill_inputs
-from vtprune_fx.recipe import Recipe, default
+from vtprune_fx.recipes.cost import Geometry, cost
+from vtprune_fx.recipes.schema import Recipe, default
 
 ROUNDS = 9
 PROFILED = 3

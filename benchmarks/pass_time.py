@@ -22,9 +22,9 @@ from torch.fx import GraphModule
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 from transformers import LlavaForConditionalGeneration as Llava
 
-from vtprune_fx.capture import export
+from vtprune_fx.capture.aten import export
 from vtprune_fx.passes import prune_graph
-from vtprune_fx.recipe import Cut, Provenance, Recipe
+from vtprune_fx.recipes.schema import Cut, Provenance, Recipe
 
 VISUAL_TOKENS = 576
 RUNS = 5

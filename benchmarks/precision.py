@@ -29,11 +29,11 @@ from rich.table import Table
 from transformers.exporters import ExportFormat, OnnxExporter
 
 from vtprune_fx import oracle
-from vtprune_fx.evaluate import BATCH, NEW_TOKENS, inputs_of
+from vtprune_fx.evaluation.evaluate import BATCH, NEW_TOKENS, inputs_of
 from vtprune_fx.export import load, manifest, write_onnx
 from vtprune_fx.export.quantize import Quantized, WeightOnly
-from vtprune_fx.inputs import open_checkpoint
-from vtprune_fx.recipe import Recipe, load_recipe
+from vtprune_fx.models.loading import open_checkpoint
+from vtprune_fx.recipes.schema import Recipe, load_recipe
 from vtprune_fx.reference import CHECKPOINT
 from vtprune_fx.reference.questions import Sample, draw_samples
 

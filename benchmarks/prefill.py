@@ -59,9 +59,9 @@ from benchmarks.presets import (
 )
 from vtprune_fx import oracle
 from vtprune_fx.backend import vtprune_backend
-from vtprune_fx.cost import Geometry, Work, cost
-from vtprune_fx.recipe import Recipe, default, load_recipe
-from vtprune_fx.report import PruneReport
+from vtprune_fx.planning.report import PruneReport
+from vtprune_fx.recipes.cost import Geometry, Work, cost
+from vtprune_fx.recipes.schema import Recipe, default, load_recipe
 
 RUNTIMES = ("inductor", "eager", "onnx", "tensorrt")
 """``eager`` runs Dynamo's graphs, operator by operator."""

@@ -10,12 +10,12 @@ import torch
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from vtprune_fx.coalesce import coalesced
-from vtprune_fx.cost import Geometry, cost
-from vtprune_fx.encoding import FEATURES
-from vtprune_fx.fit import Prompts
-from vtprune_fx.recipe import Cut, Recipe
-from vtprune_fx.weightless import load_config
+from vtprune_fx.fitting.coalesce import coalesced
+from vtprune_fx.fitting.search import Prompts
+from vtprune_fx.models.encoding import FEATURES
+from vtprune_fx.models.weightless import load_config
+from vtprune_fx.recipes.cost import Geometry, cost
+from vtprune_fx.recipes.schema import Cut, Recipe
 
 AHEAD, BEHIND = 35, 40
 """Tokens of text ahead of the image, and behind it."""

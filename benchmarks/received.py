@@ -37,8 +37,8 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from benchmarks.presets import AHEAD, BEHIND, config_of
-from vtprune_fx import received
-from vtprune_fx.cost import LLAVA_1_5_7B, Geometry
+from vtprune_fx.ops import received
+from vtprune_fx.recipes.cost import LLAVA_1_5_7B, Geometry
 
 VISUAL = 576
 TOKENS = AHEAD + VISUAL + BEHIND

@@ -10,12 +10,12 @@ import torch
 from transformers import PreTrainedModel
 from transformers.exporters import ExportedModel
 
-from vtprune_fx.encoding import FEATURES
-from vtprune_fx.export.profile import Sizes, Span
 from vtprune_fx.export.tensorrt_model import TensorRTRunner
+from vtprune_fx.export.tensorrt_profile import Sizes, Span
 from vtprune_fx.export.to_onnx import export_onnx, prefill_inputs
 from vtprune_fx.export.to_tensorrt import build_engines, engines_of
-from vtprune_fx.recipe import Recipe
+from vtprune_fx.models.encoding import FEATURES
+from vtprune_fx.recipes.schema import Recipe
 
 NEW_TOKENS = 8
 """That the decode engine, which is not timed, has room for."""

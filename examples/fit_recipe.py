@@ -11,9 +11,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from vtprune_fx.calibration import open_calibration
-from vtprune_fx.fitting import Options, fit_recipes
-from vtprune_fx.inputs import open_checkpoint
+from vtprune_fx.fitting.calibration import open_calibration
+from vtprune_fx.fitting.job import Options, fit_recipes
+from vtprune_fx.models.loading import open_checkpoint
 from vtprune_fx.reference import CHECKPOINT
 
 

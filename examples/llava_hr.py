@@ -37,9 +37,9 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import vtprune_fx
-from vtprune_fx.answer import continued
-from vtprune_fx.recipe import Recipe, default, load_recipe
-from vtprune_fx.weightless import META, example_prompts
+from vtprune_fx.cli.answer import continued
+from vtprune_fx.models.weightless import META, example_prompts
+from vtprune_fx.recipes.schema import Recipe, default, load_recipe
 
 IMAGE = 99
 """Placeholder of an image in the tiny model's prompts."""

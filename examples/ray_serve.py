@@ -23,10 +23,10 @@ from PIL import Image
 from ray import serve
 from starlette.requests import Request
 
-from vtprune_fx.checkpoint import CheckpointSpec, build_checkpoint
+from vtprune_fx.evaluation.picture import sample_photo
 from vtprune_fx.export import load, write_onnx
-from vtprune_fx.inputs import load_processor, open_checkpoint, prompt_inputs
-from vtprune_fx.picture import sample_photo
+from vtprune_fx.models.loading import load_processor, open_checkpoint, prompt_inputs
+from vtprune_fx.reference.random_llava import CheckpointSpec, build_checkpoint
 
 NEW_TOKENS = 16
 

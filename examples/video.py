@@ -20,8 +20,8 @@ from transformers import (
 )
 
 import vtprune_fx
-from vtprune_fx.answer import continued
-from vtprune_fx.recipe import default
+from vtprune_fx.cli.answer import continued
+from vtprune_fx.recipes.schema import default
 
 FRAMES, SIDE, PATCH, LAYERS = 8, 12, 4, 3
 TOKENS = FRAMES * ((SIDE // PATCH) ** 2 + 1)

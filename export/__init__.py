@@ -11,9 +11,9 @@ if __name__ != "vtprune_fx.export":
 
 from vtprune_fx.export.manifest import is_export
 from vtprune_fx.export.onnx_model import OnnxModel, require_onnxruntime
-from vtprune_fx.export.profile import Sizes, Span
-from vtprune_fx.export.runtime import load
+from vtprune_fx.export.opening import load
 from vtprune_fx.export.tensorrt_model import TensorRTModel
+from vtprune_fx.export.tensorrt_profile import Sizes, Span
 from vtprune_fx.export.to_onnx import (
     OnnxOptions,
     export_onnx,

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 
 from vtprune_fx import __version__
 from vtprune_fx.errors import ExportError
-from vtprune_fx.recipe import Recipe
+from vtprune_fx.recipes.schema import Recipe
 
 FILE = "vtprune.json"
 """Name of the manifest in an exported folder."""

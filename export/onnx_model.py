@@ -18,8 +18,8 @@ from transformers.exporters.runners.runner_onnx import OnnxModelRunner
 from vtprune_fx.errors import ExportError, InputError, MissingDependencyError
 from vtprune_fx.export import manifest
 from vtprune_fx.export.manifest import Manifest
-from vtprune_fx.rank import check_alone
-from vtprune_fx.report import in_prompt
+from vtprune_fx.planning.report import in_prompt
+from vtprune_fx.selection.attention_rank import check_alone
 
 KEEP_SETS = "keep_sets."
 """Name of a keep set's value in a prefill graph, ahead of its layer's number."""

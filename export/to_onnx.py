@@ -31,20 +31,20 @@ from transformers.exporters import (
     OnnxExporter,
 )
 
-from vtprune_fx import capture
-from vtprune_fx.capture import dynamic_shapes, images_as_one_sequence
-from vtprune_fx.decoding import ragged_attention
-from vtprune_fx.encoding import encoded, is_told_sizes
+from vtprune_fx.capture import aten as capture
+from vtprune_fx.capture.aten import dynamic_shapes, images_as_one_sequence
 from vtprune_fx.errors import ExportError, InputError
 from vtprune_fx.export.folder import check_free, write_export
 from vtprune_fx.export.manifest import Precision, versions
 from vtprune_fx.export.onnx_model import KEEP_SETS, require_onnxruntime
+from vtprune_fx.export.onnx_rank import define_rank, spell_rank
 from vtprune_fx.export.quantize import Quantized, WeightOnly
-from vtprune_fx.export.rank_in_onnx import define_rank, spell_rank
-from vtprune_fx.inputs import image_token
+from vtprune_fx.models.encoding import encoded, is_told_sizes
+from vtprune_fx.models.loading import image_token
+from vtprune_fx.models.ragged_attention import ragged_attention
 from vtprune_fx.passes import KEEP_PREFIX, prune_program
-from vtprune_fx.recipe import Recipe
-from vtprune_fx.report import PruneReport
+from vtprune_fx.planning.report import PruneReport
+from vtprune_fx.recipes.schema import Recipe
 
 OPSET = 20
 """Runs everywhere. From opset 23 on, attention is one node."""

@@ -19,17 +19,9 @@ from transformers import PreTrainedModel, ProcessorMixin
 from transformers.exporters import ExportedComponent, ExportedModel
 
 from vtprune_fx.errors import ExportError
-from vtprune_fx.export import preflight
+from vtprune_fx.export import tensorrt_parse as preflight
 from vtprune_fx.export.folder import check_free, write_export
 from vtprune_fx.export.manifest import versions
-from vtprune_fx.export.profile import (
-    Point,
-    Sizes,
-    cache_lengths,
-    decode_points,
-    prefill_points,
-    shape_at,
-)
 from vtprune_fx.export.tensorrt_library import (
     compute_capability,
     library,
@@ -37,6 +29,14 @@ from vtprune_fx.export.tensorrt_library import (
     version,
 )
 from vtprune_fx.export.tensorrt_model import FORMAT, OUTPUTS
+from vtprune_fx.export.tensorrt_profile import (
+    Point,
+    Sizes,
+    cache_lengths,
+    decode_points,
+    prefill_points,
+    shape_at,
+)
 from vtprune_fx.export.to_onnx import (
     check_encoders,
     described,
@@ -44,8 +44,8 @@ from vtprune_fx.export.to_onnx import (
     export_onnx,
 )
 from vtprune_fx.optional import optional
-from vtprune_fx.recipe import Recipe
-from vtprune_fx.report import PruneReport
+from vtprune_fx.planning.report import PruneReport
+from vtprune_fx.recipes.schema import Recipe
 
 if TYPE_CHECKING:
     import onnx_ir

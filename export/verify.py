@@ -26,12 +26,12 @@ from transformers import LlavaForConditionalGeneration, PreTrainedModel
 
 from vtprune_fx import oracle
 from vtprune_fx.errors import ExportError, InputError
-from vtprune_fx.export.draw import Case, draw_cases
 from vtprune_fx.export.manifest import Manifest, read
 from vtprune_fx.export.onnx_model import OnnxModel
+from vtprune_fx.export.opening import load
 from vtprune_fx.export.quantize import rounded
-from vtprune_fx.export.runtime import load
-from vtprune_fx.inputs import load_model
+from vtprune_fx.export.verify_cases import Case, draw_cases
+from vtprune_fx.models.loading import load_model
 
 
 @dataclass(frozen=True)

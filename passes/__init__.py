@@ -8,13 +8,13 @@ from vtprune_fx.passes.base import Form, Pass, PassResult
 from vtprune_fx.passes.check_tokens import CheckTokens
 from vtprune_fx.passes.gather_tokens import GatherTokens
 from vtprune_fx.passes.insert_scores import KEEP_PREFIX, InsertScores
-from vtprune_fx.passes.manager import (
+from vtprune_fx.passes.own_lengths import OwnLengths
+from vtprune_fx.passes.pipeline import (
     Pipeline,
     default_pipeline,
     prune_graph,
     prune_program,
 )
-from vtprune_fx.passes.own_lengths import OwnLengths
 from vtprune_fx.passes.read_rows import ReadRows
 from vtprune_fx.passes.refresh_values import RefreshValues
 from vtprune_fx.passes.share_attention import ShareAttention

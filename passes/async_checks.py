@@ -25,7 +25,7 @@ from typing import Any, cast
 import torch
 from torch.fx import GraphModule, Node, map_arg
 
-from vtprune_fx.graph import STAMP, Stamp
+from vtprune_fx.graph.insert import STAMP, Stamp
 from vtprune_fx.passes.base import Pass
 
 aten = torch.ops.aten

@@ -21,11 +21,11 @@ from functools import partial
 import torch
 from torch.fx import GraphModule
 
-from vtprune_fx.graph import Inserter, Stamp
+from vtprune_fx.graph.insert import Inserter, Stamp
 from vtprune_fx.passes.base import Pass
 from vtprune_fx.passes.insert_scores import ROLES
-from vtprune_fx.plan import PrunePlan
-from vtprune_fx.scoring import enough_padding, enough_to_drop
+from vtprune_fx.planning.plan import PrunePlan
+from vtprune_fx.selection.order import enough_padding, enough_to_drop
 
 
 class CheckTokens(Pass):

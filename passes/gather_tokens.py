@@ -45,8 +45,7 @@ import sympy
 import torch
 from torch.fx import GraphModule, Node
 
-from vtprune_fx import choice
-from vtprune_fx.graph import (
+from vtprune_fx.graph.insert import (
     Inserter,
     Stamp,
     dropped_tokens,
@@ -65,16 +64,17 @@ from vtprune_fx.passes.insert_scores import (
     ROLES,
     STAND_IN_PREFIX,
 )
-from vtprune_fx.passes.leaving import Insert
-from vtprune_fx.plan import LiveValue, PlannedCut, PrunePlan
-from vtprune_fx.recycling import hidden_from_each_other, hide
-from vtprune_fx.scoring import (
+from vtprune_fx.passes.keep_sets import Insert
+from vtprune_fx.planning.plan import LiveValue, PlannedCut, PrunePlan
+from vtprune_fx.selection import operators as choice
+from vtprune_fx.selection.order import (
     VISUAL,
     mask_without,
     own_places,
     padding_counts,
     roles_without,
 )
+from vtprune_fx.selection.recycling import hidden_from_each_other, hide
 
 aten = torch.ops.aten
 

@@ -43,21 +43,25 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from vtprune_fx import choice, patches, rank, recycling
+from vtprune_fx.analysis.vision_tower import Tower
 from vtprune_fx.errors import PlanError, VtpruneError
-from vtprune_fx.graph import Inserter, Stamp, set_value, value_at_full_length
+from vtprune_fx.graph.insert import Inserter, Stamp, set_value, value_at_full_length
+from vtprune_fx.ops.received import DEFINITIONS
 from vtprune_fx.passes.base import Form, Pass
-from vtprune_fx.passes.leaving import (
+from vtprune_fx.passes.keep_sets import (
     Leaving,
     behind_those_leaving,
     by_number,
     by_rank,
 )
-from vtprune_fx.plan import PlannedCut, PrunePlan
-from vtprune_fx.received import DEFINITIONS
-from vtprune_fx.recipe import Recipe
+from vtprune_fx.planning.plan import PlannedCut, PrunePlan
+from vtprune_fx.recipes.schema import Recipe
 from vtprune_fx.scorers import options_of, rate_of, scorer
-from vtprune_fx.scoring import (
+from vtprune_fx.selection import attention_rank as rank
+from vtprune_fx.selection import contextual as patches
+from vtprune_fx.selection import operators as choice
+from vtprune_fx.selection import recycling
+from vtprune_fx.selection.order import (
     front_keys,
     lowest_first,
     marked,
@@ -68,7 +72,6 @@ from vtprune_fx.scoring import (
     token_roles,
     visual_counts,
 )
-from vtprune_fx.tower import Tower
 
 aten = torch.ops.aten
 

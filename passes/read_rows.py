@@ -30,7 +30,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
 
-from vtprune_fx.graph import (
+from vtprune_fx.graph.insert import (
     Inserter,
     Stamp,
     axes_of,
@@ -40,7 +40,7 @@ from vtprune_fx.graph import (
     value_at_full_length,
 )
 from vtprune_fx.passes.base import Pass
-from vtprune_fx.plan import PrunePlan
+from vtprune_fx.planning.plan import PrunePlan
 
 aten = torch.ops.aten
 

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from vtprune_fx import choice
-from vtprune_fx.graph import set_value, value_at_full_length
+from vtprune_fx.graph.insert import set_value, value_at_full_length
 from vtprune_fx.passes.base import Pass
 from vtprune_fx.passes.insert_scores import KEEP_PREFIX
-from vtprune_fx.plan import PrunePlan
+from vtprune_fx.planning.plan import PrunePlan
+from vtprune_fx.selection import operators as choice
 
 aten = torch.ops.aten
 

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from vtprune_fx.graph import Inserter, Stamp, dropped_tokens
+from vtprune_fx.analysis.residual import rotary
+from vtprune_fx.graph.insert import Inserter, Stamp, dropped_tokens
 from vtprune_fx.passes.base import Pass
-from vtprune_fx.plan import PrunePlan
-from vtprune_fx.stream import rotary
+from vtprune_fx.planning.plan import PrunePlan
 
 
 class ShiftKeys(Pass):

@@ -24,7 +24,7 @@ from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 
 from vtprune_fx.errors import VerifyError
-from vtprune_fx.graph import (
+from vtprune_fx.graph.insert import (
     READ,
     STAMP,
     Count,

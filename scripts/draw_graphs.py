@@ -24,12 +24,17 @@ from torch.fx import GraphModule, Node
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 from transformers import LlavaForConditionalGeneration as Llava
 
-from vtprune_fx.anatomy import Anatomy, read
-from vtprune_fx.capture import export
-from vtprune_fx.graph import STAMP, dropped_tokens, size_expr, value_at_full_length
+from vtprune_fx.analysis.anatomy import Anatomy, read
+from vtprune_fx.analysis.residual import module_path
+from vtprune_fx.capture.aten import export
+from vtprune_fx.graph.insert import (
+    STAMP,
+    dropped_tokens,
+    size_expr,
+    value_at_full_length,
+)
 from vtprune_fx.passes import prune_graph
-from vtprune_fx.recipe import Cut, Recipe, load_recipe
-from vtprune_fx.stream import module_path
+from vtprune_fx.recipes.schema import Cut, Recipe, load_recipe
 
 FOLDER = Path(__file__).parent.parent / "docs" / "images"
 LAYER = "language_model.layers.1."

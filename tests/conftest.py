@@ -35,9 +35,9 @@ def _forget_compiled_graphs(request: pytest.FixtureRequest) -> Iterator[None]:
 def onnx_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny export with two cuts, made once; its checkpoint stands beside it."""
     from tests.tiny import recipe_for
-    from vtprune_fx.checkpoint import CheckpointSpec, build_checkpoint
     from vtprune_fx.export import write_onnx
-    from vtprune_fx.inputs import open_checkpoint
+    from vtprune_fx.models.loading import open_checkpoint
+    from vtprune_fx.reference.random_llava import CheckpointSpec, build_checkpoint
 
     root = tmp_path_factory.mktemp("export")
     spec = CheckpointSpec(

@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from vtprune_fx.recipe import Cut, Provenance, Recipe, load_recipe
+from vtprune_fx.recipes.schema import Cut, Provenance, Recipe, load_recipe
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = tuple(sorted(path.stem for path in (GOLDEN / "fitprune").glob("*.npz")))

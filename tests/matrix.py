@@ -33,7 +33,7 @@ from tests.zoo import (
 from vtprune_fx import oracle
 from vtprune_fx.errors import VtpruneError
 from vtprune_fx.export import export_onnx, prefill_inputs
-from vtprune_fx.export.profile import Sizes, Span
+from vtprune_fx.export.tensorrt_profile import Sizes, Span
 from vtprune_fx.export.to_tensorrt import build_engines
 
 if TYPE_CHECKING:

@@ -9,11 +9,11 @@ import onnxruntime
 import torch
 
 from tests.tiny import Inputs, counted_positions
-from vtprune_fx.recycling import keep_set
-from vtprune_fx.report import in_prompt
+from vtprune_fx.planning.report import in_prompt
+from vtprune_fx.selection.recycling import keep_set
 
 if TYPE_CHECKING:
-    from vtprune_fx.recipe import Recipe
+    from vtprune_fx.recipes.schema import Recipe
 
 
 class Prefill:

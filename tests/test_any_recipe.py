@@ -15,7 +15,7 @@ from tests.tiny import (
     recipe_for,
     tiny_llava,
 )
-from vtprune_fx.recipe import Recipe
+from vtprune_fx.recipes.schema import Recipe
 
 LAYERS = 3
 IMAGE = 16

@@ -28,15 +28,16 @@ from tests.tiny import (
     tiny_llava,
 )
 from vtprune_fx import backend, oracle
-from vtprune_fx.anatomy import read
+from vtprune_fx.analysis.anatomy import read
 from vtprune_fx.api import PrunedProgram, prune
-from vtprune_fx.capture import lower
-from vtprune_fx.decoding import mark_dynamic
-from vtprune_fx.graph import STAMP, value_at_full_length
-from vtprune_fx.passes import default_pipeline, manager
-from vtprune_fx.plan import PrunePlan, place
-from vtprune_fx.recipe import Recipe, default
-from vtprune_fx.report import PruneReport
+from vtprune_fx.capture.aten import lower
+from vtprune_fx.graph.insert import STAMP, value_at_full_length
+from vtprune_fx.models.ragged_attention import mark_dynamic
+from vtprune_fx.passes import default_pipeline
+from vtprune_fx.passes import pipeline as manager
+from vtprune_fx.planning.plan import PrunePlan, place
+from vtprune_fx.planning.report import PruneReport
+from vtprune_fx.recipes.schema import Recipe, default
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

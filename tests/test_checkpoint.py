@@ -15,7 +15,15 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from vtprune_fx.checkpoint import (
+from vtprune_fx.errors import InputError
+from vtprune_fx.models.loading import (
+    load_model,
+    load_processor,
+    open_checkpoint,
+    open_image,
+    quiet,
+)
+from vtprune_fx.reference.random_llava import (
     CHAT_TEMPLATE,
     IMAGE_ID,
     PAD_ID,
@@ -23,14 +31,6 @@ from vtprune_fx.checkpoint import (
     SPECIAL_TOKENS,
     CheckpointSpec,
     build_checkpoint,
-)
-from vtprune_fx.errors import InputError
-from vtprune_fx.inputs import (
-    load_model,
-    load_processor,
-    open_checkpoint,
-    open_image,
-    quiet,
 )
 
 if TYPE_CHECKING:
@@ -268,7 +268,7 @@ def test_nothing_is_left_of_a_build_that_fails(
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("vtprune_fx.checkpoint._processor", fail)
+    monkeypatch.setattr("vtprune_fx.reference.random_llava._processor", fail)
     with pytest.raises(InputError, match="No space left on device"):
         build_checkpoint(tmp_path / "tiny", TINY)
     assert not list(tmp_path.iterdir())
@@ -281,7 +281,7 @@ def test_two_builders_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         (scratch / "file").write_text("slow")
         os.replace(tmp_path / "first", tmp_path / "tiny")
 
-    monkeypatch.setattr("vtprune_fx.checkpoint._write", other_is_faster)
+    monkeypatch.setattr("vtprune_fx.reference.random_llava._write", other_is_faster)
     assert build_checkpoint(tmp_path / "tiny", TINY) == tmp_path / "tiny"
     assert list(tmp_path.iterdir()) == [tmp_path / "tiny"]
 

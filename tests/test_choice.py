@@ -12,10 +12,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import vtprune_fx
 from vtprune_fx import scorers
-from vtprune_fx.choice import attend_and_choose, choose, take
 from vtprune_fx.passes.own_lengths import own_length
 from vtprune_fx.scorers.evidence import Evidence, strongest_from
-from vtprune_fx.scoring import VISUAL
+from vtprune_fx.selection.operators import attend_and_choose, choose, take
+from vtprune_fx.selection.order import VISUAL
 
 ROLES = torch.tensor([[0, 1, 1, 1, 1, 2], [3, 1, 1, 1, 1, 2]])
 NOTHING = (None, None, None, 1.0, None, None, None, None)

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, get_args
 import pytest
 from transformers import LlavaConfig
 
-from vtprune_fx import cli, recipe
-from vtprune_fx.methods import METHODS
+from vtprune_fx import cli
+from vtprune_fx.recipes import schema as recipe
+from vtprune_fx.recipes.methods import METHODS
 
 if TYPE_CHECKING:
     from pathlib import Path

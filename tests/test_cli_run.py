@@ -9,14 +9,14 @@ from PIL import Image
 
 from tests.test_cli_recipes import Run, io, run
 from tests.tiny import recipe_for
-from vtprune_fx import answer
-from vtprune_fx.checkpoint import CheckpointSpec, build_checkpoint
-from vtprune_fx.demo import reference_task, run_demo
+from vtprune_fx.cli import answer
+from vtprune_fx.cli.demo import reference_task, run_demo
+from vtprune_fx.evaluation.picture import sample_photo
 from vtprune_fx.export import write_onnx
-from vtprune_fx.inputs import open_checkpoint
-from vtprune_fx.picture import sample_photo
-from vtprune_fx.recipe import load_recipe
+from vtprune_fx.models.loading import open_checkpoint
+from vtprune_fx.recipes.schema import load_recipe
 from vtprune_fx.reference import CHECKPOINT
+from vtprune_fx.reference.random_llava import CheckpointSpec, build_checkpoint
 
 __all__ = ["io"]  # a fixture
 
@@ -106,7 +106,8 @@ def test_export_says_at_once_that_a_folder_is_taken(
     root: Path, tmp_path: Path, io: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
-    monkeypatch.setattr("vtprune_fx.inputs.open_checkpoint", None)  # not reached
+    opened = "vtprune_fx.models.loading.open_checkpoint"
+    monkeypatch.setattr(opened, None)  # not reached
     options = ["--recipe", str(root / "recipe.json"), "--output", str(tmp_path)]
     status, _, err = run(*io, "export", "onnx", str(root / "checkpoint"), *options)
     assert status == 1

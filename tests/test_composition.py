@@ -20,7 +20,7 @@ from tests.tiny import (
     tiny_llava,
 )
 from vtprune_fx import oracle, vtprune_backend
-from vtprune_fx.recipe import Recipe
+from vtprune_fx.recipes.schema import Recipe
 
 RECIPE = recipe_for(2, {0: 3, 1: 5})
 PROMPTS = ((3, 6), (2, 9))

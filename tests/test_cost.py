@@ -11,9 +11,9 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from vtprune_fx import recipe
-from vtprune_fx.cost import LLAVA_1_5_7B, Geometry, cost
 from vtprune_fx.errors import InputError, PlanError
+from vtprune_fx.recipes import schema as recipe
+from vtprune_fx.recipes.cost import LLAVA_1_5_7B, Geometry, cost
 
 # Pruned MACs over dense MACs, visual tokens alone, to three digits.
 RATIOS = {

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from tests.tiny import recipe_for, tiny_llava
-from vtprune_fx.decoding import ATTENTION, ragged_attention, ragged_sdpa
-from vtprune_fx.generation import pruned
+from vtprune_fx.generation.compile import pruned
+from vtprune_fx.models.ragged_attention import ATTENTION, ragged_attention, ragged_sdpa
 
 HEADS, KEYS, WIDTH = 2, 5, 4
 

@@ -12,14 +12,14 @@ import torch
 
 from tests.tiny import calls, planned
 from vtprune_fx import errors, prune
-from vtprune_fx.capture import example
-from vtprune_fx.cost import LLAVA_1_5_7B, cost
+from vtprune_fx.capture.aten import example
 from vtprune_fx.errors import VtpruneError
 from vtprune_fx.export import manifest
-from vtprune_fx.inputs import open_image
+from vtprune_fx.models.loading import open_image
 from vtprune_fx.optional import optional
 from vtprune_fx.passes import Pass, Pipeline
-from vtprune_fx.recipe import load_recipe
+from vtprune_fx.recipes.cost import LLAVA_1_5_7B, cost
+from vtprune_fx.recipes.schema import load_recipe
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -14,16 +14,16 @@ from transformers import VipLlavaConfig, VipLlavaForConditionalGeneration
 
 from tests.test_cli_recipes import Run, io, run
 from tests.tiny import recipe_for
-from vtprune_fx import evaluate as evaluation
-from vtprune_fx.accuracy import Evaluation, paired, wilson
-from vtprune_fx.checkpoint import CheckpointSpec, build_checkpoint
-from vtprune_fx.cost import Geometry, cost
 from vtprune_fx.errors import InputError
-from vtprune_fx.evaluate import Backend, evaluate, inputs_of
-from vtprune_fx.inputs import load_model, load_processor, open_checkpoint
-from vtprune_fx.recipe import load_recipe
+from vtprune_fx.evaluation import evaluate as evaluation
+from vtprune_fx.evaluation.evaluate import Backend, evaluate, inputs_of
+from vtprune_fx.evaluation.results import Evaluation, paired, wilson
+from vtprune_fx.models.loading import load_model, load_processor, open_checkpoint
+from vtprune_fx.recipes.cost import Geometry, cost
+from vtprune_fx.recipes.schema import load_recipe
 from vtprune_fx.reference import CHECKPOINT
 from vtprune_fx.reference.questions import Sample, draw_samples
+from vtprune_fx.reference.random_llava import CheckpointSpec, build_checkpoint
 
 __all__ = ["io"]  # a fixture
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from vtprune_fx import scorers
-from vtprune_fx.picture import sample_photo
+from vtprune_fx.evaluation.picture import sample_photo
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SERVING = EXAMPLES / "ray_serve.py"

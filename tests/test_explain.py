@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from vtprune_fx.interface import Port
-    from vtprune_fx.recipe import Recipe
+    from vtprune_fx.planning.interface import Port
+    from vtprune_fx.recipes.schema import Recipe
 
 
 def test_cuts_are_told_layer_by_layer() -> None:

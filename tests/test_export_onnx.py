@@ -26,8 +26,8 @@ from tests.tiny import (
 from vtprune_fx import oracle
 from vtprune_fx.errors import ExportError, InputError, MissingDependencyError, PlanError
 from vtprune_fx.export import export_onnx, load, manifest, write_onnx
-from vtprune_fx.inputs import open_checkpoint
-from vtprune_fx.recipe import Recipe
+from vtprune_fx.models.loading import open_checkpoint
+from vtprune_fx.recipes.schema import Recipe
 
 LAYERS = 3
 RECIPE = recipe_for(LAYERS, {0: 5, 1: 3})
@@ -124,7 +124,7 @@ def test_the_number_of_images_stays_dynamic(graphs: Graphs) -> None:
 def ask(folder: Path, *texts: str) -> tuple[Any, dict[str, Any]]:
     model = load(folder)
     _, processor = open_checkpoint(folder.parent / "checkpoint")
-    from vtprune_fx.picture import sample_photo
+    from vtprune_fx.evaluation.picture import sample_photo
 
     photos = [sample_photo().rotate(90 * i) for i in range(len(texts))]
     prompts = [f"USER: <image>\n{text} ASSISTANT:" for text in texts]

@@ -34,29 +34,29 @@ from tests.ort_engine import OrtEngine
 from tests.test_onnx_safety import edit_json, trust_again
 from tests.tiny import IMAGE, batch, counted_positions, recipe_for, tiny_llava
 from vtprune_fx import oracle
-from vtprune_fx.checkpoint import CheckpointSpec, build_checkpoint
 from vtprune_fx.cli import app
 from vtprune_fx.errors import ExportError, InputError, MissingDependencyError
+from vtprune_fx.evaluation.picture import sample_photo
 from vtprune_fx.export import (
     Sizes,
     Span,
     load,
     manifest,
-    preflight,
     tensorrt_library,
     tensorrt_model,
+    tensorrt_parse,
     to_onnx,
     to_tensorrt,
     write_onnx,
     write_tensorrt,
     write_triton,
 )
-from vtprune_fx.export.profile import decode_points
+from vtprune_fx.export.tensorrt_profile import decode_points
 from vtprune_fx.export.to_onnx import example_prompts, export_onnx
 from vtprune_fx.export.verify import verify
-from vtprune_fx.inputs import open_checkpoint
-from vtprune_fx.picture import sample_photo
-from vtprune_fx.recipe import load_recipe
+from vtprune_fx.models.loading import open_checkpoint
+from vtprune_fx.recipes.schema import load_recipe
+from vtprune_fx.reference.random_llava import CheckpointSpec, build_checkpoint
 
 LAYERS = 2
 RECIPE = recipe_for(LAYERS, {0: 5, 1: 3})
@@ -163,7 +163,7 @@ def test_the_report_tells_sizes_times_and_profiles(export: Export) -> None:
 def test_a_network_with_other_sizes_than_its_graph_is_refused(export: Export) -> None:
     built = export.report.engines["decode"]
     builder = tensorrt_library.library().Builder(tensorrt_library.log())
-    parsed = preflight.parse(builder, export.graphs["decode"], "decode")
+    parsed = tensorrt_parse.parse(builder, export.graphs["decode"], "decode")
     to_tensorrt.check_shapes("decode", parsed.network, built.inputs, built.outputs)
     name = "output.past_key_values.layers.1.keys"
     # 120 - 5 of a prompt and 8 that were generated, with 120 more: 243.
@@ -258,7 +258,7 @@ def test_preflight_names_every_refused_node_with_its_layer() -> None:
     assert program is not None
     builder = tensorrt_library.library().Builder(tensorrt_library.log())
     with pytest.raises(ExportError, match=r"graph users: .* 2 that its parser") as info:
-        preflight.parse(builder, program.model, "users")
+        tensorrt_parse.parse(builder, program.model, "users")
     line = Sparse.forward.__code__.co_firstlineno + 1
     for layer in ("layers.1", "layers.3"):
         assert f"in module {layer}, {__file__}:{line}:" in str(info.value)

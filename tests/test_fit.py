@@ -24,15 +24,22 @@ from tests.golden_cases import (
     shared_llava,
 )
 from tests.tiny import batch, tiny_llava
-from vtprune_fx import exact
-from vtprune_fx import observe as observing
-from vtprune_fx.cost import LLAVA_1_5_7B, Geometry, cost
 from vtprune_fx.errors import InputError
-from vtprune_fx.exact import Trials
-from vtprune_fx.fit import Account, Found, Prompts, search
-from vtprune_fx.observe import observed
-from vtprune_fx.recipe import Provenance
-from vtprune_fx.statistics import Counts, Statistics, lightest, merged, observe, ranked
+from vtprune_fx.fitting import exact
+from vtprune_fx.fitting import observe as observing
+from vtprune_fx.fitting.attention_statistics import (
+    Counts,
+    Statistics,
+    lightest,
+    merged,
+    observe,
+    ranked,
+)
+from vtprune_fx.fitting.exact import Trials
+from vtprune_fx.fitting.observe import observed
+from vtprune_fx.fitting.search import Account, Found, Prompts, search
+from vtprune_fx.recipes.cost import LLAVA_1_5_7B, Geometry, cost
+from vtprune_fx.recipes.schema import Provenance
 
 RECORDED = "llama_h32_l32_rho0.6"
 """A search of the published code: six samples, seven tolerances, 60 % to save."""

@@ -22,19 +22,20 @@ from transformers import LlavaForConditionalGeneration
 
 from tests.test_cli_recipes import Run, io, run
 from tests.test_distributed import in_two_processes
-from vtprune_fx import fitting, statistics
-from vtprune_fx.calibration import Calibration, open_calibration
-from vtprune_fx.checkpoint import CheckpointSpec, build_checkpoint
-from vtprune_fx.coalesce import coalesced, mean_kept
-from vtprune_fx.collect import PARTS, STATISTICS
-from vtprune_fx.cost import Geometry, cost
 from vtprune_fx.errors import InputError, MissingDependencyError
-from vtprune_fx.fit import Account, Prompts
-from vtprune_fx.fitting import Fitted, Options, enough_time, fit_recipes
-from vtprune_fx.inputs import open_checkpoint, open_image
+from vtprune_fx.fitting import attention_statistics as statistics
+from vtprune_fx.fitting import job as fitting
+from vtprune_fx.fitting.calibration import Calibration, open_calibration
+from vtprune_fx.fitting.coalesce import coalesced, mean_kept
+from vtprune_fx.fitting.collect import PARTS, STATISTICS
+from vtprune_fx.fitting.job import Fitted, Options, enough_time, fit_recipes
+from vtprune_fx.fitting.search import Account, Prompts
+from vtprune_fx.models.loading import open_checkpoint, open_image
 from vtprune_fx.oracle import prefill, split_batch
-from vtprune_fx.recipe import Recipe, load_recipe
+from vtprune_fx.recipes.cost import Geometry, cost
+from vtprune_fx.recipes.schema import Recipe, load_recipe
 from vtprune_fx.reference import CHECKPOINT
+from vtprune_fx.reference.random_llava import CheckpointSpec, build_checkpoint
 
 __all__ = ["io"]  # a fixture
 

@@ -19,9 +19,9 @@ from tests.tiny import (
     tiny_llava,
 )
 from vtprune_fx import vtprune_backend
-from vtprune_fx.decoding import mark_dynamic
-from vtprune_fx.frozen import hold, lifted
-from vtprune_fx.report import PruneReport
+from vtprune_fx.capture.weights import hold, lifted
+from vtprune_fx.models.ragged_attention import mark_dynamic
+from vtprune_fx.planning.report import PruneReport
 
 RECIPE = recipe_for(2, {0: 3, 1: 5})
 PROMPTS = ((3, 6), (2, 9))

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from vtprune_fx import cli
-from vtprune_fx.cost import Geometry, cost
+from vtprune_fx.cli.full_size import explain_config
 from vtprune_fx.errors import InputError, PlanError
-from vtprune_fx.full_size import explain_config
-from vtprune_fx.recipe import load_recipe
-from vtprune_fx.weightless import (
+from vtprune_fx.models.weightless import (
     build,
     example_prompts,
     load_config,
 )
+from vtprune_fx.recipes.cost import Geometry, cost
+from vtprune_fx.recipes.schema import load_recipe
 
 if TYPE_CHECKING:
     from pathlib import Path

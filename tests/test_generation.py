@@ -25,9 +25,10 @@ from transformers import (
 import vtprune_fx
 from tests.tiny import Inputs, batch, cache_lengths, recipe_for, tiny_llava
 from vtprune_fx import oracle
-from vtprune_fx.cost import Geometry, cost
 from vtprune_fx.errors import InputError, PlanError, RecipeError
-from vtprune_fx.recipe import Recipe
+from vtprune_fx.oracle import pruner
+from vtprune_fx.recipes.cost import Geometry, cost
+from vtprune_fx.recipes.schema import Recipe
 
 LAYERS = 3
 RECIPE = recipe_for(LAYERS, {0: 3, 1: 6})
@@ -316,7 +317,7 @@ def test_an_image_on_a_filled_cache_is_not_pruned(shared: Any) -> None:
 
 def _after(model: Any, state: oracle.Prefill, sample: oracle.Sample) -> Tensor:
     """Logits behind a second prompt with an image, fed to the oracle one by one."""
-    embedded = oracle._embed(model, sample)
+    embedded = pruner._embed(model, sample)
     for vector in embedded:
         logits = _step_with(model, state, vector[None])
     return logits

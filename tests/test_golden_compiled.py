@@ -13,7 +13,7 @@ from transformers.utils.output_capturing import (
 
 from tests.golden_cases import CASES, GoldenCase, encoded, llava_from_golden, load_case
 from tests.tiny import Compiled, Inner, cache_lengths
-from vtprune_fx.decoding import use_ragged_attention
+from vtprune_fx.models.ragged_attention import use_ragged_attention
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration

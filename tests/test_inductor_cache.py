@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 
 from tests.tiny import Compiled, Inputs, batch, recipe_for, tiny_llava
 from vtprune_fx import oracle
-from vtprune_fx.recipe import Recipe
+from vtprune_fx.recipes.schema import Recipe
 
 SOME, OTHERS = recipe_for(2, {0: 3, 1: 5}), recipe_for(2, {0: 5, 1: 3})
 """Cuts in the same layers, and as many tokens left."""

@@ -22,13 +22,13 @@ from tests.tiny import (
 )
 from vtprune_fx import oracle
 from vtprune_fx.api import prune
-from vtprune_fx.checkpoint import CheckpointSpec, build_checkpoint
-from vtprune_fx.decoding import use_ragged_attention
 from vtprune_fx.errors import InputError, PlanError, RecipeError
+from vtprune_fx.evaluation.picture import sample_photo
 from vtprune_fx.export import export_onnx, load, write_onnx
-from vtprune_fx.inputs import batch_inputs, open_checkpoint
-from vtprune_fx.picture import sample_photo
-from vtprune_fx.recipe import load_recipe
+from vtprune_fx.models.loading import batch_inputs, open_checkpoint
+from vtprune_fx.models.ragged_attention import use_ragged_attention
+from vtprune_fx.recipes.schema import load_recipe
+from vtprune_fx.reference.random_llava import CheckpointSpec, build_checkpoint
 from vtprune_fx.scorers import register_scorer
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from vtprune_fx.recipe import Recipe
+    from vtprune_fx.recipes.schema import Recipe
     from vtprune_fx.scorers.evidence import Evidence
 
 LAYERS = 4

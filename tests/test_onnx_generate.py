@@ -22,11 +22,11 @@ from tests.tiny import (
     tiny_llava,
 )
 from vtprune_fx import oracle
-from vtprune_fx.checkpoint import CheckpointSpec, build_checkpoint
 from vtprune_fx.errors import InputError
 from vtprune_fx.export import load, write_onnx
-from vtprune_fx.inputs import open_checkpoint
-from vtprune_fx.recipe import Recipe
+from vtprune_fx.models.loading import open_checkpoint
+from vtprune_fx.recipes.schema import Recipe
+from vtprune_fx.reference.random_llava import CheckpointSpec, build_checkpoint
 
 TEXT = torch.tensor([[0, 0, 1, 40, 41, 42], [1, 50, 51, 52, 53, 54]])
 """Two prompts of text, the first padded with two tokens."""

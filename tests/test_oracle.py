@@ -24,9 +24,11 @@ from tests.golden_cases import (
     load_case,
     shared_llava,
 )
-from vtprune_fx import oracle, oracle_scores
+from vtprune_fx import oracle
 from vtprune_fx.errors import InputError, PlanError
-from vtprune_fx.recipe import Cut, Provenance, Recipe
+from vtprune_fx.oracle import pruner
+from vtprune_fx.oracle import scores as oracle_scores
+from vtprune_fx.recipes.schema import Cut, Provenance, Recipe
 
 LOGITS = 5e-4
 """Absolute tolerance against recordings, which ran on another transformers."""
@@ -320,7 +322,7 @@ def test_of_equal_scores_the_earlier_token_leaves() -> None:
 def test_the_text_after_the_last_image_rates_even_when_that_image_is_gone() -> None:
     """Tokens 0-1 are the first image, 2-3 text, 4 the second image, 5 text."""
     visual = torch.tensor([True, True, False, False, True, False])
-    instruction = oracle._after_last(visual)
+    instruction = pruner._after_last(visual)
     assert instruction.tolist() == [False] * 5 + [True]
     left = torch.tensor([0, 1, 2, 3, 5])
     probabilities = torch.eye(5)[None].repeat(2, 1, 1)

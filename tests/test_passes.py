@@ -22,7 +22,7 @@ from tests.tiny import (
 )
 from vtprune_fx import backend, oracle
 from vtprune_fx.api import prune
-from vtprune_fx.graph import (
+from vtprune_fx.graph.insert import (
     SHORTER,
     STAMP,
     dropped_tokens,
@@ -48,8 +48,8 @@ from vtprune_fx.passes.insert_scores import ROLES
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from vtprune_fx.plan import PrunePlan
-    from vtprune_fx.recipe import Recipe
+    from vtprune_fx.planning.plan import PrunePlan
+    from vtprune_fx.recipes.schema import Recipe
 
 aten = torch.ops.aten
 

@@ -9,16 +9,16 @@ import pytest
 import torch
 from PIL import Image
 
-from vtprune_fx.checkpoint import CheckpointSpec, build_checkpoint
 from vtprune_fx.errors import InputError, MissingDependencyError
-from vtprune_fx.inputs import load_processor
-from vtprune_fx.picture import (
+from vtprune_fx.evaluation.picture import (
     as_seen,
     draw_kept,
     fade_dropped,
     sample_photo,
     unnormalise,
 )
+from vtprune_fx.models.loading import load_processor
+from vtprune_fx.reference.random_llava import CheckpointSpec, build_checkpoint
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -18,21 +18,21 @@ from tests.tiny import (
     recipe_for,
     tiny_llava,
 )
-from vtprune_fx.anatomy import Anatomy, read
+from vtprune_fx.analysis.anatomy import Anatomy, read
 from vtprune_fx.api import prune
 from vtprune_fx.backend import vtprune_backend
-from vtprune_fx.capture import export
+from vtprune_fx.capture.aten import export
 from vtprune_fx.errors import AnatomyError, CaptureError, InputError, PlanError
-from vtprune_fx.graph import readable
-from vtprune_fx.plan import place
-from vtprune_fx.recipe import DEFAULT, default, load_recipe
+from vtprune_fx.graph.insert import readable
+from vtprune_fx.planning.plan import place
+from vtprune_fx.recipes.schema import DEFAULT, default, load_recipe
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch.fx import GraphModule, Node
 
-    from vtprune_fx.recipe import Recipe, Site
+    from vtprune_fx.recipes.schema import Recipe, Site
 
 aten = torch.ops.aten
 

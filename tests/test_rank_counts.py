@@ -15,12 +15,12 @@ from tests.test_cli_recipes import Run, io, run
 from tests.test_fit_command import LAYERS, TOKENS, root
 from tests.tiny import batch, recipe_for, tiny_llava
 from vtprune_fx import oracle
-from vtprune_fx.calibration import open_calibration
 from vtprune_fx.errors import InputError, PlanError, RecipeError
-from vtprune_fx.inputs import open_checkpoint
-from vtprune_fx.oracle_scores import Seen, attention_rank
-from vtprune_fx.rank_counts import _counted, calibrate, check_adaptive
-from vtprune_fx.recipe import Provenance, Recipe, load_recipe
+from vtprune_fx.fitting.calibration import open_calibration
+from vtprune_fx.fitting.rank_counts import _counted, calibrate, check_adaptive
+from vtprune_fx.models.loading import open_checkpoint
+from vtprune_fx.oracle.scores import Seen, attention_rank
+from vtprune_fx.recipes.schema import Provenance, Recipe, load_recipe
 
 __all__ = ["io", "root"]  # fixtures
 

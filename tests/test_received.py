@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vtprune_fx import received
+from vtprune_fx.ops import received
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -370,7 +370,7 @@ def _in_a_process(call: str, **variables: str) -> None:
 
 def write_interpreted(path: str) -> None:
     """Results of all cases in Triton's interpreter."""
-    from vtprune_fx import received_triton
+    from vtprune_fx.ops import received_triton
 
     results = {}
     for name, case in INTERPRETED.items():
@@ -420,7 +420,7 @@ def write_compiled(path: str) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.runtime import JITFunction, driver
 
-    from vtprune_fx import received_triton
+    from vtprune_fx.ops import received_triton
 
     run, kernels, gpu = JITFunction.run, list[Any](), mock.Mock()
 

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from vtprune_fx import recipe
-from vtprune_fx.by_rank import DropByRank, KeepByRank
-from vtprune_fx.cost import LLAVA_1_5_7B, cost
 from vtprune_fx.errors import RecipeError
+from vtprune_fx.recipes import schema as recipe
+from vtprune_fx.recipes.cost import LLAVA_1_5_7B, cost
+from vtprune_fx.recipes.rank_rule import DropByRank, KeepByRank
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from vtprune_fx.recipe import Recipe
+    from vtprune_fx.recipes.schema import Recipe
 
 Fields = dict[str, object]
 

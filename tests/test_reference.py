@@ -15,11 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vtprune_fx.checkpoint import IMAGE_ID
-from vtprune_fx.errors import InputError
-from vtprune_fx.inputs import open_checkpoint
-from vtprune_fx.reference import CHECKPOINT
-from vtprune_fx.reference.batches import (
+from examples.reference_model.batches import (
     HIDE_FROM,
     IGNORED,
     PADDING,
@@ -29,15 +25,19 @@ from vtprune_fx.reference.batches import (
     QuestionBatches,
     hidden_patches,
 )
-from vtprune_fx.reference.model import (
+from examples.reference_model.model import (
     PATCH,
     VISUAL_TOKENS,
     build_processor,
     build_tokenizer,
 )
+from examples.reference_model.train import Plan, Training
+from vtprune_fx.errors import InputError
+from vtprune_fx.models.loading import open_checkpoint
+from vtprune_fx.reference import CHECKPOINT
 from vtprune_fx.reference.pictures import SIDE, SPLITS, Thing
 from vtprune_fx.reference.questions import KINDS, Sample, draw_samples
-from vtprune_fx.reference.train import Plan, Training
+from vtprune_fx.reference.random_llava import IMAGE_ID
 
 CPU = torch.device("cpu")
 SHORT = Plan(see_steps=2, talk_steps=4, see_rows=2, talk_rows=2)

@@ -10,7 +10,8 @@ import pytest
 from torch._dynamo import config
 
 from tests.tiny import batch, recipe_for, tiny_llava
-from vtprune_fx import generation, runtime
+from vtprune_fx import runtime
+from vtprune_fx.generation import compile as generation
 from vtprune_fx.runtime import running
 
 

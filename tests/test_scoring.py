@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vtprune_fx.scorers import Rate, fitprune, inverted, random, uniform
 from vtprune_fx.scorers.evidence import Evidence
-from vtprune_fx.scoring import (
+from vtprune_fx.selection.order import (
     CONTEXT,
     INSTRUCTION,
     PADDING,

@@ -22,9 +22,9 @@ from tests.tiny import (
 )
 from vtprune_fx import vtprune_backend
 from vtprune_fx.api import prune
-from vtprune_fx.capture import lower
+from vtprune_fx.capture.aten import lower
 from vtprune_fx.errors import PlanError
-from vtprune_fx.report import PruneReport
+from vtprune_fx.planning.report import PruneReport
 
 SHORT = recipe_for(2, {0: 3, 1: 5})
 

@@ -11,14 +11,14 @@ from torch.fx import GraphModule, Node
 
 from tests.tiny import calls, planned
 from vtprune_fx.errors import VerifyError
-from vtprune_fx.graph import STAMP, Stamp, set_value, value_at_full_length
+from vtprune_fx.graph.insert import STAMP, Stamp, set_value, value_at_full_length
 from vtprune_fx.passes import KEEP_PREFIX, Pass, Pipeline, default_pipeline
 from vtprune_fx.passes.insert_scores import ROLES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from vtprune_fx.plan import PrunePlan
+    from vtprune_fx.planning.plan import PrunePlan
 
 aten = torch.ops.aten
 

@@ -18,14 +18,14 @@ from typer.testing import CliRunner
 
 from tests.test_onnx_safety import edit_graph, trust_again
 from tests.tiny import recipe_for
-from vtprune_fx.checkpoint import CheckpointSpec, build_checkpoint
 from vtprune_fx.cli import app
 from vtprune_fx.errors import ExportError, InputError
 from vtprune_fx.export import OnnxOptions, load, manifest, write_onnx
 from vtprune_fx.export.quantize import rounded
 from vtprune_fx.export.verify import Verification, verify
-from vtprune_fx.inputs import open_checkpoint
-from vtprune_fx.recipe import Recipe
+from vtprune_fx.models.loading import open_checkpoint
+from vtprune_fx.recipes.schema import Recipe
+from vtprune_fx.reference.random_llava import CheckpointSpec, build_checkpoint
 
 
 def told(result: Verification) -> str:

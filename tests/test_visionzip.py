@@ -27,16 +27,18 @@ from tests.tiny import (
     recipe_for,
     tiny_llava,
 )
-from vtprune_fx import oracle, oracle_tower, patches
-from vtprune_fx.anatomy import read
+from vtprune_fx import oracle
+from vtprune_fx.analysis.anatomy import read
 from vtprune_fx.errors import InputError, PlanError
-from vtprune_fx.generation import _refuse_mixed_up
-from vtprune_fx.plan import place
+from vtprune_fx.generation.compile import _refuse_mixed_up
+from vtprune_fx.oracle import tower as oracle_tower
+from vtprune_fx.planning.plan import place
+from vtprune_fx.selection import contextual as patches
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule
 
-    from vtprune_fx.recipe import Recipe
+    from vtprune_fx.recipes.schema import Recipe
 
 aten = torch.ops.aten
 

@@ -24,8 +24,8 @@ from tests.zoo import (
 )
 from vtprune_fx import oracle
 from vtprune_fx.errors import PlanError
-from vtprune_fx.observe import observed
-from vtprune_fx.statistics import observe
+from vtprune_fx.fitting.attention_statistics import observe
+from vtprune_fx.fitting.observe import observed
 
 SOME = {"Qwen2-VL", "Gemma 3", "Qwen3-VL"}
 """What the default suite runs: three axes, masks of its own, features that enter later

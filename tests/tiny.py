@@ -19,14 +19,14 @@ from transformers import (
 )
 
 from vtprune_fx import oracle
-from vtprune_fx.anatomy import read
+from vtprune_fx.analysis.anatomy import read
 from vtprune_fx.api import KeepRecorder
 from vtprune_fx.backend import vtprune_backend
-from vtprune_fx.capture import export
-from vtprune_fx.decoding import mark_dynamic
-from vtprune_fx.graph import value_at_full_length
-from vtprune_fx.plan import PrunePlan, place
-from vtprune_fx.recipe import Cut, Provenance, Recipe, Site
+from vtprune_fx.capture.aten import export
+from vtprune_fx.graph.insert import value_at_full_length
+from vtprune_fx.models.ragged_attention import mark_dynamic
+from vtprune_fx.planning.plan import PrunePlan, place
+from vtprune_fx.recipes.schema import Cut, Provenance, Recipe, Site
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from vtprune_fx.recipe import Recipe
+    from vtprune_fx.recipes.schema import Recipe
 
 Inputs = dict[str, Tensor]
 

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from vtprune_fx.api import PrunedProgram, explain, prune
     from vtprune_fx.backend import vtprune_backend
     from vtprune_fx.errors import VtpruneError
-    from vtprune_fx.generation import compile, report_of, undo
-    from vtprune_fx.recipe import Recipe, load_recipe
-    from vtprune_fx.report import PruneReport
+    from vtprune_fx.generation.compile import compile, report_of, undo
+    from vtprune_fx.planning.report import PruneReport
+    from vtprune_fx.recipes.schema import Recipe, load_recipe
     from vtprune_fx.scorers import register_scorer
 
 __all__ = [
@@ -37,17 +37,17 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOMES = {
-    "PruneReport": "report",
+    "PruneReport": "planning.report",
     "PrunedProgram": "api",
-    "Recipe": "recipe",
+    "Recipe": "recipes.schema",
     "VtpruneError": "errors",
-    "compile": "generation",
+    "compile": "generation.compile",
     "explain": "api",
-    "load_recipe": "recipe",
+    "load_recipe": "recipes.schema",
     "prune": "api",
     "register_scorer": "scorers",
-    "report_of": "generation",
-    "undo": "generation",
+    "report_of": "generation.compile",
+    "undo": "generation.compile",
     "vtprune_backend": "backend",
 }
 

@@ -17,14 +17,14 @@ from torch.fx import Interpreter, Node
 from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 
-from vtprune_fx.anatomy import read
-from vtprune_fx.capture import export
+from vtprune_fx.analysis.anatomy import read
+from vtprune_fx.capture.aten import export
 from vtprune_fx.errors import CaptureError, VtpruneError
-from vtprune_fx.interface import interface
 from vtprune_fx.passes import KEEP_PREFIX, prune_program
-from vtprune_fx.plan import place
-from vtprune_fx.recipe import Recipe, default, load_recipe
-from vtprune_fx.report import Explanation, PruneReport, in_prompt
+from vtprune_fx.planning.interface import interface
+from vtprune_fx.planning.plan import place
+from vtprune_fx.planning.report import Explanation, PruneReport, in_prompt
+from vtprune_fx.recipes.schema import Recipe, default, load_recipe
 
 
 @dataclass(frozen=True)

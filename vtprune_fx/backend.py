@@ -33,16 +33,16 @@ from torch._inductor import config
 from torch.fx import GraphModule
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
-from vtprune_fx.capture import lower
+from vtprune_fx.capture.aten import lower
+from vtprune_fx.capture.literal_length import places_images
+from vtprune_fx.capture.subclasses import has_any, parts
+from vtprune_fx.capture.weights import hold, lifted
 from vtprune_fx.errors import InputError
-from vtprune_fx.frozen import hold, lifted
-from vtprune_fx.graph import fake_mode_of, lengths_from_data, uncached_fakes
-from vtprune_fx.literals import places_images
+from vtprune_fx.graph.insert import fake_mode_of, lengths_from_data, uncached_fakes
 from vtprune_fx.passes import KEEP_PREFIX, Form, OwnLengths, prune_graph
-from vtprune_fx.plan import PrunePlan
-from vtprune_fx.recipe import Recipe, load_recipe
-from vtprune_fx.report import PruneReport
-from vtprune_fx.subclasses import has_any, parts
+from vtprune_fx.planning.plan import PrunePlan
+from vtprune_fx.planning.report import PruneReport
+from vtprune_fx.recipes.schema import Recipe, load_recipe
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from torch._dynamo import config as dynamo_config
 from transformers import PreTrainedModel, ProcessorMixin
 
 from vtprune_fx.export import load, write_onnx
-from vtprune_fx.generation import pruned
-from vtprune_fx.recipe import Recipe
+from vtprune_fx.generation.compile import pruned
+from vtprune_fx.recipes.schema import Recipe
 
 Target = Literal["torch", "onnx"]
 """``torch.compile`` with inductor, or ONNX Runtime."""

@@ -18,8 +18,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedTokenizerFast
 
-from vtprune_fx.checkpoint import IMAGE_ID, PAD_ID
-from vtprune_fx.reference.model import PATCH, VISUAL_TOKENS
+from examples.reference_model.model import PATCH, VISUAL_TOKENS
 from vtprune_fx.reference.pictures import (
     COLOURS,
     DIGITS,
@@ -34,6 +33,7 @@ from vtprune_fx.reference.questions import (
     Sample,
     draw_sample,
 )
+from vtprune_fx.reference.random_llava import IMAGE_ID, PAD_ID
 
 QUESTIONS = 14
 """Questions asked of a row's pictures; as many as fit are used."""

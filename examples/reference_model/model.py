@@ -17,7 +17,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from vtprune_fx.checkpoint import (
+from vtprune_fx.reference.pictures import SIDE
+from vtprune_fx.reference.questions import draw_samples
+from vtprune_fx.reference.random_llava import (
     BOS_ID,
     CHAT_TEMPLATE,
     EOS_ID,
@@ -25,8 +27,6 @@ from vtprune_fx.checkpoint import (
     PAD_ID,
     SPECIAL_TOKENS,
 )
-from vtprune_fx.reference.pictures import SIDE
-from vtprune_fx.reference.questions import draw_samples
 
 PATCH = 20
 VISUAL_TOKENS = (SIDE // PATCH) ** 2

@@ -1,6 +1,6 @@
 """Train the reference model from scratch.
 
-    python -m vtprune_fx.reference.train runs/reference
+    python -m examples.reference_model.train runs/reference
 
 Two stages, each seeded, on pictures drawn as training goes on:
 
@@ -42,10 +42,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, IterableDataset
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
-from vtprune_fx.errors import InputError
-from vtprune_fx.inputs import quiet
-from vtprune_fx.optional import optional
-from vtprune_fx.reference.batches import (
+from examples.reference_model.batches import (
     IGNORED,
     NOUNS,
     Batch,
@@ -53,13 +50,16 @@ from vtprune_fx.reference.batches import (
     PatchBatches,
     QuestionBatches,
 )
-from vtprune_fx.reference.model import (
+from examples.reference_model.model import (
     PATCH,
     WIDTH,
     build_model,
     build_processor,
     build_tokenizer,
 )
+from vtprune_fx.errors import InputError
+from vtprune_fx.models.loading import quiet
+from vtprune_fx.optional import optional
 from vtprune_fx.reference.pictures import COLOURS, SIDE
 from vtprune_fx.reference.questions import COLUMNS, ROWS
 

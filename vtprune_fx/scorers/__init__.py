@@ -26,7 +26,7 @@ from vtprune_fx.errors import RecipeError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vtprune_fx.recipe import Recipe
+    from vtprune_fx.recipes.schema import Recipe
 
 Rate = Callable[..., "Tensor"]
 """``(evidence, **options) -> scores``."""

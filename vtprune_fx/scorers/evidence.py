@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vtprune_fx import received
-from vtprune_fx.scoring import PADDING
+from vtprune_fx.ops import received
+from vtprune_fx.selection.order import PADDING
 
 
 class Evidence(NamedTuple):

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from vtprune_fx.scorers.by_rank import by_rank
 from vtprune_fx.scorers.evidence import Evidence
+from vtprune_fx.scorers.ordinal import by_rank
 
 
 def rate(seen: Evidence, *, seed: int = 0) -> Tensor:

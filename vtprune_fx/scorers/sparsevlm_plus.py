@@ -16,7 +16,7 @@ from torch import Tensor
 from vtprune_fx.errors import PlanError
 from vtprune_fx.scorers.evidence import Evidence, logits
 from vtprune_fx.scorers.sparsevlm import raters
-from vtprune_fx.scoring import INSTRUCTION, VISUAL
+from vtprune_fx.selection.order import INSTRUCTION, VISUAL
 
 __all__ = ["rate", "raters"]
 

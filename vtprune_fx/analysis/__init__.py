@@ -1,0 +1,1 @@
+"""Finding the parts of a traced model that pruning needs. Reads only."""

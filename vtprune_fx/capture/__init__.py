@@ -1,0 +1,1 @@
+"""From a model, or from Dynamo, to an ATen graph before dispatch."""

@@ -1,0 +1,82 @@
+"""One question, one answer: what ``vtprune generate`` does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import ProcessorMixin
+
+from vtprune_fx.errors import InputError
+from vtprune_fx.export import is_export, load
+from vtprune_fx.generation.compile import pruned
+from vtprune_fx.models.loading import (
+    load_model,
+    load_processor,
+    open_image,
+    prompt_inputs,
+)
+from vtprune_fx.recipes.schema import load_recipe
+
+
+def answer(
+    model: str,
+    prompt: str,
+    image: Path | None,
+    recipe: str | None,
+    max_new_tokens: int,
+    inner: str,
+) -> str:
+    """Answer a question about an image.
+
+    Args:
+        model: An exported folder, a checkpoint folder, or a hub id.
+        prompt: The question.
+        image: An image file, if any.
+        recipe: Shipped name or file; an exported folder has its own.
+        max_new_tokens: Tokens at most.
+        inner: The ``torch.compile`` backend for a checkpoint.
+
+    Raises:
+        VtpruneError: Something that was named is not usable; the subclass says what.
+    """
+    picture = open_image(image) if image is not None else None
+    exported = is_export(Path(model))
+    if exported and recipe is not None:
+        raise InputError(
+            "--recipe",
+            expected="none for an exported folder, whose graphs are pruned already",
+            found=recipe,
+            fix="Leave it out, or export again with this recipe.",
+        )
+    if exported:
+        return _exported(Path(model), prompt, picture, max_new_tokens)
+    loaded = load_recipe(recipe) if recipe is not None else None
+    processor = load_processor(model)
+    inputs = prompt_inputs(processor, prompt, picture)
+    with pruned(load_model(model), loaded, inner) as compiled:
+        return _say(processor, continued(compiled, inputs, max_new_tokens))
+
+
+def _exported(folder: Path, prompt: str, picture: Any, max_new_tokens: int) -> str:
+    model, processor = load(folder), load_processor(folder)
+    inputs = prompt_inputs(processor, prompt, picture)
+    return _say(processor, continued(model, inputs, max_new_tokens))
+
+
+def continued(model: Any, inputs: dict[str, Tensor], max_new_tokens: int) -> list[int]:
+    """The ids that greedy decoding appends to a single prompt.
+
+    Args:
+        model: Anything with transformers' ``generate``.
+        inputs: ``input_ids`` [1, S] and what goes with them.
+        max_new_tokens: Tokens at most.
+    """
+    ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    new: list[int] = ids[0, inputs["input_ids"].shape[1] :].tolist()
+    return new
+
+
+def _say(processor: ProcessorMixin, ids: list[int]) -> str:
+    return str(processor.decode(ids, skip_special_tokens=True)).strip()

@@ -1,0 +1,1 @@
+"""Accuracy of a model, dense and pruned, against its cost."""

@@ -1,0 +1,1 @@
+"""Recipes fitted to a model on calibration prompts."""

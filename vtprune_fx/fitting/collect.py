@@ -1,0 +1,116 @@
+"""Take statistics batch by batch, so that a run that was cut short goes on.
+
+Each batch's statistics are a file of their own until all are there. Of several
+processes each takes every n-th batch; all see the same folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from vtprune_fx.fitting import distributed as processes
+from vtprune_fx.fitting.attention_statistics import (
+    Statistics,
+    load_statistics,
+    merged,
+    save_statistics,
+)
+from vtprune_fx.fitting.calibration import Calibration
+
+STATISTICS, PARTS = "statistics.safetensors", "statistics.parts"
+"""In a folder: the statistics, and those of single batches while they are taken."""
+
+_PROBED = 64
+"""Values of each weight that tell models apart."""
+
+
+def origin(model: PreTrainedModel, calibration: Calibration) -> dict[str, str]:
+    """Fingerprints of a model and its calibration prompts."""
+    return {"model": model_fingerprint(model), "data": calibration.fingerprint()}
+
+
+def model_fingerprint(model: PreTrainedModel) -> str:
+    """Tells a model from others, by a few values of each of its weights."""
+    told = hashlib.sha256()
+    for name, weight in model.state_dict().items():
+        told.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        values = weight.detach().flatten()
+        probed = values[:: max(1, len(values) // _PROBED)]
+        told.update(probed.to("cpu", torch.float32).numpy().tobytes())
+    return told.hexdigest()[:16]
+
+
+def collect(
+    take: Callable[[Sequence[int]], Statistics],
+    calibration: Calibration,
+    folder: Path,
+    source: Mapping[str, str],
+    advance: Callable[[int], None],
+) -> Statistics:
+    """Take a model's statistics, or read those that are in a folder.
+
+    Args:
+        take: Takes those of some samples.
+        calibration: The prompts.
+        folder: Where statistics are, go, or were begun.
+        source: What ``origin`` gave.
+        advance: Told how many samples are done.
+
+    Raises:
+        InputError: What is there is broken, or of another model or data, or ``take``
+            did.
+    """
+    file = folder / STATISTICS
+    if not file.exists():
+        _take(take, calibration, folder / PARTS, source, advance)
+        processes.wait_for_all()
+        if processes.rank() == 0:
+            _finish(calibration, folder, source)
+        processes.wait_for_all()
+    advance(len(calibration))
+    return load_statistics(file, source)
+
+
+def _take(
+    take: Callable[[Sequence[int]], Statistics],
+    calibration: Calibration,
+    parts: Path,
+    source: Mapping[str, str],
+    advance: Callable[[int], None],
+) -> None:
+    done = 0
+    for samples in own_batches(calibration):
+        part, its = _part(parts, samples, source)
+        if part.exists():
+            load_statistics(part, its)
+        else:
+            save_statistics(take(samples), part, its)
+        done += len(samples)
+        advance(done)
+
+
+def own_batches(calibration: Calibration) -> list[list[int]]:
+    """The batches of this process."""
+    return calibration.batches()[processes.rank() :: processes.count()]
+
+
+def _part(
+    parts: Path, samples: Sequence[int], source: Mapping[str, str]
+) -> tuple[Path, dict[str, str]]:
+    """A batch's file, and what its statistics are taken from."""
+    told = {"samples": " ".join(map(str, samples))}
+    return parts / f"{samples[0]:08}.safetensors", {**source, **told}
+
+
+def _finish(calibration: Calibration, folder: Path, source: Mapping[str, str]) -> None:
+    batches = calibration.batches()
+    parts = [load_statistics(*_part(folder / PARTS, s, source)) for s in batches]
+    order = torch.tensor([index for samples in batches for index in samples])
+    save_statistics(merged(parts).rows(order.argsort()), folder / STATISTICS, source)
+    shutil.rmtree(folder / PARTS)

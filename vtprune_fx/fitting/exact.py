@@ -1,0 +1,283 @@
+"""FitPrune's search as published: attention recomputed on the pruned sequence.
+
+A trial of one tolerance runs the decoder layer by layer. Tokens leave at the end of a
+layer, where the method has its attention output and residual lose them: nobody reads
+what the layer makes of them afterwards. Samples of a batch lose tokens of their own;
+the batch becomes as short as its longest sample, with padding ahead of the others.
+
+No tolerance changes what happens ahead of the first cut: every trial starts from what
+the first layer left when statistics were taken of the unpruned model.
+
+Shapes: B samples of a batch, S tokens, L layers, N samples.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from vtprune_fx.fitting.attention_statistics import lightest, ranked
+from vtprune_fx.fitting.observe import (
+    Watch,
+    current_watch,
+    decoder_layers,
+    unobservable,
+    watching,
+)
+from vtprune_fx.selection.order import PADDING, VISUAL, token_roles
+
+ROOM = 2**29
+"""Bytes of batches that wait in memory behind the first layer, and of as many behind
+the layer that a trial has come to; more wait in files."""
+
+State = dict[str, Tensor]
+"""A batch between two layers.
+
+``hidden`` [B, S, d], ``mask`` [B, 1, S, S] bool, ``roles`` [B, S], the decoder's tables
+``cos``, ``sin`` [..., B, S, D] and ``positions`` [..., B, S], and what tokens received
+in the layer that ran: ``cross`` and ``own`` [B, S].
+"""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What happened to N samples in one layer, all [N].
+
+    Attributes:
+        present: Visual tokens that entered it.
+        by_cross: How many could leave by what they received from the instruction.
+        by_own: By what they received from visual tokens.
+        dropped: How many were among both, and left.
+    """
+
+    present: Tensor
+    by_cross: Tensor
+    by_own: Tensor
+    dropped: Tensor
+
+
+class Trials:
+    """Trials of tolerances on one model and its calibration prompts.
+
+    Everything runs inside ``observe.observed``.
+
+    Args:
+        model: An unmodified transformers model.
+        folder: A scratch folder.
+    """
+
+    def __init__(self, model: PreTrainedModel, folder: Path) -> None:
+        self.model, self.layers = model, decoder_layers(model)
+        self._start, self._now = _Shelf(folder / "start"), _Shelf(folder / "now")
+        self._started = set[int]()
+        self._whole: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @contextlib.contextmanager
+    def starting(self, batch: int) -> Iterator[None]:
+        """Keep what the first layer leaves of prompts that are observed in the block.
+
+        Args:
+            batch: What the prompts are called together.
+        """
+
+        def keep(
+            _: nn.Module, args: Any, options: dict[str, Any], left: Tensor
+        ) -> None:
+            entered = args[0] if args else options["hidden_states"]
+            watch = current_watch()
+            state = _state(entered, options, watch.visual)
+            self._start.put(batch, _behind(state, left, watch))
+            self._started.add(batch)
+
+        hook = self.layers[0].register_forward_hook(keep, with_kwargs=True)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    @torch.no_grad()
+    def add(
+        self,
+        batch: int,
+        inputs: Callable[[], Mapping[str, Tensor]],
+        cross: Tensor,
+        own: Tensor,
+    ) -> None:
+        """Let prompts take part, run to behind the first layer if they were not.
+
+        Args:
+            batch: What the prompts are called together.
+            inputs: Gives what the processor returns, padded on either side.
+            cross: [B, L], what all visual tokens together receive from the instruction
+                in the unpruned model.
+            own: [B, L], the same from visual tokens.
+
+        Raises:
+            InputError: The decoder's layers do not run as transformers' do.
+        """
+        if batch not in self._started:
+            entered = _entered(self.model, self.layers[0], inputs())
+            self._start.put(batch, self._ran(0, entered))
+        self._whole[batch] = (cross, own)
+
+    def __call__(self, tolerance: float) -> Iterator[Tensor]:
+        """Let tokens leave, layer by layer.
+
+        Args:
+            tolerance: Share of the attention that a layer may lose, alpha.
+
+        Yields:
+            [N] for each layer, how many tokens each sample loses, batch after batch.
+        """
+        return (step.dropped for step in self.steps(tolerance))
+
+    @torch.no_grad()
+    def steps(self, tolerance: float) -> Iterator[Step]:
+        """Let tokens leave, and tell how many could.
+
+        Args:
+            tolerance: Share of the attention that a layer may lose, alpha.
+
+        Yields:
+            What happened in each layer.
+        """
+        for layer in range(len(self.layers)):
+            batches = [torch.zeros(4, 0, dtype=torch.int64)]
+            for index, whole in self._whole.items():
+                state = (self._now if layer else self._start).take(index)
+                if layer:
+                    state = self._ran(layer, state)
+                visual = state["roles"] == VISUAL
+                cross, own = (
+                    _may_leave(state[what], visual, total[:, layer] * (1 - tolerance))
+                    for what, total in zip(("cross", "own"), whole, strict=True)
+                )
+                told = (visual, cross, own, cross & own)
+                batches.append(torch.stack([t.sum(dim=1) for t in told]).cpu())
+                if layer + 1 < len(self.layers):
+                    self._now.put(index, _without(state, cross & own))
+            yield Step(*torch.cat(batches, dim=1))
+
+    def _ran(self, index: int, state: State) -> State:
+        """The batch behind a layer."""
+        watch = Watch(state["roles"] == VISUAL, state["roles"])
+        with watching(watch):
+            hidden = self.layers[index](
+                state["hidden"],
+                attention_mask=state["mask"],
+                position_ids=state["positions"],
+                position_embeddings=(state["cos"], state["sin"]),
+            )
+        if not watch.received:
+            raise unobservable(self.model, "attention of its own")
+        return _behind(state, hidden, watch)
+
+
+def _behind(state: State, hidden: Tensor, watch: Watch) -> State:
+    """The batch behind the layer that ran last."""
+    received = watch.received[-1]
+    return state | {"hidden": hidden, "cross": received.cross, "own": received.own}
+
+
+def _may_leave(received: Tensor, visual: Tensor, least: Tensor) -> Tensor:
+    return lightest(*ranked(received, visual), visual, least.to(visual.device))
+
+
+def _without(state: State, drop: Tensor) -> State:
+    """The batch without some tokens: [B, S] bool."""
+    stay = ~drop & (state["roles"] != PADDING)
+    width = int(stay.sum(dim=1).max())
+    order = stay.long().argsort(dim=1, stable=True)[:, -width:]
+    gone = ~stay.gather(1, order)
+    rows = torch.arange(len(order), device=order.device)[:, None]
+    mask = state["mask"][rows[:, None], 0, order[:, :, None], order[:, None, :]]
+    return {
+        "hidden": state["hidden"][rows, order],
+        "mask": (mask & ~gone[:, None, :])[:, None],
+        "roles": state["roles"][rows, order].masked_fill(gone, PADDING),
+        "cos": state["cos"][..., rows, order, :],
+        "sin": state["sin"][..., rows, order, :],
+        "positions": state["positions"][..., rows, order],
+    }
+
+
+class _Entered(Exception):  # noqa: N818 - a way out of the model, not an error
+    """Carries what the decoder hands to its first layer."""
+
+    def __init__(self, hidden: Tensor, options: dict[str, Any]) -> None:
+        super().__init__()
+        self.hidden, self.options = hidden, options
+
+
+def _enter(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+    raise _Entered(args[0] if args else kwargs.pop("hidden_states"), kwargs)
+
+
+def _entered(
+    model: PreTrainedModel, first: nn.Module, inputs: Mapping[str, Tensor]
+) -> State:
+    """A batch in front of the first layer."""
+    hook = first.register_forward_pre_hook(_enter, with_kwargs=True)
+    try:
+        model.base_model(**inputs, use_cache=False)
+    except _Entered as entered:
+        visual = inputs["input_ids"] == model.config.image_token_id
+        return _state(entered.hidden, entered.options, visual)
+    finally:
+        hook.remove()
+    raise unobservable(model, "a first layer that never ran")
+
+
+def _state(hidden: Tensor, options: Mapping[str, Any], visual: Tensor) -> State:
+    """A batch in front of the first layer, by what the decoder hands to that."""
+    mask = options["attention_mask"]
+    if mask is None:
+        length = hidden.shape[1]
+        mask = torch.ones(length, length, dtype=torch.bool, device=hidden.device).tril()
+        mask = mask[None, None]
+    tables, batch = options["position_embeddings"], len(hidden)
+    cos, sin = (t.expand(*t.shape[:-3], batch, *t.shape[-2:]) for t in tables)
+    positions = options["position_ids"]
+    return {
+        "hidden": hidden,
+        "mask": mask.expand(batch, *mask.shape[1:]),
+        "roles": token_roles(visual, mask),
+        "cos": cos,
+        "sin": sin,
+        "positions": positions.expand(*positions.shape[:-2], batch, hidden.shape[1]),
+    }
+
+
+class _Shelf:
+    """Batches that wait: in memory up to ``ROOM``, in files beyond it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._kept = folder, dict[int, State]()
+        self._device = torch.device("cpu")
+        folder.mkdir(parents=True)
+
+    def put(self, index: int, state: State) -> None:
+        self._kept.pop(index, None)
+        sizes = (t.nbytes for kept in self._kept.values() for t in kept.values())
+        if sum(sizes) + sum(t.nbytes for t in state.values()) <= ROOM:
+            self._kept[index] = state
+            return
+        self._device = state["hidden"].device
+        parts = {name: value.contiguous() for name, value in state.items()}
+        save_file(parts, self._file(index))
+
+    def take(self, index: int) -> State:
+        if index in self._kept:
+            return self._kept[index]
+        return load_file(self._file(index), device=str(self._device))
+
+    def _file(self, index: int) -> Path:
+        return self._folder / f"{index}.safetensors"

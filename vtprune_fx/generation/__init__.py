@@ -1,0 +1,1 @@
+"""A model whose prompts are pruned, ready for ``model.generate``."""

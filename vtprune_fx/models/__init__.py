@@ -1,0 +1,1 @@
+"""What vtprune knows of transformers, and opening models."""

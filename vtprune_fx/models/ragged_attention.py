@@ -1,0 +1,157 @@
+"""Decoding on a ragged cache, through transformers' own extension points.
+
+After a pruned prefill each layer's cache has its own length, while transformers builds
+one mask for all layers, as long as the first layer's cache. ``ATTENTION`` is an
+attention implementation like any other (``model.set_attn_implementation``) that fits
+the mask to its layer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from vtprune_fx.errors import InputError
+from vtprune_fx.models.ragged_cache import check_sees_all
+
+ATTENTION = "vtprune_ragged_sdpa"
+"""Name of the attention implementation in transformers' registries."""
+
+
+def ragged_sdpa(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Scaled dot product attention whose mask is made for caches of several lengths.
+
+    Args:
+        module: The attention module.
+        query: [B, H, Q, D].
+        key: [B, G, N, D].
+        value: [B, G, N, D].
+        attention_mask: [B, L, Q, M] with M >= N, a mask for each layer
+            (``cache.attention_mask``), or [B, 1, Q, M] for all, or None. One for all
+            may be longer than the keys: padding stands in front and, where all samples
+            have images, stays; the new tokens stand behind; what left stood between.
+        kwargs: What transformers passes on (scaling, dropout, ...).
+
+    Returns:
+        [B, Q, H, D], and None for the weights.
+    """
+    if attention_mask is not None:
+        attention_mask = _of_layer(module, attention_mask, query, key)
+    output: tuple[Tensor, Tensor | None] = sdpa_attention_forward(
+        module, query, key, value, attention_mask, **kwargs
+    )
+    return output
+
+
+def _of_layer(module: Any, mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """The layer's own part of a mask, [B, 1, Q, N]."""
+    if mask.shape[1] > 1:
+        return mask[:, module.layer_idx, None, :, : key.shape[2]]
+    new = query.shape[2]
+    cached, came = key.shape[2] - new, mask.shape[3] - new
+    return torch.cat((mask[:, :, :, :cached], mask[:, :, :, came:]), dim=3)
+
+
+def _mask(*args: Any, use_vmap: bool = False, **kwargs: Any) -> Tensor | None:
+    """Transformers' mask, patterns of a model's own made by broadcasting.
+
+    Made by vmap they could not be traced a second time, to ATen operators.
+    """
+    return sdpa_mask(*args, **kwargs)
+
+
+AttentionInterface.register(ATTENTION, ragged_sdpa)
+AttentionMaskInterface.register(ATTENTION, _mask)
+
+
+def check_decoder(text: PreTrainedConfig) -> None:
+    """Refuse a decoder that would not be what it was.
+
+    Raises:
+        InputError: Layers attend to a window, their logits are capped, which fused
+            attention cannot do, or ``check_rotary`` refuses it.
+    """
+    check_sees_all(text)
+    check_rotary(text)
+    cap = getattr(text, "attn_logit_softcapping", None)
+    if cap is not None:
+        raise InputError(
+            "attention of the decoder",
+            expected="the softmax of plain logits",
+            found=f"logits that are capped at {cap:g}",
+            fix="Fused attention cannot cap them. Load the model with "
+            "text_config.attn_logit_softcapping = None if its answers allow it.",
+        )
+
+
+def check_rotary(text: PreTrainedConfig) -> None:
+    """Refuse rotary positions whose frequencies are made anew for longer prompts.
+
+    Which ones a layer has cached keys of depends on what ran before, and no graph
+    branches on values.
+
+    Raises:
+        InputError: They are of that kind.
+    """
+    given: Any = getattr(text, "rope_parameters", None) or {}
+    each = (given, *(kind for kind in given.values() if isinstance(kind, dict)))
+    if any(kind.get("rope_type") == "dynamic" for kind in each):
+        raise InputError(
+            "rotary positions of the decoder",
+            expected="frequencies that are the same for every prompt",
+            found="rope_type 'dynamic', which makes them by the longest prompt so far",
+            fix="Where no prompt with its answer exceeds max_position_embeddings, load "
+            "the model with rope_type 'default' in text_config.rope_parameters.",
+        )
+
+
+def use_ragged_attention(model: PreTrainedModel) -> None:
+    """Let a model's decoder run on ragged caches; its vision tower stays as it is."""
+    set_attention(model, ATTENTION)
+
+
+def set_attention(model: PreTrainedModel, name: str) -> None:
+    """Choose the attention implementation of a model's decoder alone.
+
+    Told to the whole model, it would be checked against every tower's parts too, some
+    of which have no attention.
+    """
+    decoder: Any = model.get_decoder()
+    decoder.set_attn_implementation(name)
+
+
+@contextlib.contextmanager
+def ragged_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Let a model's decoder run on ragged caches for a while."""
+    before = model.config.get_text_config()._attn_implementation
+    use_ragged_attention(model)
+    try:
+        yield
+    finally:
+        set_attention(model, before)
+
+
+def mark_dynamic(axis: int, *values: Tensor | None) -> None:
+    """Tell Dynamo that a dimension of each value varies from call to call."""
+    for value in values:
+        if value is not None:
+            torch._dynamo.mark_dynamic(value, axis)

@@ -1,0 +1,179 @@
+"""Models of full size without their weights, and prompts for them.
+
+A configuration is enough to trace a model: its weights are on torch's ``meta``
+device, where a tensor is its shape and type. Inputs are made from the configuration
+too, without a processor.
+"""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from vtprune_fx.errors import InputError
+from vtprune_fx.models.encoding import FEATURES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+META = torch.device("meta")
+
+SAMPLES = 2
+"""Prompts in an example: ``torch.export`` takes a size of 1 for a constant."""
+
+
+def config_names() -> list[str]:
+    """Names of the configurations that ship with the package, sorted."""
+    files = resources.files("vtprune_fx.models").joinpath("configs").iterdir()
+    return sorted(f.name.removesuffix(".json") for f in files)
+
+
+def load_config(source: str | Path) -> PreTrainedConfig:
+    """Load a configuration of transformers.
+
+    Args:
+        source: A name that ``config_names()`` lists, a model's folder, or a
+            ``config.json``. Nothing is downloaded.
+
+    Raises:
+        InputError: There is none, or it cannot be read.
+    """
+    try:
+        if str(source) in config_names():
+            configs = resources.files("vtprune_fx.models") / "configs"
+            shipped = configs / f"{source}.json"
+            with resources.as_file(shipped) as file:
+                return _read(file)
+        return _read(Path(source))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"--config {source}",
+            expected="a model folder or a config.json of transformers, or one of "
+            f"{', '.join(config_names())}",
+            found=str(error).splitlines()[0],
+            fix="Pass a folder that save_pretrained() wrote.",
+        ) from error
+
+
+def _read(path: Path) -> PreTrainedConfig:
+    if not path.exists():
+        raise FileNotFoundError("no such file or folder")
+    config: PreTrainedConfig = AutoConfig.from_pretrained(path, local_files_only=True)
+    return config
+
+
+def build(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model of a configuration, every weight on the ``meta`` device.
+
+    Raises:
+        InputError: The configuration is not of a vision-language model that prompts
+            can be made for.
+    """
+    if config.model_type not in _IMAGES:
+        raise InputError(
+            f"config of type {config.model_type!r}",
+            expected=f"one of {', '.join(sorted(_IMAGES))}",
+            found="a model for which no inputs can be made without its processor",
+            fix="Load the model, and pass vtprune_fx.explain what its processor makes.",
+        )
+    with META:
+        model: PreTrainedModel = AutoModelForImageTextToText.from_config(
+            config, dtype=config.dtype or torch.float16
+        )
+    model.train(mode=False)
+    return model
+
+
+def example_prompts(
+    model: PreTrainedModel, visual_tokens: int | None, text_tokens: int
+) -> dict[str, Any]:
+    """What an export is traced with: two prompts about images, shapes alone.
+
+    Args:
+        model: A model that ``build`` made.
+        visual_tokens: Visual tokens of each prompt; those of one image if left out.
+        text_tokens: All its other tokens.
+
+    Returns:
+        ``input_ids`` and ``attention_mask`` [2, S], ``position_ids`` [2, S] or
+        [3, 2, S], and pictures, or features where encoders are told sizes
+        (``encoding.encoded``).
+
+    Raises:
+        InputError: No images of the model take that many tokens, or there is no text.
+    """
+    if text_tokens < 1:
+        raise InputError(
+            "number of text tokens",
+            expected="1 or more",
+            found=str(text_tokens),
+            fix="Pass the number of tokens in the prompt that are not visual.",
+        )
+    taken, images = _IMAGES[model.config.model_type](model.config, visual_tokens)
+    if visual_tokens not in {None, taken}:
+        raise InputError(
+            "number of visual tokens",
+            expected=f"what images of this model take, such as {taken}",
+            found=str(visual_tokens),
+            fix="Pass that number, or leave it out for one image.",
+        )
+    names = ("input_ids", "attention_mask", "position_ids")
+    shape = (SAMPLES, taken + text_tokens)
+    text = {name: torch.empty(shape, dtype=torch.long, device=META) for name in names}
+    if getattr(model.base_model, "compute_3d_position_ids", None) is not None:
+        text["position_ids"] = text["position_ids"].expand(3, *shape)
+    return text | images
+
+
+Pictures = tuple[int, dict[str, Any]]
+"""Visual tokens of a prompt, and the inputs for two prompts that bring them."""
+
+
+def _pixels(config: Any, visual_tokens: int | None) -> Pictures:
+    """Images of one size, a token for each patch: LLaVA."""
+    vision = config.vision_config
+    each = (vision.image_size // vision.patch_size) ** 2
+    count = max(1, (visual_tokens or each) // each)
+    size = (vision.num_channels, vision.image_size, vision.image_size)
+    pixels = torch.empty((SAMPLES * count, *size), dtype=config.dtype, device=META)
+    return count * each, {"pixel_values": pixels}
+
+
+def _features(config: Any, visual_tokens: int) -> Pictures:
+    """What an encoder gives that makes as many tokens as an image is large."""
+    shape = (SAMPLES * visual_tokens, config.get_text_config().hidden_size)
+    # A list as encoders of this kind give one, though typed as a tensor.
+    rows: Any = [torch.empty(shape, dtype=config.dtype, device=META)]
+    given = BaseModelOutputWithPooling(pooler_output=rows)
+    return visual_tokens, {FEATURES: {"image": given}}
+
+
+def _any_resolution(config: Any, visual_tokens: int | None) -> Pictures:
+    """LLaVA-NeXT: the whole image, and the largest square grid with its row ends."""
+    vision = config.vision_config
+    side = vision.image_size // vision.patch_size
+    square = max(min(grid) for grid in config.image_grid_pinpoints)
+    wide = side * square // vision.image_size
+    return _features(config, visual_tokens or side**2 + wide * (wide + 1))
+
+
+def _patches(config: Any, visual_tokens: int | None) -> Pictures:
+    """Qwen2-VL: merged patches, of an image of 1008 x 1008 pixels if not told."""
+    vision = config.vision_config
+    side = 1008 // (vision.patch_size * vision.spatial_merge_size)
+    return _features(config, visual_tokens or side**2)
+
+
+_IMAGES: dict[str, Callable[[Any, int | None], Pictures]] = {
+    # By model type: what brings about so many visual tokens, those of an image if None.
+    "llava": _pixels,
+    "llava_next": _any_resolution,
+    "qwen2_vl": _patches,
+}

@@ -1,0 +1,1 @@
+"""Operators of vtprune's own, and what they compute on each device."""

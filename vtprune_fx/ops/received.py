@@ -1,0 +1,365 @@
+"""The attention that tokens get: what FitPrune, SparseVLM and FastV rate them by.
+
+One custom operator, ``vtprune::received``, so that no compiler ever writes the
+[B, H, S, S] probabilities down. ``spelled_out`` defines it in plain PyTorch, and is
+what exported graphs hold; on a CPU it is computed in blocks of rows that stay in the
+cache, on a GPU in Triton (``received_triton``). ``attend`` computes it on a CPU beside
+the attention itself, whose probabilities it then costs no second time.
+
+Operations, counted: the products of queries and keys, ``B * H * R * S * D``
+multiply-adds with R the rows that have a weight, and as many again without the
+log-sum-exps that fused attention leaves; bytes: queries and keys once for each block.
+
+Shapes: B samples, H query heads, G key heads (G divides H), S tokens, D head width, W
+ways to weight rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtprune_fx.ops.register import operator
+
+NEVER = torch.finfo(torch.float32).min
+"""Logit of a pair that may not attend. Finite, so that a row which may attend nothing
+(left padding) has a finite softmax instead of NaN."""
+
+_BLOCK = 2**20
+"""Logits at a time: 4 MiB, some cores' caches. 100 rows of 16 heads and 651 tokens."""
+
+
+def _fake(
+    query: Tensor, key: Tensor, mask: Tensor | None, weights: Tensor, *_: object
+) -> Tensor:
+    return weights.new_empty(weights.shape)
+
+
+@operator("vtprune::received", _fake)
+def received(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    weights: Tensor,
+    lse: Tensor | None,
+    scale: float,
+    strongest: bool,
+) -> Tensor:
+    """What each token gets of the attention of some rows, heads taken together.
+
+    ``sum over rows r of weights[w, r] * P[r, i]``, P the maximum or the mean over heads
+    of the attention probabilities.
+
+    Args:
+        query: [B, H, S, D], rotated.
+        key: [B, G, S, D], rotated.
+        mask: [B or 1, 1, S, S], bool (True attends) or float (added to logits), or None
+            for a plain causal mask.
+        weights: [B, W, S] float32, of rows.
+        lse: [B, H, S] float32, each row's log-sum-exp of its logits, where it is known;
+            -inf in a row that may attend nothing.
+        scale: What logits are multiplied by.
+        strongest: The maximum over heads instead of the mean.
+
+    Returns:
+        [B, W, S] float32.
+    """
+    # Autocast would round the products of what is float32 by then.
+    with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
+        return _in_blocks(query, key, mask, weights, lse, scale, strongest)
+
+
+def _on_gpu(*given: Any) -> Tensor:
+    from vtprune_fx.ops import received_triton  # noqa: PLC0415 - PyTorch's GPU builds have it
+
+    return received_triton.received(*given)
+
+
+torch.library.impl("vtprune::received", "cuda", _on_gpu)
+
+
+def spelled_out(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    weights: Tensor,
+    lse: Tensor | None,
+    scale: float,
+    strongest: bool,
+) -> Tensor:
+    """What ``received`` is, in plain PyTorch. Takes and returns the same.
+
+    No matrix product makes the sums: autocast would round it to half precision.
+    """
+    found = logits(query, key, mask, scale)
+    probabilities = found.softmax(dim=3) if lse is None else _normalised(found, lse)
+    pairs = probabilities.amax(dim=1) if strongest else probabilities.mean(dim=1)
+    sums = [(pairs * each[:, :, None]).sum(dim=1) for each in weights.unbind(dim=1)]
+    return torch.stack(sums, dim=1)
+
+
+DEFINITIONS = {received: spelled_out}
+"""What graphs without operators of vtprune's own hold in their place."""
+
+
+def _normalised(found: Tensor, lse: Tensor) -> Tensor:
+    """Probabilities [B, H, S, S] by log-sum-exps; none where nothing is attended to."""
+    lse = lse.masked_fill(lse == -torch.inf, torch.inf)
+    return (found - lse[:, :, :, None]).exp()
+
+
+def logits(query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """[B, H, S, S] float32: what attention takes the softmax of."""
+    products = query @ per_query_head(query, key).transpose(2, 3) * scale
+    return products.float() + attention_bias(mask, query)
+
+
+def per_query_head(query: Tensor, key: Tensor) -> Tensor:
+    """[B, H, S, D]: each key head, once for each query head that it serves."""
+    groups = query.shape[1] // key.shape[1]
+    return key if groups == 1 else key.repeat_interleave(groups, dim=1)
+
+
+def attention_bias(mask: Tensor | None, query: Tensor) -> Tensor:
+    """A mask as float32 to add to logits, [B or 1, 1, S, S], at least ``NEVER``.
+
+    Args:
+        mask: As ``received`` takes it.
+        query: [B, H, S, D].
+    """
+    return _bias(_causal(query)[None, None] if mask is None else mask)
+
+
+def _causal(query: Tensor) -> Tensor:
+    """[S, S] bool."""
+    order = torch.arange(query.shape[2], device=query.device)
+    return order[:, None] >= order
+
+
+def _bias(mask: Tensor) -> Tensor:
+    """A mask of any shape as what is added to logits."""
+    if mask.dtype == torch.bool:
+        return (~mask).float() * NEVER
+    return mask.float().clamp(min=NEVER)
+
+
+def _in_blocks(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    weights: Tensor,
+    lse: Tensor | None,
+    scale: float,
+    strongest: bool,
+) -> Tensor:
+    """As ``spelled_out``, a sample at a time."""
+    heads = _Heads(query, key, mask, scale)
+    sums = torch.zeros_like(weights, memory_format=torch.contiguous_format)
+    for own in range(query.shape[0]):
+        of_own = weights[own], None if lse is None else lse[own], strongest
+        _sum_up(heads.of(own), sums[own], *of_own)
+    return sums
+
+
+def _sum_up(
+    sample: _Sample,
+    sums: Tensor,
+    weights: Tensor,
+    lse: Tensor | None,
+    strongest: bool,
+) -> None:
+    """Write sums [W, S] of one sample, given weights [W, S] and lse [H, S].
+
+    A block of rows at a time, from the first with a weight to the last: slices, since
+    gathered rows would be copied first.
+    """
+    first, behind = _weighted(weights)
+    for start in range(first, behind, sample.at_once):
+        rows = slice(start, min(start + sample.at_once, behind))
+        if lse is None:
+            pairs = _over_heads(sample.probabilities(rows), strongest)
+        else:
+            pairs = sample.pairs(rows, lse[:, rows], strongest)
+        sums[:, : pairs.shape[1]].addmm_(weights[:, rows], pairs)
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    weights: Tensor,
+    scale: float,
+    strongest: bool,
+) -> tuple[Tensor, Tensor]:
+    """Attention, and what ``received`` gives, of the same probabilities.
+
+    If the mask is causal, both take about as long as fused attention alone, which looks
+    at pairs that may not attend, too. For float32: half precision would be left.
+
+    Args:
+        query: As ``received`` takes it, and the others of its names.
+        key: See ``query``.
+        value: [B, G, S, D'].
+        mask: Bool or None: [B or 1, 1, S, S].
+        weights: See ``query``.
+        scale: See ``query``.
+        strongest: See ``query``.
+
+    Returns:
+        [B, H, S, D'] in memory as [B, S, H, D'], 0 in rows that may attend nothing, as
+        fused attention has it; [B, W, S] float32.
+    """
+    with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
+        heads = _Heads(query, key, mask, scale)
+        output = unwritten_output(query, value)
+        sums = torch.zeros_like(weights, memory_format=torch.contiguous_format)
+        values = per_query_head(query, value)
+        for own in range(query.shape[0]):
+            of_own = values[own], weights[own], strongest
+            _attend_one(heads.of(own), output[own], sums[own], *of_own)
+    return output, sums
+
+
+def _attend_one(
+    sample: _Sample,
+    output: Tensor,
+    sums: Tensor,
+    value: Tensor,
+    weights: Tensor,
+    strongest: bool,
+) -> None:
+    """Write output [H, S, D'] and sums [W, S] of one sample, given value [H, S, D'].
+
+    As ``_sum_up``, but over all rows; those ahead of the first with a weight, and
+    behind the last, are not looked at for sums. They may be no numbers.
+    """
+    first, behind = _weighted(weights)
+    for start in range(0, output.shape[1], sample.at_once):
+        rows = slice(start, start + sample.at_once)
+        probabilities = sample.probabilities(rows)
+        columns = probabilities.shape[2]
+        output[:, rows] = torch.bmm(probabilities, value[:, :columns])
+        of, end = max(first, start), min(behind, start + sample.at_once)
+        if of < end:
+            pairs = _over_heads(probabilities[:, of - start : end - start], strongest)
+            sums[:, :columns].addmm_(weights[:, of:end], pairs)
+    if sample.nothing:
+        output[:, list(sample.nothing)] = 0
+
+
+def unwritten_output(query: Tensor, value: Tensor) -> Tensor:
+    """[B, H, S, D'], memory for an attention's output: heads side by side in a token.
+
+    That is how fused attention leaves it: a decoder goes on with [B, S, H * D'].
+    """
+    samples, heads, tokens, _ = query.shape
+    return value.new_empty(samples, tokens, heads, value.shape[3]).transpose(1, 2)
+
+
+def _weighted(weights: Tensor) -> tuple[int, int]:
+    """The first of the rows [W, S] that have a weight, and what is behind the last."""
+    weighted = weights.any(dim=0).tolist()
+    if True not in weighted:
+        return 0, 0
+    return weighted.index(True), len(weighted) - weighted[::-1].index(True)
+
+
+class _Heads:
+    """Queries, keys and masks of all samples, as ``received`` takes them."""
+
+    def __init__(
+        self, query: Tensor, key: Tensor, mask: Tensor | None, scale: float
+    ) -> None:
+        self._query, self._key, self._scale = query, key, scale
+        self._mask = _causal(query)[None, None] if mask is None else mask
+
+    def of(self, own: int) -> _Sample:
+        """One sample's. Half precision is left here, not once for a block."""
+        key = per_query_head(self._query, self._key[own : own + 1])[0]
+        return _Sample(
+            self._query[own].float(),
+            (key.float() * self._scale).mT,
+            self._mask[own if len(self._mask) > 1 else 0, 0],
+        )
+
+
+class _Sample:
+    """One sample's attention, a block of rows at a time.
+
+    Half of a causal mask is never looked at, and only the diagonal's blocks of it
+    are added.
+
+    Args:
+        query: [H, S, D].
+        key: [H, D, S], scaled.
+        mask: [S, S], bool or float.
+
+    Attributes:
+        at_once: Rows of a block.
+        nothing: Rows that may attend nothing.
+    """
+
+    def __init__(self, query: Tensor, key: Tensor, mask: Tensor) -> None:
+        self._query, self._key, self._mask = query, key, mask
+        heads, tokens, _ = query.shape
+        self.at_once = max(1, _BLOCK // (heads * tokens))
+        self.nothing: frozenset[int] = frozenset()
+        if not _attends(mask.diagonal()).all():
+            attends = _attends(mask).any(dim=1)
+            self.nothing = frozenset((~attends).nonzero().flatten().tolist())
+
+    def probabilities(self, rows: slice) -> Tensor:
+        """[H, R, C]: up to a column behind which none of the rows attends to any.
+
+        A row that may attend nothing has a uniform softmax over all columns, as
+        ``NEVER`` is finite.
+        """
+        return self._logits(rows).softmax(dim=2)
+
+    def pairs(self, rows: slice, lse: Tensor, strongest: bool) -> Tensor:
+        """[R, C]: probabilities by lse [H, R], heads taken together.
+
+        exp is monotone, so the maximum over heads takes one exp a pair.
+        """
+        found = self._logits(rows)
+        lse = lse.masked_fill(lse == -torch.inf, torch.inf)
+        found -= lse[:, :, None]
+        return found.amax(dim=0).exp_() if strongest else found.exp_().mean(dim=0)
+
+    def _logits(self, rows: slice) -> Tensor:
+        """[H, R, C], the mask added where it is anything but 0."""
+        first, columns = self._masked(rows)
+        query = self._query[:, rows]
+        found = torch.bmm(query, self._key[:, :, :columns])
+        mask, masked = self._mask[rows, first:columns], found[:, :, first:]
+        if mask.dtype == torch.bool:
+            masked.masked_fill_(~mask, NEVER)
+        else:
+            masked += _bias(mask)
+        return found
+
+    def _masked(self, rows: slice) -> tuple[int, int]:
+        """The first column whose mask counts, and one behind which none is attended to.
+
+        In a causal mask they enclose the block on the diagonal.
+        """
+        tokens = len(self._mask)
+        if not self.nothing.isdisjoint(range(rows.start, rows.stop)):
+            return 0, tokens
+        start, stop = rows.start, min(rows.stop, tokens)
+        ahead, behind = self._mask[rows, :start], self._mask[rows, stop:]
+        plain = ahead if ahead.dtype == torch.bool else ahead == 0
+        first = start if start and plain.all() else 0
+        return first, tokens if stop < tokens and _attends(behind).any() else stop
+
+
+def _attends(mask: Tensor) -> Tensor:
+    """Bool: where a mask, bool or float, lets anything through."""
+    return mask if mask.dtype == torch.bool else mask > NEVER / 2
+
+
+def _over_heads(pairs: Tensor, strongest: bool) -> Tensor:
+    return pairs.amax(dim=0) if strongest else pairs.mean(dim=0)

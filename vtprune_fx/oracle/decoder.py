@@ -1,0 +1,213 @@
+"""The oracle's way through a model: its own layers, one sample, one layer at a time.
+
+Nothing is known of a decoder but what transformers' decoders share: a list of layers,
+rotary tables, a norm. A layer runs as it is, with an attention that is written out here
+and notes what it was given: transformers has a registry for that.
+
+Letters in shapes are those of ``oracle``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import sdpa_mask
+
+from vtprune_fx.errors import PlanError
+from vtprune_fx.models.ragged_attention import check_decoder, set_attention
+
+ATTENTION = "vtprune_oracle"
+"""Name of the attention implementation in transformers' registries."""
+
+
+@dataclass(eq=False)
+class Heads:
+    """What the attention of one layer is given.
+
+    Attributes:
+        allowed: Which keys each query may attend to. [q, m] bool
+        before: Keys and values that the layer has cached, two of [K, m - q, d].
+        query: Rotated. [H, q, d]
+        key: Rotated, the cached ones first. [K, m, d]
+        value: As ``key``.
+        scale: What logits are multiplied by.
+        probabilities: The attention, float32 whatever the model's precision. [H, q, m]
+    """
+
+    allowed: Tensor
+    before: tuple[Tensor, Tensor] | None = None
+    query: Tensor = field(init=False)
+    key: Tensor = field(init=False)
+    value: Tensor = field(init=False)
+    scale: float = field(init=False)
+    probabilities: Tensor = field(init=False)
+
+
+_heads: ContextVar[Heads] = ContextVar("vtprune_oracle_heads")
+
+
+def _attend(
+    _: nn.Module, query: Tensor, key: Tensor, value: Tensor, *__: object, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """Attention of one sample, written out: [1, q, H, d]."""
+    heads = _heads.get()
+    heads.query, heads.key, heads.value = query[0], key[0], value[0]
+    if heads.before is not None:
+        heads.key = torch.cat((heads.before[0], heads.key), dim=1)
+        heads.value = torch.cat((heads.before[1], heads.value), dim=1)
+    heads.scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
+    group = len(heads.query) // len(heads.key)
+    # Each key head serves H/K query heads in a row.
+    keys, values = (
+        part.repeat_interleave(group, dim=0) for part in (heads.key, heads.value)
+    )
+    logits = heads.query @ keys.transpose(1, 2) * heads.scale
+    logits = logits.masked_fill(~heads.allowed, float("-inf"))
+    heads.probabilities = logits.softmax(dim=-1, dtype=torch.float32)
+    mixed = heads.probabilities.to(values.dtype) @ values
+    return mixed.transpose(0, 1)[None], None
+
+
+AttentionInterface.register(ATTENTION, _attend)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+
+
+class Decoder:
+    """A model's decoder, to run layer by layer.
+
+    Args:
+        model: An unmodified vision-language model.
+
+    Attributes:
+        layers: Its layers.
+
+    Raises:
+        PlanError: It does not have what transformers' decoders have.
+        InputError: ``decoding.check_decoder`` refuses it.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model: Any = model
+        self._decoder: Any = model.get_decoder()
+        check_decoder(model.config.get_text_config())
+        parts = ("layers", "rotary_emb", "norm", "embed_tokens")
+        missing = [part for part in parts if not hasattr(self._decoder, part)]
+        if missing or not self._decoder._can_set_attn_implementation():
+            raise PlanError(
+                "oracle",
+                expected="a decoder that is built as transformers' are",
+                found=f"{type(self._decoder).__name__} without {', '.join(missing)}",
+                fix="Check a graph of this model against its own unpruned forward.",
+            )
+        self.layers: list[Any] = list(self._decoder.layers)
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Let the layers attend as is written here, for a while."""
+        before = self._model.config.get_text_config()._attn_implementation
+        set_attention(self._model, ATTENTION)
+        try:
+            yield
+        finally:
+            set_attention(self._model, before)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """[n] -> [n, h]."""
+        found: Tensor = self._decoder.embed_tokens(ids)
+        return found
+
+    def tables(
+        self, index: int, hidden: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The layer's rotary tables at [m] or [axes, m] positions: two of [m, d]."""
+        rotary = self._decoder.rotary_emb
+        kinds = {}
+        if "layer_type" in inspect.signature(rotary.forward).parameters:
+            kinds = {"layer_type": self._decoder.config.layer_types[index]}
+        cos, sin = rotary(hidden[None], positions[..., None, :], **kinds)
+        return cos[0], sin[0]
+
+    def run(
+        self, index: int, hidden: Tensor, tables: tuple[Tensor, Tensor], heads: Heads
+    ) -> Tensor:
+        """One layer: [m, h] -> [m, h]. ``heads`` is filled in."""
+        noting = _heads.set(heads)
+        try:
+            output = self.layers[index](
+                hidden[None],
+                attention_mask=None,
+                position_embeddings=(tables[0][None], tables[1][None]),
+            )
+        finally:
+            _heads.reset(noting)
+        found: Tensor = (output if isinstance(output, Tensor) else output[0])[0]
+        return found
+
+    def finish(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Final norm, and logits: [m, h] and [m, vocab]."""
+        normed: Tensor = self._decoder.norm(hidden)
+        return normed, self._model.get_output_embeddings()(normed)
+
+
+@dataclass(frozen=True, eq=False)
+class Entered:
+    """A padded batch ahead of its first decoder layer.
+
+    Attributes:
+        hidden: Embeddings, features in their places. [B, S, h]
+        positions: As rotary tables were made of them. [B or 1, S] or [axes, B, S]
+        mask: What the layer's attention would get, or None. [B or 1, 1, S, S] bool
+        later: Features added to visual tokens behind the first layers, [v, h] each.
+    """
+
+    hidden: Tensor
+    positions: Tensor
+    mask: Tensor | None
+    later: list[Tensor]
+
+
+class _Stop(Exception):  # noqa: N818 - a way out of the model, not an error
+    """Ends a run at the first layer."""
+
+
+def enter(model: PreTrainedModel, **inputs: Any) -> Entered:
+    """Run a model's own code up to its first decoder layer."""
+    decoder, noted = Decoder(model), dict[str, Any]()
+    module: Any = model.get_decoder()
+
+    def called(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        noted["later"] = kwargs.get("deepstack_visual_embeds") or []
+
+    def rotated(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        noted["positions"] = kwargs.get("position_ids", args[-1])
+        if len(args) > 1:
+            noted["positions"] = args[1]
+
+    def first(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        noted["hidden"] = args[0] if args else kwargs["hidden_states"]
+        noted["mask"] = kwargs["attention_mask"]
+        raise _Stop
+
+    hooks = [
+        watched.register_forward_pre_hook(hook, with_kwargs=True)
+        for watched, hook in (
+            (module, called),
+            (module.rotary_emb, rotated),
+            (decoder.layers[0], first),
+        )
+    ]
+    with decoder.running(), contextlib.suppress(_Stop):
+        try:
+            model.base_model(**inputs, use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+    return Entered(**noted)

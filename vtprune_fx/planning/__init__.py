@@ -1,0 +1,1 @@
+"""A recipe placed on a graph: what the passes carry out. Pure data."""

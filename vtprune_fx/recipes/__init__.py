@@ -1,0 +1,1 @@
+"""Recipes: which visual tokens are dropped, where, and how many. Pure data."""

@@ -1,0 +1,561 @@
+"""Recipes: which visual tokens leave a decoder, where, and how many. Pure data.
+
+A recipe is a JSON file. It names a method, the score that ranks visual tokens, and its
+cuts: the decoder layer, the site in that layer, and the number of visual tokens that
+every sample drops there. ``of`` decides what that number means:
+
+* ``"of": null``: counts. The cut drops ``drop`` visual tokens, whatever came in.
+* ``"of": 2880``: shares. A sample that came with ``v`` visual tokens drops
+  ``floor(drop * v / 2880)`` (FitPrune's rule for any-resolution models).
+
+Instead of ``drop`` all cuts may have a rule, ``by_rank``: the number then depends on
+the sample (SparseVLM).
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import json
+from collections.abc import Iterable, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from vtprune_fx import scorers
+from vtprune_fx.errors import RecipeError
+from vtprune_fx.recipes.rank_rule import ByRank, not_counted
+
+SCHEMA_VERSION = 1
+"""Version of the recipe file format that this package reads and writes."""
+
+MAX_QUOTED = 200
+"""Characters of a wrong value that an error message quotes."""
+
+Count = Annotated[int, Field(ge=0, strict=True)]
+PositiveCount = Annotated[int, Field(ge=1, strict=True)]
+
+
+Site = Literal["after_attention", "after_layer", "before_layer"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Cut(_Strict):
+    """One place in the decoder at which visual tokens leave.
+
+    Attributes:
+        layer: Index of the decoder layer, from 0.
+        drop: Visual tokens that a sample loses here: a count, or a share of ``of``.
+        site: Where in the layer. ``after_attention``: the attention output and the
+            residual are cut, then the output projection and the MLP run on the rest.
+            ``after_layer``: the whole layer runs first. ``before_layer``: what enters
+            the layer is cut, rated by the queries and keys that the layer would have
+            had.
+        by_rank: The rule that decides instead of ``drop``, which is then left out.
+    """
+
+    layer: Count
+    drop: Count = 0
+    site: Site = "after_attention"
+    by_rank: ByRank | None = None
+
+    @model_validator(mode="after")
+    def _check_counts_once(self) -> Self:
+        by_rank = self.by_rank is not None
+        if ("drop" in self.model_fields_set) == by_rank:
+            found = "both" if by_rank else "neither"
+            raise _wrong("drop", "a number 'drop' or a rule 'by_rank'", found)
+        return self
+
+    @model_serializer(mode="wrap")
+    def _write_one(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = handler(self)
+        del fields["drop" if self.by_rank else "by_rank"]
+        return fields
+
+
+class Recycle(_Strict):
+    """Dropped tokens become a few new ones, as in SparseVLM and VisionZip.
+
+    Of n dropped tokens the best scored m form C clusters.
+
+    Attributes:
+        tau: The share of the dropped tokens that is clustered.
+        theta: Clusters, as a share of those.
+        form: ``code``: m is ``int(tau n) + 1`` and C ``int(theta m) + 1``, clusters are
+            density peaks of the hidden states, tokens join the centre nearest to them,
+            and a new token is the mean of its cluster (SparseVLM's code). ``paper``: m
+            is ``int(tau n)`` and C ``int(theta m)``, both at least 1, tokens join the
+            centre most like them by cosine, and a new token is the sum (SparseVLM's
+            paper). ``contextual``: as many as in ``paper``, and clusters go by the keys
+            of the vision tower; the one cut is before layer 0 (VisionZip).
+    """
+
+    tau: Annotated[float, Field(ge=0, le=1)]
+    theta: Annotated[float, Field(ge=0, le=1)]
+    form: Literal["code", "paper", "contextual"] = "code"
+
+    def counts(self, dropped: int) -> tuple[int, int]:
+        """How many of the dropped tokens are clustered, and into how many new ones."""
+        chosen = min(self._rounded(self.tau * dropped), dropped)
+        return chosen, min(self._rounded(self.theta * chosen), chosen)
+
+    def _rounded(self, share: float) -> int:
+        return int(share) + 1 if self.form == "code" else max(int(share), 1)
+
+
+_AHEAD = (0, "before_layer")
+"""Layer and site of a cut ahead of the decoder."""
+
+
+class Provenance(_Strict):
+    """Where a recipe comes from.
+
+    Attributes:
+        source: A paper, a command line, a person.
+        model: The model whose statistics the recipe was fitted to.
+        note: Anything a reader should know.
+    """
+
+    source: str
+    model: str = ""
+    note: str = ""
+
+
+Method = Literal[
+    "fitprune",
+    "sparsevlm",
+    "sparsevlm-plus",
+    "fastv",
+    "pyramiddrop",
+    "vtw",
+    "dart",
+    "divprune",
+    "visionzip",
+    "baseline",
+    "custom",
+]
+
+
+class Recipe(_Strict):
+    """A validated recipe.
+
+    Attributes:
+        schema_version: Version of the file format.
+        name: What the recipe is called: lower case letters, digits, ``.`` and ``-``.
+        method: The pruning method; ``baseline`` is none, to compare methods with, and
+            ``custom`` one of your own.
+        score: The scorer that ranks visual tokens at each cut (``scorers.names()``).
+        seed: Of the ``random`` score; others ignore it.
+        options: Options of the scorer, by name.
+        positions: ``kept``: a surviving token keeps its rotary position;
+            ``compacted``: behind a cut the tokens left take the first positions.
+        recycle: How dropped tokens become new ones, or None. Every cut must then be
+            ``after_layer``, or for contextual ones ``before_layer`` 0.
+        layers: Decoder layers of the model the recipe was made for.
+        visual_tokens: Visual tokens per sample of that model.
+        of: Reference count of visual tokens, or None where ``drop`` is a plain count.
+        cuts: The cuts, at most one a layer, in order.
+        provenance: Where the numbers come from.
+    """
+
+    schema_version: Literal[1]
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
+    method: Method
+    score: str
+    seed: Count = 0
+    options: dict[str, int | float] = {}
+    positions: Literal["kept", "compacted"]
+    recycle: Recycle | None = None
+    layers: PositiveCount
+    visual_tokens: PositiveCount
+    of: PositiveCount | None = None
+    cuts: tuple[Cut, ...]
+    provenance: Provenance
+
+    @model_validator(mode="after")
+    def _check_score(self) -> Self:
+        if self.score not in scorers.names():
+            raise _wrong("score", " or ".join(scorers.names()), repr(self.score))
+        # Only options need the scorer itself, and with it torch.
+        known = scorers.scorer(self.score).options() if self.options else {}
+        known.pop("seed", None)
+        for name in self.options:
+            if name not in known:
+                expected = f"an option of the score {self.score!r}: {_listed(known)}"
+                raise _wrong("options", expected, repr(name))
+        return self
+
+    @model_validator(mode="after")
+    def _check_cuts(self) -> Self:
+        layers = [cut.layer for cut in self.cuts]
+        for previous, cut in itertools.pairwise(self.cuts):
+            if cut.layer <= previous.layer:
+                raise _wrong(
+                    "cuts",
+                    "cuts in the order of their layers, at most one a layer",
+                    f"layer {cut.layer} after layer {previous.layer}",
+                )
+            _check_apart(previous, cut)
+        if layers and layers[-1] >= self.layers:
+            raise _wrong(
+                "cuts",
+                f"cuts in layers 0 to {self.layers - 1} ('layers' is {self.layers})",
+                f"a cut in layer {layers[-1]}",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_counts(self) -> Self:
+        most = self.of or self.visual_tokens
+        if self.adaptive:
+            if self.of is not None or not all(cut.by_rank for cut in self.cuts):
+                found = "both" if self.of is None else f"'of' is {self.of}"
+                raise _wrong("cuts", "either counts or rules by rank", found)
+        elif (total := self.needed(most)) > most:
+            raise _wrong(
+                "cuts",
+                f"cuts that drop at most the {most} visual tokens there are",
+                f"{total} dropped",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_recycled(self) -> Self:
+        sites = {cut.site for cut in self.cuts}
+        if self.recycle is None or not self.cuts:
+            return self
+        if self.recycle.form == "contextual":
+            if [(cut.layer, cut.site) for cut in self.cuts] != [_AHEAD]:
+                found = ", ".join(f"{cut.site} {cut.layer}" for cut in self.cuts)
+                raise _wrong("cuts", "one cut before_layer 0, to recycle", found)
+            if self.adaptive:
+                raise _wrong("cuts", "counts, to recycle", "a rule by rank")
+        elif sites != {"after_layer"}:
+            raise _wrong("cuts", "cuts after_layer, to recycle", " and ".join(sites))
+        return self
+
+    def __hash__(self) -> int:
+        return hash(self.to_json())
+
+    def drops(self, visual_tokens: int) -> dict[int, int]:
+        """Visual tokens that a sample with ``visual_tokens`` of them drops, by layer.
+
+        Layers that drop none are left out. New tokens do not count.
+
+        Raises:
+            RecipeError: Counts follow the rank of each sample's attention.
+        """
+        if self.adaptive:
+            raise not_counted(self.name)
+        counts = {
+            cut.layer: cut.drop
+            if self.of is None
+            else cut.drop * visual_tokens // self.of
+            for cut in self.cuts
+        }
+        return {layer: count for layer, count in counts.items() if count > 0}
+
+    def gone_ahead(self, visual_tokens: int, layers: int) -> list[int]:
+        """Visual tokens gone ahead of each layer's attention: ``layers`` numbers."""
+        drops = self.drops(visual_tokens)
+        left = [0] * (layers + 1)
+        for cut in self.cuts:
+            first = cut.layer + (cut.site != "before_layer")
+            left[first] += drops.get(cut.layer, 0)
+        return list(itertools.accumulate(left))[:layers]
+
+    def common(self, visual_tokens: Sequence[int], padding: Sequence[int]) -> int:
+        """How many may leave from every row of a batch, be they padding in some.
+
+        Told by a number of visual tokens: a sample that had as many would lose as many
+        as leave from each row. Never less than the smallest sample with images has.
+
+        Args:
+            visual_tokens: Of each sample.
+            padding: Of each sample.
+        """
+        own = [self.drops(count) for count in visual_tokens]
+        least = min(filter(None, visual_tokens))
+
+        def too_many(count: int) -> bool:
+            leave = self.drops(count)
+            for drops, room in zip(own, padding, strict=True):
+                more = (
+                    drops.get(c.layer, 0) - leave.get(c.layer, 0) for c in self.cuts
+                )
+                if min(itertools.accumulate(more, initial=room)) < 0:
+                    return True
+            return False
+
+        counts = range(least, max(visual_tokens) + 1)
+        return max(least, least + bisect.bisect_left(counts, True, key=too_many) - 1)
+
+    def new_tokens(self, dropped: int) -> int:
+        """How many new tokens a cut makes of those it drops."""
+        return self.recycle.counts(dropped)[1] if self.recycle else 0
+
+    def needed(self, visual_tokens: int) -> int:
+        """Visual tokens that a sample must have for every cut to find what it drops.
+
+        As many as leave in all, less the new ones that earlier cuts made.
+        """
+        gone = most = 0
+        for drop in self.drops(visual_tokens).values():
+            most = max(most, gone + drop)
+            gone += drop - self.new_tokens(drop)
+        return most
+
+    def tokens_per_layer(self, visual_tokens: int, layers: int) -> list[int]:
+        """Visual tokens left after each layer's own cut, ``layers`` numbers.
+
+        New tokens count. Never below 0: a sample with fewer visual tokens than the
+        recipe drops loses those it has.
+        """
+        drops = self.drops(visual_tokens)
+        counts = (drops.get(layer, 0) for layer in range(layers))
+        gone = itertools.accumulate(c - self.new_tokens(c) if c else 0 for c in counts)
+        return [max(0, visual_tokens - count) for count in gone]
+
+    def bound(self, visual_tokens: int) -> Recipe:
+        """The same for samples with this many visual tokens, as plain counts."""
+        drops = self.drops(visual_tokens)
+        cuts = tuple(
+            cut.model_copy(update={"drop": drops[cut.layer]})
+            for cut in self.cuts
+            if cut.layer in drops
+        )
+        changes = {"of": None, "visual_tokens": visual_tokens, "cuts": cuts}
+        return self.model_copy(update=changes)
+
+    def aligned(self, tile: int, text_tokens: int) -> Recipe:
+        """The same for prompts of one length, which fills whole tiles behind each cut.
+
+        Kernels work in tiles, and a part of one takes as long as a whole: what would
+        leave a tile in part stays. Cuts that have nothing left to drop are left out.
+
+        Args:
+            tile: Tokens of a tile.
+            text_tokens: Of a prompt, padding included, beside ``visual_tokens``.
+
+        Raises:
+            RecipeError: New tokens are made, which would come on top; or counts follow
+                the rank of each sample's attention.
+        """
+        if self.recycle is not None:
+            raise RecipeError(
+                f"recipe {self.name}",
+                expected="cuts that only drop, to leave whole tiles",
+                found="cuts that make new tokens",
+                fix="Leave the tile out.",
+            )
+        prompt = self.visual_tokens + text_tokens
+        drops = self.drops(self.visual_tokens)
+        cuts, stays = [], prompt
+        for cut, gone in zip(
+            (cut for cut in self.cuts if cut.layer in drops),
+            itertools.accumulate(drops.values()),
+            strict=True,
+        ):
+            filled = -(-(prompt - gone) // tile) * tile
+            if filled < stays:
+                cuts.append(cut.model_copy(update={"drop": stays - filled}))
+                stays = filled
+        changes = {"name": f"{self.name}-tile-{tile}", "of": None, "cuts": tuple(cuts)}
+        return self.model_copy(update=changes)
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether counts follow the rank of each sample's attention.
+
+        Whatever needs counts ahead of all samples raises a RecipeError then.
+        """
+        return any(cut.by_rank is not None for cut in self.cuts)
+
+    @property
+    def cuts_ahead(self) -> bool:
+        """Whether tokens leave ahead of the first layer.
+
+        That layer's cache then does not tell how long the prompt was.
+        """
+        cuts = (cut for cut in self.cuts if cut.drop or cut.by_rank)
+        return any((cut.layer, cut.site) == _AHEAD for cut in cuts)
+
+    @property
+    def sees_tower(self) -> bool:
+        """Whether it needs a graph that has the vision tower in it."""
+        merges = self.recycle is not None and self.recycle.form == "contextual"
+        return merges or scorers.sees_tower(self.score)
+
+    def baseline(self, score: Literal["inverted", "random", "uniform"]) -> Recipe:
+        """The same cuts, with tokens chosen by a score that no method would use."""
+        changes = {"name": f"{self.name}-{score}", "method": "baseline", "score": score}
+        return self.model_copy(update=changes | {"options": {}})
+
+    def baselines(self) -> list[Recipe]:
+        """Every baseline with these cuts."""
+        return [self.baseline(score) for score in ("random", "uniform", "inverted")]
+
+    def keep_all(self) -> Recipe:
+        """A recipe for the same model without cuts: what pruning is compared with."""
+        return self.model_copy(update={"name": "dense", "cuts": ()})
+
+    def to_json(self) -> str:
+        """The recipe as the text of a recipe file."""
+        # Only recipes that draw at random have to tell a seed.
+        unused: dict[str, Any] = {"seed": True} if self.score != "random" else {}
+        unused |= {n: True for n in ("options", "recycle") if not getattr(self, n)}
+        if self.recycle and self.recycle.form == "code":
+            unused["recycle"] = {"form"}
+        return self.model_dump_json(indent=2, exclude=unused) + "\n"
+
+
+def names() -> list[str]:
+    """Names of the recipes that ship with the package, sorted."""
+    files = resources.files("vtprune_fx.recipes").joinpath("data").iterdir()
+    return sorted(
+        f.name.removesuffix(".json") for f in files if f.name.endswith(".json")
+    )
+
+
+def load_recipe(source: str | Path | Recipe | dict[str, object]) -> Recipe:
+    """Load a recipe by shipped name, from a file, or from its fields.
+
+    Args:
+        source: A name that ``names()`` lists, a path to a JSON file, a mapping of
+            fields, or a recipe, which is returned as it is.
+
+    Raises:
+        RecipeError: The name or file does not exist, the file is not JSON, or a field
+            is missing, unknown or wrong.
+    """
+    if isinstance(source, Recipe):
+        return source
+    if isinstance(source, dict):
+        return _validate(source, where="recipe")
+    text, where = _read(source)
+    try:
+        fields = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise RecipeError(
+            f"recipe {where}, line {error.lineno}",
+            expected="JSON",
+            found=error.msg,
+            fix="`vtprune recipes show NAME --json` prints a valid recipe.",
+        ) from error
+    return _validate(fields, where=f"recipe {where}")
+
+
+DEFAULT = "fitprune-llava-1.5-7b-60"
+"""The shipped recipe that ``default`` starts from."""
+
+
+def default(layers: int, visual_tokens: int) -> Recipe:
+    """The recipe for a model that none was given for.
+
+    ``DEFAULT``, with its schedule stretched over the model's depth (what has left by a
+    relative depth stays the same) and its counts taken as shares. It saves about 60 %
+    of the visual tokens' arithmetic. On LLaVA-1.5-7B it is the published recipe; on
+    another model it is a guess, and a recipe fitted to that model is better.
+
+    Args:
+        layers: Decoder layers of the model.
+        visual_tokens: Visual tokens that a sample comes with.
+    """
+    published = load_recipe(DEFAULT)
+    whole = published.visual_tokens
+    left = published.tokens_per_layer(whole, published.layers)
+    gone = [0, *(whole - tokens for tokens in left)]
+    stretched = [
+        _at(gone, layer * published.layers / layers) for layer in range(layers + 1)
+    ]
+    cuts = tuple(
+        Cut(layer=layer, drop=after - before)
+        for layer, (before, after) in enumerate(itertools.pairwise(stretched))
+        if after > before
+    )
+    changes = {"name": f"{DEFAULT}-stretched", "layers": layers, "cuts": cuts}
+    scaled = {"of": whole, "visual_tokens": visual_tokens}
+    return published.model_copy(update=changes | scaled)
+
+
+def _at(values: list[int], place: float) -> int:
+    """``values`` between its entries, linearly, rounded down."""
+    low = min(int(place), len(values) - 2)
+    return int(values[low] + (place - low) * (values[low + 1] - values[low]))
+
+
+def _read(source: str | Path) -> tuple[str, str]:
+    if str(source) in names():
+        shipped = resources.files("vtprune_fx.recipes") / "data" / f"{source}.json"
+        return shipped.read_text(encoding="utf-8"), str(source)
+    try:
+        return Path(source).read_text(encoding="utf-8"), str(source)
+    except (OSError, ValueError) as error:
+        raise RecipeError(
+            f"recipe {str(source)!r}",
+            expected="the name of a shipped recipe or a recipe file",
+            found=getattr(error, "strerror", None) or "a file that is not text",
+            fix="`vtprune recipes` lists the shipped recipes.",
+        ) from error
+
+
+def _check_apart(previous: Cut, cut: Cut) -> None:
+    """Refuse two cuts at one place."""
+    touching = previous.site == "after_layer" and cut.site == "before_layer"
+    if touching and previous.layer + 1 == cut.layer:
+        raise _wrong(
+            "cuts",
+            "one cut at a place",
+            f"one after layer {previous.layer} and one before layer {cut.layer}",
+        )
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names)) or "it has none"
+
+
+def _wrong(place: str, expected: str, found: str) -> PydanticCustomError:
+    # Braces in a message are filled from the context, so the text goes in through it.
+    context = {"place": place, "expected": expected, "found": found}
+    return PydanticCustomError("vtprune", "{expected}", context)
+
+
+def _validate(fields: object, where: str) -> Recipe:
+    try:
+        return Recipe.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        kind, context = first["type"], first.get("ctx", {})
+        place = ".".join(map(str, first["loc"])) or context.get("place")
+        found = "nothing" if kind == "missing" else repr(first["input"])
+        found = context["found"] if kind == "vtprune" else found
+        found = repr(context["tag"]) if kind == "union_tag_invalid" else found
+        raise RecipeError(
+            f"{where}, field {place}" if place else where,
+            expected=_expected(kind, first["msg"]),
+            found=found if len(found) < MAX_QUOTED else found[:MAX_QUOTED] + "...",
+            fix="`vtprune recipes show NAME --json` prints a valid recipe.",
+        ) from error
+
+
+def _expected(kind: str, message: str) -> str:
+    if kind == "extra_forbidden":
+        return "no such field"
+    if kind.startswith("union_tag"):
+        return "a field 'rule' that is 'keep' or 'drop'"
+    return message[0].lower() + message[1:]
