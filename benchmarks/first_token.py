@@ -13,10 +13,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from vtprune_fx.cli.demo import Task, run_demo
+from vtprune_fx.cli.demo import run_demo
 from vtprune_fx.evaluation.picture import sample_photo
-from vtprune_fx.recipes.schema import load_recipe
+from vtprune_fx.recipes.loading import load_recipe
 from vtprune_fx.reference.random_llava import build_checkpoint
+from vtprune_fx.reference.task import Task
 
 RECIPE = "fitprune-llava-1.5-7b-60"
 

@@ -44,7 +44,7 @@ from vtprune_fx.fitting.search import Account, Found, Prompts, search
 from vtprune_fx.models.loading import open_checkpoint
 from vtprune_fx.oracle import pruner
 from vtprune_fx.oracle.decoder import Decoder, Heads
-from vtprune_fx.recipes.cost import Geometry
+from vtprune_fx.recipes.counting import Geometry
 from vtprune_fx.reference import CHECKPOINT
 
 BUDGETS = (0.6, 0.3, 0.4, 0.5, 0.7)

@@ -33,9 +33,11 @@ from transformers import AutoConfig
 from vtprune_fx.evaluation.curve import draw_curve
 from vtprune_fx.evaluation.evaluate import evaluate_one
 from vtprune_fx.evaluation.results import Evaluation, Result
-from vtprune_fx.models.loading import open_checkpoint, replace_file
-from vtprune_fx.recipes.cost import Geometry, cost
-from vtprune_fx.recipes.schema import Cut, Recipe, Recycle, load_recipe
+from vtprune_fx.files import replace_file
+from vtprune_fx.models.loading import open_checkpoint
+from vtprune_fx.recipes.counting import Geometry, cost
+from vtprune_fx.recipes.loading import load_recipe
+from vtprune_fx.recipes.schema import Cut, Recipe, Recycle
 from vtprune_fx.reference import CHECKPOINT
 from vtprune_fx.reference.questions import TWO_PICTURES, Sample, draw_samples
 

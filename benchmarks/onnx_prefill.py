@@ -39,8 +39,9 @@ from benchmarks.presets import (
 )
 from vtprune_fx.capture import aten as capture
 from vtprune_fx.export.to_onnx import OPSET, PrunedOnnxExporter, prefill_inputs
-from vtprune_fx.recipes.cost import Geometry, cost
-from vtprune_fx.recipes.schema import Recipe, default
+from vtprune_fx.recipes.counting import Geometry, cost
+from vtprune_fx.recipes.default import default_recipe
+from vtprune_fx.recipes.schema import Recipe
 
 ROUNDS = 9
 PROFILED = 3
@@ -82,7 +83,7 @@ def prepared(
     inputs = prefill_inputs(model, prompt(model, 2, None))
     geometry = Geometry.from_config(model.config)
     visual = inputs["input_ids"].shape[1] - AHEAD - BEHIND
-    recipe = recipe or default(geometry.layers, visual)
+    recipe = recipe or default_recipe(geometry.layers, visual)
     few = coalesced_recipe(recipe, geometry, visual)
     recipes = {"dense": recipe.keep_all()}
     recipes |= {f"{len(each.cuts)} cuts": each for each in (recipe, few)}

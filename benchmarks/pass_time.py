@@ -23,7 +23,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 from transformers import LlavaForConditionalGeneration as Llava
 
 from vtprune_fx.capture.aten import export
-from vtprune_fx.passes import prune_graph
+from vtprune_fx.pruning import prune_graph
 from vtprune_fx.recipes.schema import Cut, Provenance, Recipe
 
 VISUAL_TOKENS = 576

@@ -33,7 +33,8 @@ from vtprune_fx.evaluation.evaluate import BATCH, NEW_TOKENS, inputs_of
 from vtprune_fx.export import load, manifest, write_onnx
 from vtprune_fx.export.quantize import Quantized, WeightOnly
 from vtprune_fx.models.loading import open_checkpoint
-from vtprune_fx.recipes.schema import Recipe, load_recipe
+from vtprune_fx.recipes.loading import load_recipe
+from vtprune_fx.recipes.schema import Recipe
 from vtprune_fx.reference import CHECKPOINT
 from vtprune_fx.reference.questions import Sample, draw_samples
 

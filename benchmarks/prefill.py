@@ -60,8 +60,10 @@ from benchmarks.presets import (
 from vtprune_fx import oracle
 from vtprune_fx.backend import vtprune_backend
 from vtprune_fx.planning.report import PruneReport
-from vtprune_fx.recipes.cost import Geometry, Work, cost
-from vtprune_fx.recipes.schema import Recipe, default, load_recipe
+from vtprune_fx.recipes.counting import Geometry, Work, cost
+from vtprune_fx.recipes.default import default_recipe
+from vtprune_fx.recipes.loading import load_recipe
+from vtprune_fx.recipes.schema import Recipe
 
 RUNTIMES = ("inductor", "eager", "onnx", "tensorrt")
 """``eager`` runs Dynamo's graphs, operator by operator."""
@@ -191,14 +193,14 @@ class Bench:
         if recipe is not None:
             own.cuts, own.saved = len(recipe.cuts), self.work(recipe).saved
         start = time.perf_counter()
-        recipe = recipe or default(self.geometry.layers, self.visual).keep_all()
+        recipe = recipe or default_recipe(self.geometry.layers, self.visual).keep_all()
         self.runs[name] = tensorrt_prefill.engine(self.model, self.inputs, recipe)
         own.compile_seconds = time.perf_counter() - start
 
     def _note_cache(self, own: Measured, cache: Any, recipe: Recipe | None) -> None:
         layers = ((layer.keys, layer.values) for layer in cache.layers)
         own.cache_bytes = sum(t.nbytes for pair in layers for t in pair)
-        work = self.work(recipe or default(self.geometry.layers, self.visual))
+        work = self.work(recipe or default_recipe(self.geometry.layers, self.visual))
         each = work.pruned_cache_bytes if recipe else work.dense_cache_bytes
         own.cache_predicted = each * len(self.inputs["input_ids"])
 
@@ -305,7 +307,7 @@ def _fused_attention_ms(query: tuple[int, ...], value: tuple[int, ...]) -> float
 def warm_up(arguments: argparse.Namespace) -> None:
     """Let nobody's time to compile hold what a process does once."""
     bench = Bench(arguments, Size(layers=2))
-    for recipe in (None, default(bench.geometry.layers, bench.visual)):
+    for recipe in (None, default_recipe(bench.geometry.layers, bench.visual)):
         bench.add_compiled("", recipe)
 
 
@@ -347,7 +349,7 @@ def measured(arguments: argparse.Namespace, size: Size | None = None) -> Bench:
     recipe = (
         load_recipe(arguments.recipe)
         if arguments.recipe
-        else default(bench.geometry.layers, bench.visual)
+        else default_recipe(bench.geometry.layers, bench.visual)
     )
     add = bench.add_engine if arguments.runtime == "tensorrt" else bench.add_compiled
     recipes: dict[str, Recipe | None] = {"dense": None, "published": recipe}
@@ -487,7 +489,7 @@ def main() -> None:
         result["found"] = {name: asdict(own) for name, own in bench.found.items()}
         if arguments.steps:
             recipe = load_recipe(arguments.recipe) if arguments.recipe else None
-            recipe = recipe or default(bench.geometry.layers, bench.visual)
+            recipe = recipe or default_recipe(bench.geometry.layers, bench.visual)
             decode = ms_per_token(bench, recipe, arguments.steps)
             console.print(f"ms per new token, eager: {decode}")
             result["decode_ms"] = decode

@@ -14,7 +14,7 @@ from vtprune_fx.fitting.coalesce import coalesced
 from vtprune_fx.fitting.search import Prompts
 from vtprune_fx.models.encoding import FEATURES
 from vtprune_fx.models.weightless import load_config
-from vtprune_fx.recipes.cost import Geometry, cost
+from vtprune_fx.recipes.counting import Geometry, cost
 from vtprune_fx.recipes.schema import Cut, Recipe
 
 AHEAD, BEHIND = 35, 40

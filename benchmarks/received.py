@@ -37,8 +37,8 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from benchmarks.presets import AHEAD, BEHIND, config_of
-from vtprune_fx.ops import received
-from vtprune_fx.recipes.cost import LLAVA_1_5_7B, Geometry
+from vtprune_fx.ops import attention, received
+from vtprune_fx.recipes.counting import LLAVA_1_5_7B, Geometry
 
 VISUAL = 576
 TOKENS = AHEAD + VISUAL + BEHIND
@@ -183,8 +183,8 @@ def ways(setting: Setting, device: str, batch: int) -> Ways:
     weights[:, 0, AHEAD : AHEAD + VISUAL] = 1
     weights[:, 1, AHEAD + VISUAL :] = 1
     mask = torch.ones(batch, 1, TOKENS, TOKENS, dtype=torch.bool, device=device).tril()
-    logits = received.logits(query.float(), key.float(), None, scale)
-    attention = functional.scaled_dot_product_attention
+    logits = attention.logits(query.float(), key.float(), None, scale)
+    fused = functional.scaled_dot_product_attention
     score = functools.partial(received.received, query, key)
     rest = scale, True
     lse = logits.logsumexp(dim=3)
@@ -196,7 +196,7 @@ def ways(setting: Setting, device: str, batch: int) -> Ways:
         "spelled out": lambda: received.spelled_out(
             query, key, None, weights, None, *rest
         ),
-        "fused attention": lambda: attention(
+        "fused attention": lambda: fused(
             query, key, value, is_causal=True, enable_gqa=True
         ),
         "dense layer": dense_layer(setting, device, batch),

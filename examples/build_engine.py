@@ -14,10 +14,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from vtprune_fx.export.tensorrt_profile import Sizes, Span
-from vtprune_fx.export.to_tensorrt import write_tensorrt
-from vtprune_fx.models.loading import open_checkpoint
-from vtprune_fx.reference.random_llava import CheckpointSpec, build_checkpoint
+from vtprune_fx.export import Sizes, Span, write_tensorrt
+from vtprune_fx.models import open_checkpoint
+from vtprune_fx.reference import CheckpointSpec, build_checkpoint
 
 # Smallest, most usual, largest: an engine takes what lies between.
 SIZES = Sizes(batch=Span(1, 1, 4), prompt=Span(24, 48, 96), new_tokens=32)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from vtprune_fx.fitting.calibration import open_calibration
 from vtprune_fx.fitting.job import Options, fit_recipes
-from vtprune_fx.models.loading import open_checkpoint
+from vtprune_fx.models import open_checkpoint
 from vtprune_fx.reference import CHECKPOINT
 
 

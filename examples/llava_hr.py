@@ -37,9 +37,9 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import vtprune_fx
-from vtprune_fx.cli.answer import continued
+from vtprune_fx.models import continued
 from vtprune_fx.models.weightless import META, example_prompts
-from vtprune_fx.recipes.schema import Recipe, default, load_recipe
+from vtprune_fx.recipes import Recipe, default_recipe, load_recipe
 
 IMAGE = 99
 """Placeholder of an image in the tiny model's prompts."""
@@ -228,7 +228,7 @@ def main(size: str = "tiny", inner: str = "inductor") -> str:
     """Run the tiny one, or explain the one of full size."""
     if size == "full":
         return plan(load_recipe("fitprune-llava-hr-7b-60"))
-    return answer(default(layers=3, visual_tokens=16), inner)
+    return answer(default_recipe(layers=3, visual_tokens=16), inner)
 
 
 if __name__ == "__main__":

@@ -11,12 +11,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from vtprune_fx.cli.answer import continued
-from vtprune_fx.cli.demo import reference_task
 from vtprune_fx.export import load, write_onnx
-from vtprune_fx.models.loading import load_processor, open_checkpoint, prompt_inputs
-from vtprune_fx.recipes.schema import load_recipe
-from vtprune_fx.reference import CHECKPOINT
+from vtprune_fx.models import continued, load_processor, open_checkpoint, prompt_inputs
+from vtprune_fx.recipes import load_recipe
+from vtprune_fx.reference import CHECKPOINT, reference_task
 
 
 def main(name: str) -> str:

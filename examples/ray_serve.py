@@ -25,8 +25,8 @@ from starlette.requests import Request
 
 from vtprune_fx.evaluation.picture import sample_photo
 from vtprune_fx.export import load, write_onnx
-from vtprune_fx.models.loading import load_processor, open_checkpoint, prompt_inputs
-from vtprune_fx.reference.random_llava import CheckpointSpec, build_checkpoint
+from vtprune_fx.models import load_processor, open_checkpoint, prompt_inputs
+from vtprune_fx.reference import CheckpointSpec, build_checkpoint
 
 NEW_TOKENS = 16
 

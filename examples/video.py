@@ -20,8 +20,8 @@ from transformers import (
 )
 
 import vtprune_fx
-from vtprune_fx.cli.answer import continued
-from vtprune_fx.recipes.schema import default
+from vtprune_fx.models import continued
+from vtprune_fx.recipes import default_recipe
 
 FRAMES, SIDE, PATCH, LAYERS = 8, 12, 4, 3
 TOKENS = FRAMES * ((SIDE // PATCH) ** 2 + 1)
@@ -72,7 +72,7 @@ def prompt() -> dict[str, Tensor]:
 def main(inner: str = "inductor") -> str:
     """Answer once; returns what was cut, and the new tokens."""
     model, inputs = tiny(), prompt()
-    vtprune_fx.compile(model, default(LAYERS, TOKENS), inner=inner)
+    vtprune_fx.compile(model, default_recipe(LAYERS, TOKENS), inner=inner)
     new = continued(model, inputs, max_new_tokens=8)
     return f"{vtprune_fx.report_of(model)}\nnew tokens: {new}"
 

@@ -14,14 +14,11 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 import vtprune_fx
-from vtprune_fx.cli.answer import continued
-from vtprune_fx.cli.demo import reference_task
 from vtprune_fx.generation.compile import pruned
-from vtprune_fx.models.loading import open_checkpoint, prompt_inputs
-from vtprune_fx.recipes.schema import load_recipe
-from vtprune_fx.reference import CHECKPOINT
-from vtprune_fx.scorers.evidence import Evidence
-from vtprune_fx.selection.order import VISUAL
+from vtprune_fx.models import continued, open_checkpoint, prompt_inputs
+from vtprune_fx.recipes import load_recipe
+from vtprune_fx.reference import CHECKPOINT, reference_task
+from vtprune_fx.scorers import VISUAL, Evidence
 
 
 def unlike_the_mean(seen: Evidence) -> Tensor:

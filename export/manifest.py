@@ -16,7 +16,6 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 
-from vtprune_fx import __version__
 from vtprune_fx.errors import ExportError
 from vtprune_fx.recipes.schema import Recipe
 
@@ -31,7 +30,7 @@ FileName = Annotated[str, StringConstraints(pattern=r"^\w[\w.-]*$")]
 
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
-_PACKAGES = ("torch", "transformers", "onnx", "onnxscript")
+_PACKAGES = ("vtprune-fx", "torch", "transformers", "onnx", "onnxscript")
 
 _PASSED_OVER = ("README.md", "LICENSE")
 """What a model's repository has beside its files, and no loader reads."""
@@ -150,8 +149,7 @@ def refused(
 
 def versions() -> dict[str, str]:
     """Versions of the packages that take part in an export."""
-    others = {name: importlib.metadata.version(name) for name in _PACKAGES}
-    return {"vtprune-fx": __version__} | others
+    return {name: importlib.metadata.version(name) for name in _PACKAGES}
 
 
 def hashes(folder: Path) -> dict[str, str]:

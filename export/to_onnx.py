@@ -40,10 +40,11 @@ from vtprune_fx.export.onnx_model import KEEP_SETS, require_onnxruntime
 from vtprune_fx.export.onnx_rank import define_rank, spell_rank
 from vtprune_fx.export.quantize import Quantized, WeightOnly
 from vtprune_fx.models.encoding import encoded, is_told_sizes
-from vtprune_fx.models.loading import image_token
+from vtprune_fx.models.prompts import image_token
 from vtprune_fx.models.ragged_attention import ragged_attention
-from vtprune_fx.passes import KEEP_PREFIX, prune_program
+from vtprune_fx.passes import KEEP_PREFIX
 from vtprune_fx.planning.report import PruneReport
+from vtprune_fx.pruning import prune_program
 from vtprune_fx.recipes.schema import Recipe
 
 OPSET = 20

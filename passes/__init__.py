@@ -9,12 +9,7 @@ from vtprune_fx.passes.check_tokens import CheckTokens
 from vtprune_fx.passes.gather_tokens import GatherTokens
 from vtprune_fx.passes.insert_scores import KEEP_PREFIX, InsertScores
 from vtprune_fx.passes.own_lengths import OwnLengths
-from vtprune_fx.passes.pipeline import (
-    Pipeline,
-    default_pipeline,
-    prune_graph,
-    prune_program,
-)
+from vtprune_fx.passes.pipeline import Pipeline, default_pipeline
 from vtprune_fx.passes.read_rows import ReadRows
 from vtprune_fx.passes.refresh_values import RefreshValues
 from vtprune_fx.passes.share_attention import ShareAttention
@@ -38,6 +33,4 @@ __all__ = [
     "ShiftKeys",
     "Verifier",
     "default_pipeline",
-    "prune_graph",
-    "prune_program",
 ]

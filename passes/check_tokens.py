@@ -25,7 +25,8 @@ from vtprune_fx.graph.insert import Inserter, Stamp
 from vtprune_fx.passes.base import Pass
 from vtprune_fx.passes.insert_scores import ROLES
 from vtprune_fx.planning.plan import PrunePlan
-from vtprune_fx.selection.order import enough_padding, enough_to_drop
+from vtprune_fx.selection.order import enough_to_drop
+from vtprune_fx.selection.per_sample import enough_padding
 
 
 class CheckTokens(Pass):

@@ -45,17 +45,11 @@ import sympy
 import torch
 from torch.fx import GraphModule, Node
 
-from vtprune_fx.graph.insert import (
-    Inserter,
-    Stamp,
-    dropped_tokens,
-    kind_of,
-    mentions,
-    replace_inputs,
-    set_value,
-    size_expr,
-    value_at_full_length,
-)
+from vtprune_fx.graph.insert import Inserter, Stamp
+from vtprune_fx.graph.nodes import replace_inputs
+from vtprune_fx.graph.sizes import mentions, size_expr
+from vtprune_fx.graph.trace import kind_of
+from vtprune_fx.graph.values import dropped_tokens, set_value, value_at_full_length
 from vtprune_fx.passes.base import Form, Pass
 from vtprune_fx.passes.insert_scores import (
     CLASS_ATTENTION,
@@ -66,14 +60,9 @@ from vtprune_fx.passes.insert_scores import (
 )
 from vtprune_fx.passes.keep_sets import Insert
 from vtprune_fx.planning.plan import LiveValue, PlannedCut, PrunePlan
+from vtprune_fx.scorers.roles import VISUAL, padding_counts
 from vtprune_fx.selection import operators as choice
-from vtprune_fx.selection.order import (
-    VISUAL,
-    mask_without,
-    own_places,
-    padding_counts,
-    roles_without,
-)
+from vtprune_fx.selection.per_sample import mask_without, own_places, roles_without
 from vtprune_fx.selection.recycling import hidden_from_each_other, hide
 
 aten = torch.ops.aten

@@ -45,7 +45,8 @@ from torch.fx import GraphModule, Node
 
 from vtprune_fx.analysis.vision_tower import Tower
 from vtprune_fx.errors import PlanError, VtpruneError
-from vtprune_fx.graph.insert import Inserter, Stamp, set_value, value_at_full_length
+from vtprune_fx.graph.insert import Inserter, Stamp
+from vtprune_fx.graph.values import set_value, value_at_full_length
 from vtprune_fx.ops.received import DEFINITIONS
 from vtprune_fx.passes.base import Form, Pass
 from vtprune_fx.passes.keep_sets import (
@@ -56,21 +57,19 @@ from vtprune_fx.passes.keep_sets import (
 )
 from vtprune_fx.planning.plan import PlannedCut, PrunePlan
 from vtprune_fx.recipes.schema import Recipe
-from vtprune_fx.scorers import options_of, rate_of, scorer
+from vtprune_fx.scorers.registry import rate_of, scorer
+from vtprune_fx.scorers.roles import marked, token_roles, visual_counts
 from vtprune_fx.selection import attention_rank as rank
 from vtprune_fx.selection import contextual as patches
 from vtprune_fx.selection import operators as choice
 from vtprune_fx.selection import recycling
-from vtprune_fx.selection.order import (
+from vtprune_fx.selection.order import lowest_first
+from vtprune_fx.selection.per_sample import (
     front_keys,
-    lowest_first,
-    marked,
     own_keep_set,
     own_leaving,
     own_order,
     own_stand_ins,
-    token_roles,
-    visual_counts,
 )
 
 aten = torch.ops.aten
@@ -120,7 +119,7 @@ class InsertScores(Pass):
         if not plan.cuts:
             return False
         inserter = Inserter(graph, DEFINITIONS if self._form == "plain" else None)
-        rate = rate_of(plan.recipe.score, options_of(plan.recipe))
+        rate = rate_of(plan.recipe.score, plan.recipe.scorer_options())
         roles: Node | None = None
         attended: Node | None = None
         came: Node | None = None
@@ -166,7 +165,7 @@ class InsertScores(Pass):
             anchor,
             Stamp("keep", layer),
             choice.choose,
-            *(roles, cut.drop, recipe.score, json.dumps(options_of(recipe))),
+            *(roles, cut.drop, recipe.score, json.dumps(recipe.scorer_options())),
             *(query, key, mask, *others),
             drop=cut.drop,
         )

@@ -21,13 +21,9 @@ from functools import partial
 import torch
 from torch.fx import Node
 
-from vtprune_fx.graph.insert import (
-    Count,
-    Inserter,
-    Stamp,
-    set_value,
-    value_at_full_length,
-)
+from vtprune_fx.graph.insert import Inserter, Stamp
+from vtprune_fx.graph.sizes import Count
+from vtprune_fx.graph.values import set_value, value_at_full_length
 from vtprune_fx.planning.plan import PlannedCut
 from vtprune_fx.recipes.schema import Recipe
 from vtprune_fx.selection import attention_rank as rank

@@ -20,13 +20,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from vtprune_fx.graph.insert import (
-    STAMP,
-    Stamp,
-    dropped_tokens,
-    set_value,
-    value_at_full_length,
-)
+from vtprune_fx.graph.insert import STAMP, Stamp
+from vtprune_fx.graph.values import dropped_tokens, set_value, value_at_full_length
 from vtprune_fx.ops.register import operator
 from vtprune_fx.passes.base import Pass
 from vtprune_fx.passes.insert_scores import KEEP_PREFIX, KEYS_PREFIX

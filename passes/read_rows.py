@@ -30,15 +30,10 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
 
-from vtprune_fx.graph.insert import (
-    Inserter,
-    Stamp,
-    axes_of,
-    mentions,
-    replace_inputs,
-    set_value,
-    value_at_full_length,
-)
+from vtprune_fx.graph.insert import Inserter, Stamp
+from vtprune_fx.graph.nodes import replace_inputs
+from vtprune_fx.graph.sizes import axes_of, mentions
+from vtprune_fx.graph.values import set_value, value_at_full_length
 from vtprune_fx.passes.base import Pass
 from vtprune_fx.planning.plan import PrunePlan
 

@@ -17,7 +17,8 @@ from __future__ import annotations
 from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import GraphModule, map_arg
 
-from vtprune_fx.graph.insert import SHORTER, fake_mode_of, uncached_fakes
+from vtprune_fx.graph.fakes import fake_mode_of, uncached_fakes
+from vtprune_fx.graph.values import SHORTER
 from vtprune_fx.passes.base import Pass
 
 

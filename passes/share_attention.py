@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from vtprune_fx.graph.insert import set_value, value_at_full_length
+from vtprune_fx.graph.values import set_value, value_at_full_length
 from vtprune_fx.passes.base import Pass
 from vtprune_fx.passes.insert_scores import KEEP_PREFIX
 from vtprune_fx.planning.plan import PrunePlan

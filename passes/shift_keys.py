@@ -25,7 +25,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from vtprune_fx.analysis.residual import rotary
-from vtprune_fx.graph.insert import Inserter, Stamp, dropped_tokens
+from vtprune_fx.graph.insert import Inserter, Stamp
+from vtprune_fx.graph.values import dropped_tokens
 from vtprune_fx.passes.base import Pass
 from vtprune_fx.planning.plan import PrunePlan
 

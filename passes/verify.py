@@ -24,14 +24,9 @@ from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 
 from vtprune_fx.errors import VerifyError
-from vtprune_fx.graph.insert import (
-    READ,
-    STAMP,
-    Count,
-    dropped_tokens,
-    size_expr,
-    value_at_full_length,
-)
+from vtprune_fx.graph.insert import STAMP
+from vtprune_fx.graph.sizes import Count, size_expr
+from vtprune_fx.graph.values import READ, dropped_tokens, value_at_full_length
 
 aten = torch.ops.aten
 

@@ -27,14 +27,12 @@ from transformers import LlavaForConditionalGeneration as Llava
 from vtprune_fx.analysis.anatomy import Anatomy, read
 from vtprune_fx.analysis.residual import module_path
 from vtprune_fx.capture.aten import export
-from vtprune_fx.graph.insert import (
-    STAMP,
-    dropped_tokens,
-    size_expr,
-    value_at_full_length,
-)
-from vtprune_fx.passes import prune_graph
-from vtprune_fx.recipes.schema import Cut, Recipe, load_recipe
+from vtprune_fx.graph.insert import STAMP
+from vtprune_fx.graph.sizes import size_expr
+from vtprune_fx.graph.values import dropped_tokens, value_at_full_length
+from vtprune_fx.pruning import prune_graph
+from vtprune_fx.recipes.loading import load_recipe
+from vtprune_fx.recipes.schema import Cut, Recipe
 
 FOLDER = Path(__file__).parent.parent / "docs" / "images"
 LAYER = "language_model.layers.1."

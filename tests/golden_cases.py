@@ -24,7 +24,8 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from vtprune_fx.recipes.schema import Cut, Provenance, Recipe, load_recipe
+from vtprune_fx.recipes.loading import load_recipe
+from vtprune_fx.recipes.schema import Cut, Provenance, Recipe
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = tuple(sorted(path.stem for path in (GOLDEN / "fitprune").glob("*.npz")))

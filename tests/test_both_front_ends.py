@@ -27,17 +27,19 @@ from tests.tiny import (
     recipe_for,
     tiny_llava,
 )
-from vtprune_fx import backend, oracle
+from vtprune_fx import backend, oracle, pruning
 from vtprune_fx.analysis.anatomy import read
 from vtprune_fx.api import PrunedProgram, prune
 from vtprune_fx.capture.aten import lower
-from vtprune_fx.graph.insert import STAMP, value_at_full_length
+from vtprune_fx.graph.insert import STAMP
+from vtprune_fx.graph.values import value_at_full_length
 from vtprune_fx.models.ragged_attention import mark_dynamic
 from vtprune_fx.passes import default_pipeline
-from vtprune_fx.passes import pipeline as manager
-from vtprune_fx.planning.plan import PrunePlan, place
+from vtprune_fx.planning.place import place
+from vtprune_fx.planning.plan import PrunePlan
 from vtprune_fx.planning.report import PruneReport
-from vtprune_fx.recipes.schema import Recipe, default
+from vtprune_fx.recipes.default import default_recipe
+from vtprune_fx.recipes.schema import Recipe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -292,9 +294,9 @@ def test_backend_by_its_own_name() -> None:
 def test_without_a_recipe_the_default_is_used_and_said_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    manager._say_default.cache_clear()
+    pruning._say_default.cache_clear()
     model = tiny_llava(layers=2)
-    recipe = default(2, 16)
+    recipe = default_recipe(2, 16)
     assert sum(recipe.drops(16).values()) > 0
     inputs = batch(model, (3, 6))
     _check(Compiled(model, None), recipe, model, inputs)

@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import vtprune_fx
-from vtprune_fx import scorers
 from vtprune_fx.passes.own_lengths import own_length
+from vtprune_fx.scorers import registry
 from vtprune_fx.scorers.evidence import Evidence, strongest_from
+from vtprune_fx.scorers.roles import VISUAL
 from vtprune_fx.selection.operators import attend_and_choose, choose, take
-from vtprune_fx.selection.order import VISUAL
 
 ROLES = torch.tensor([[0, 1, 1, 1, 1, 2], [3, 1, 1, 1, 1, 2]])
 NOTHING = (None, None, None, 1.0, None, None, None, None)
@@ -100,7 +100,7 @@ def own_scorers() -> Iterator[None]:
         vtprune_fx.register_scorer(rate.__name__, rate)
     yield
     for rate in OWN:
-        del scorers._REGISTERED[rate.__name__]
+        del registry._REGISTERED[rate.__name__]
 
 
 @pytest.mark.parametrize("padded", [False, True])

@@ -13,8 +13,9 @@ import pytest
 from transformers import LlavaConfig
 
 from vtprune_fx import cli
-from vtprune_fx.recipes import schema as recipe
+from vtprune_fx.recipes.loading import load_recipe, recipe_names
 from vtprune_fx.recipes.methods import METHODS
+from vtprune_fx.recipes.schema import Method
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -51,14 +52,14 @@ def test_recipes_lists_every_shipped_recipe_in_80_columns(io: Run) -> None:
     lines = [line.split() for line in out.splitlines()]
     # Published: 449 of 576 tokens deleted, 0.403 of the MACs left.
     assert [NAME, "LLaVA-1.5-7B", "32", "576", "449", "59.7%"] in lines
-    assert {row[0] for row in lines if row} >= set(recipe.names())
+    assert {row[0] for row in lines if row} >= set(recipe_names())
     assert max(map(len, out.splitlines())) <= 80
     assert "…" not in out
 
 
 def test_every_method_is_explained_with_its_source(io: Run) -> None:
     _, out, _ = run(*io, "recipes")
-    assert set(METHODS) == set(get_args(recipe.Method))
+    assert set(METHODS) == set(get_args(Method))
     text = " ".join(out.split())
     for name, method in METHODS.items():
         assert f"{method.title} ({name}, {method.source}) {method.explanation}" in text
@@ -80,7 +81,7 @@ def test_show_json_is_a_recipe_file(io: Run, tmp_path: Path) -> None:
     status, out, _ = run(*io, "recipes", "show", NAME, "--json")
     (tmp_path / "copy.json").write_text(out, encoding="utf-8")
     assert status == 0
-    assert recipe.load_recipe(tmp_path / "copy.json") == recipe.load_recipe(NAME)
+    assert load_recipe(tmp_path / "copy.json") == load_recipe(NAME)
 
 
 def test_show_leaves_whole_tiles_if_told(io: Run) -> None:

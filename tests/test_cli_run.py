@@ -10,13 +10,14 @@ from PIL import Image
 from tests.test_cli_recipes import Run, io, run
 from tests.tiny import recipe_for
 from vtprune_fx.cli import answer
-from vtprune_fx.cli.demo import reference_task, run_demo
+from vtprune_fx.cli.demo import run_demo
 from vtprune_fx.evaluation.picture import sample_photo
 from vtprune_fx.export import write_onnx
 from vtprune_fx.models.loading import open_checkpoint
-from vtprune_fx.recipes.schema import load_recipe
+from vtprune_fx.recipes.loading import load_recipe
 from vtprune_fx.reference import CHECKPOINT
 from vtprune_fx.reference.random_llava import CheckpointSpec, build_checkpoint
+from vtprune_fx.reference.task import reference_task
 
 __all__ = ["io"]  # a fixture
 

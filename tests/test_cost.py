@@ -12,8 +12,8 @@ from transformers import (
 )
 
 from vtprune_fx.errors import InputError, PlanError
-from vtprune_fx.recipes import schema as recipe
-from vtprune_fx.recipes.cost import LLAVA_1_5_7B, Geometry, cost
+from vtprune_fx.recipes.counting import LLAVA_1_5_7B, Geometry, cost
+from vtprune_fx.recipes.loading import load_recipe
 
 # Pruned MACs over dense MACs, visual tokens alone, to three digits.
 RATIOS = {
@@ -37,7 +37,7 @@ RATIOS = {
 SMALL = Geometry(
     layers=2, hidden=8, intermediate=10, heads=2, kv_heads=1, head_dim=3, kv_bytes=4
 )
-ONE_CUT = recipe.load_recipe(
+ONE_CUT = load_recipe(
     {
         "schema_version": 1,
         "name": "one-cut",
@@ -54,7 +54,7 @@ ONE_CUT = recipe.load_recipe(
 
 @pytest.mark.parametrize("name", list(RATIOS))
 def test_published_ratio(name: str) -> None:
-    loaded = recipe.load_recipe(name)
+    loaded = load_recipe(name)
     counted = cost(loaded, LLAVA_1_5_7B, loaded.visual_tokens, text_tokens=0)
     assert round(counted.visual.ratio, 3) == RATIOS[name]
     assert counted.visual.saved == pytest.approx(1 - counted.visual.ratio)
@@ -62,7 +62,7 @@ def test_published_ratio(name: str) -> None:
 
 
 def test_published_dense_macs() -> None:
-    loaded = recipe.load_recipe("fitprune-llava-1.5-7b-60")
+    loaded = load_recipe("fitprune-llava-1.5-7b-60")
     work = cost(loaded, LLAVA_1_5_7B, 576, text_tokens=0).visual
     assert round(work.dense_macs / 1e12, 3) == 3.817
     assert work.dense_flops == 2 * work.dense_macs
@@ -146,7 +146,7 @@ def test_cache_holds_the_tokens_that_enter_a_layer() -> None:
 
 
 def test_text_tokens_dilute_the_saving() -> None:
-    loaded = recipe.load_recipe("fitprune-llava-1.5-7b-60")
+    loaded = load_recipe("fitprune-llava-1.5-7b-60")
     counted = cost(loaded, LLAVA_1_5_7B, 576, text_tokens=75)
     assert counted.visual.ratio < counted.total.ratio < 1
     assert counted.visual.dense_macs < counted.total.dense_macs
@@ -167,7 +167,7 @@ def test_no_cut_costs_what_dense_costs() -> None:
 
 
 def test_recipe_for_a_deeper_model_is_refused() -> None:
-    loaded = recipe.load_recipe("fitprune-llava-1.5-7b-60")
+    loaded = load_recipe("fitprune-llava-1.5-7b-60")
     with pytest.raises(PlanError, match=r"the 2 layers .* found a cut in layer 28"):
         cost(loaded, SMALL, visual_tokens=576, text_tokens=0)
 

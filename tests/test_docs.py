@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import typer
 
-from vtprune_fx import cli, scorers
+from vtprune_fx import cli
+from vtprune_fx.scorers import registry
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]
@@ -72,7 +73,7 @@ def test_links_lead_somewhere(page: Path) -> None:
     "page", [page for page in PAGES if blocks(page, "python")], ids=lambda p: p.name
 )
 def test_code_runs(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scorers, "_REGISTERED", {})
+    monkeypatch.setattr(registry, "_REGISTERED", {})
     names: dict[str, object] = {"__name__": page.stem}
     for text in blocks(page, "python"):
         # As in a notebook: typing is not checked, and nothing is hidden.

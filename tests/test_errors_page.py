@@ -18,8 +18,8 @@ from vtprune_fx.export import manifest
 from vtprune_fx.models.loading import open_image
 from vtprune_fx.optional import optional
 from vtprune_fx.passes import Pass, Pipeline
-from vtprune_fx.recipes.cost import LLAVA_1_5_7B, cost
-from vtprune_fx.recipes.schema import load_recipe
+from vtprune_fx.recipes.counting import LLAVA_1_5_7B, cost
+from vtprune_fx.recipes.loading import load_recipe
 
 if TYPE_CHECKING:
     from collections.abc import Callable

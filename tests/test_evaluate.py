@@ -19,8 +19,8 @@ from vtprune_fx.evaluation import evaluate as evaluation
 from vtprune_fx.evaluation.evaluate import Backend, evaluate, inputs_of
 from vtprune_fx.evaluation.results import Evaluation, paired, wilson
 from vtprune_fx.models.loading import load_model, load_processor, open_checkpoint
-from vtprune_fx.recipes.cost import Geometry, cost
-from vtprune_fx.recipes.schema import load_recipe
+from vtprune_fx.recipes.counting import Geometry, cost
+from vtprune_fx.recipes.loading import load_recipe
 from vtprune_fx.reference import CHECKPOINT
 from vtprune_fx.reference.questions import Sample, draw_samples
 from vtprune_fx.reference.random_llava import CheckpointSpec, build_checkpoint

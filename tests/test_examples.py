@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from vtprune_fx import scorers
 from vtprune_fx.evaluation.picture import sample_photo
+from vtprune_fx.scorers import registry
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SERVING = EXAMPLES / "ray_serve.py"
@@ -44,7 +44,7 @@ def test_every_example_is_here() -> None:
 def test_example_runs(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scorers, "_REGISTERED", {})
+    monkeypatch.setattr(registry, "_REGISTERED", {})
     out = str(tmp_path / "out")
     arguments = [out if given == "folder" else given for given in ARGUMENTS[name]]
     said = runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"](*arguments)

@@ -55,7 +55,7 @@ from vtprune_fx.export.tensorrt_profile import decode_points
 from vtprune_fx.export.to_onnx import example_prompts, export_onnx
 from vtprune_fx.export.verify import verify
 from vtprune_fx.models.loading import open_checkpoint
-from vtprune_fx.recipes.schema import load_recipe
+from vtprune_fx.recipes.loading import load_recipe
 from vtprune_fx.reference.random_llava import CheckpointSpec, build_checkpoint
 
 LAYERS = 2

@@ -38,7 +38,7 @@ from vtprune_fx.fitting.attention_statistics import (
 from vtprune_fx.fitting.exact import Trials
 from vtprune_fx.fitting.observe import observed
 from vtprune_fx.fitting.search import Account, Found, Prompts, search
-from vtprune_fx.recipes.cost import LLAVA_1_5_7B, Geometry, cost
+from vtprune_fx.recipes.counting import LLAVA_1_5_7B, Geometry, cost
 from vtprune_fx.recipes.schema import Provenance
 
 RECORDED = "llama_h32_l32_rho0.6"

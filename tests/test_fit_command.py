@@ -32,8 +32,9 @@ from vtprune_fx.fitting.job import Fitted, Options, enough_time, fit_recipes
 from vtprune_fx.fitting.search import Account, Prompts
 from vtprune_fx.models.loading import open_checkpoint, open_image
 from vtprune_fx.oracle import prefill, split_batch
-from vtprune_fx.recipes.cost import Geometry, cost
-from vtprune_fx.recipes.schema import Recipe, load_recipe
+from vtprune_fx.recipes.counting import Geometry, cost
+from vtprune_fx.recipes.loading import load_recipe
+from vtprune_fx.recipes.schema import Recipe
 from vtprune_fx.reference import CHECKPOINT
 from vtprune_fx.reference.random_llava import CheckpointSpec, build_checkpoint
 

@@ -18,8 +18,8 @@ from vtprune_fx.models.weightless import (
     example_prompts,
     load_config,
 )
-from vtprune_fx.recipes.cost import Geometry, cost
-from vtprune_fx.recipes.schema import load_recipe
+from vtprune_fx.recipes.counting import Geometry, cost
+from vtprune_fx.recipes.loading import load_recipe
 
 if TYPE_CHECKING:
     from pathlib import Path

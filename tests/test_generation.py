@@ -27,7 +27,7 @@ from tests.tiny import Inputs, batch, cache_lengths, recipe_for, tiny_llava
 from vtprune_fx import oracle
 from vtprune_fx.errors import InputError, PlanError, RecipeError
 from vtprune_fx.oracle import pruner
-from vtprune_fx.recipes.cost import Geometry, cost
+from vtprune_fx.recipes.counting import Geometry, cost
 from vtprune_fx.recipes.schema import Recipe
 
 LAYERS = 3

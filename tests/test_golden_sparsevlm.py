@@ -21,7 +21,7 @@ from tests.golden_cases import (
 from tests.tiny import Compiled, cache_lengths
 from vtprune_fx import oracle
 from vtprune_fx.models.ragged_attention import use_ragged_attention
-from vtprune_fx.recipes.schema import load_recipe
+from vtprune_fx.recipes.loading import load_recipe
 
 LOGITS = 5e-4
 """Absolute tolerance against recordings, which ran on another transformers."""

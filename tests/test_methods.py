@@ -25,9 +25,10 @@ from vtprune_fx.api import prune
 from vtprune_fx.errors import InputError, PlanError, RecipeError
 from vtprune_fx.evaluation.picture import sample_photo
 from vtprune_fx.export import export_onnx, load, write_onnx
-from vtprune_fx.models.loading import batch_inputs, open_checkpoint
+from vtprune_fx.models.loading import open_checkpoint
+from vtprune_fx.models.prompts import batch_inputs
 from vtprune_fx.models.ragged_attention import use_ragged_attention
-from vtprune_fx.recipes.schema import load_recipe
+from vtprune_fx.recipes.loading import load_recipe
 from vtprune_fx.reference.random_llava import CheckpointSpec, build_checkpoint
 from vtprune_fx.scorers import register_scorer
 

@@ -22,11 +22,11 @@ from tests.tiny import (
 )
 from vtprune_fx import backend, oracle
 from vtprune_fx.api import prune
-from vtprune_fx.graph.insert import (
+from vtprune_fx.graph.insert import STAMP
+from vtprune_fx.graph.nodes import readable
+from vtprune_fx.graph.values import (
     SHORTER,
-    STAMP,
     dropped_tokens,
-    readable,
     set_value,
     value_at_full_length,
 )

@@ -23,9 +23,10 @@ from vtprune_fx.api import prune
 from vtprune_fx.backend import vtprune_backend
 from vtprune_fx.capture.aten import export
 from vtprune_fx.errors import AnatomyError, CaptureError, InputError, PlanError
-from vtprune_fx.graph.insert import readable
-from vtprune_fx.planning.plan import place
-from vtprune_fx.recipes.schema import DEFAULT, default, load_recipe
+from vtprune_fx.graph.nodes import readable
+from vtprune_fx.planning.place import place
+from vtprune_fx.recipes.default import DEFAULT, default_recipe
+from vtprune_fx.recipes.loading import load_recipe
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -134,14 +135,14 @@ def test_share_recipe_is_placed_by_the_example() -> None:
 
 
 def test_default_for_32_layers_is_the_published_recipe() -> None:
-    ours, published = default(32, 576), load_recipe(DEFAULT)
+    ours, published = default_recipe(32, 576), load_recipe(DEFAULT)
     assert ours.drops(576) == published.drops(576)
     assert sum(ours.drops(576).values()) == 449
 
 
 @pytest.mark.parametrize("layers", [1, 2, 4, 16, 24, 40, 80])
 def test_default_for_another_depth_drops_as_many_in_all(layers: int) -> None:
-    ours = default(layers, 576)
+    ours = default_recipe(layers, 576)
     assert ours.layers == layers
     assert sum(ours.drops(576).values()) == 449
 
@@ -151,7 +152,7 @@ def test_default_for_another_depth_has_as_many_left_at_the_same_depth(
     layers: int,
 ) -> None:
     """At the layers that fall together with layers of the published recipe."""
-    ours = default(layers, 576).tokens_per_layer(576, layers)
+    ours = default_recipe(layers, 576).tokens_per_layer(576, layers)
     published = load_recipe(DEFAULT).tokens_per_layer(576, 32)
     quarters = range(1, 5)
     assert [ours[q * layers // 4 - 1] for q in quarters] == [
@@ -165,7 +166,7 @@ def test_default_for_other_images_drops_the_same_share(
     layers: int, visual: int
 ) -> None:
     """Every cut rounds down by less than one token."""
-    ours = default(layers, visual)
+    ours = default_recipe(layers, visual)
     dropped = sum(ours.drops(visual).values())
     share = visual * 449 / 576
     assert share - len(ours.cuts) < dropped <= share

@@ -20,7 +20,8 @@ from vtprune_fx.fitting.calibration import open_calibration
 from vtprune_fx.fitting.rank_counts import _counted, calibrate, check_adaptive
 from vtprune_fx.models.loading import open_checkpoint
 from vtprune_fx.oracle.scores import Seen, attention_rank
-from vtprune_fx.recipes.schema import Provenance, Recipe, load_recipe
+from vtprune_fx.recipes.loading import load_recipe
+from vtprune_fx.recipes.schema import Provenance, Recipe
 
 __all__ = ["io", "root"]  # fixtures
 

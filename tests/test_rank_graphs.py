@@ -27,8 +27,8 @@ from vtprune_fx.export import export_onnx
 from vtprune_fx.export.onnx_rank_functions import FUNCTIONS
 from vtprune_fx.planning.report import PruneReport
 from vtprune_fx.recipes.schema import Recipe, Recycle
+from vtprune_fx.scorers.roles import INSTRUCTION, VISUAL
 from vtprune_fx.selection import attention_rank as rank
-from vtprune_fx.selection.order import INSTRUCTION, VISUAL
 
 RECIPES = {
     "code": by_rank({0: keep(2), 1: keep(1)}, 2, recycle={"tau": 0.5, "theta": 0.4}),

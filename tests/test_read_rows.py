@@ -15,7 +15,8 @@ from torch.nn.functional import layer_norm, linear, silu
 
 from tests.tiny import batch, planned, recipe_for, tiny_llava
 from vtprune_fx import vtprune_backend
-from vtprune_fx.graph.insert import readable, size_expr
+from vtprune_fx.graph.nodes import readable
+from vtprune_fx.graph.sizes import size_expr
 from vtprune_fx.passes import ReadRows
 from vtprune_fx.passes.verify import Verifier
 

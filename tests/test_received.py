@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vtprune_fx.ops import received
+from vtprune_fx.ops import attention, received
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -488,7 +488,7 @@ def test_on_a_gpu(name: str) -> None:
     case = ON_A_GPU[name]
     given = drawn(case._replace(known=False)).to("cuda")
     if case.known:
-        exact = received.logits(*given.exact()[:3], given.scale)
+        exact = attention.logits(*given.exact()[:3], given.scale)
         given = given._replace(lse=exact.logsumexp(dim=3) + 0.1)
     found = received.received(*given)
     assert found.is_cuda

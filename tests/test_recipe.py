@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from vtprune_fx.errors import RecipeError
-from vtprune_fx.recipes import schema as recipe
-from vtprune_fx.recipes.cost import LLAVA_1_5_7B, cost
+from vtprune_fx.recipes.counting import LLAVA_1_5_7B, cost
+from vtprune_fx.recipes.loading import _read, load_recipe, recipe_names
 from vtprune_fx.recipes.rank_rule import DropByRank, KeepByRank
+from vtprune_fx.recipes.schedule import aligned_to_tiles
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -100,13 +101,13 @@ def changed(**fields: object) -> Fields:
 
 
 def test_all_published_recipes_ship() -> None:
-    own = {name for name in recipe.names() if "-reference-" in name}
-    assert set(recipe.names()) == set(DELETED) | OTHERS | own
+    own = {name for name in recipe_names() if "-reference-" in name}
+    assert set(recipe_names()) == set(DELETED) | OTHERS | own
 
 
 @pytest.mark.parametrize("name", SPARSE)
 def test_sparsevlm_recipes_leave_what_they_are_named_after(name: str) -> None:
-    loaded = recipe.load_recipe(name)
+    loaded = load_recipe(name)
     mean = sum(loaded.tokens_per_layer(576, 32)) / 32
     assert int(mean) == SPARSE[name]
     assert [cut.layer for cut in loaded.cuts] == [2, 6, 15]
@@ -114,13 +115,13 @@ def test_sparsevlm_recipes_leave_what_they_are_named_after(name: str) -> None:
 
 def test_recycling_leaves_what_was_recorded() -> None:
     """The published code at "64" has 576, 82, 32 and 18 visual tokens."""
-    left = recipe.load_recipe("sparsevlm-llava-1.5-7b-64").tokens_per_layer(576, 32)
+    left = load_recipe("sparsevlm-llava-1.5-7b-64").tokens_per_layer(576, 32)
     assert [left[layer] for layer in (1, 2, 6, 15)] == [576, 82, 32, 18]
 
 
 @pytest.mark.parametrize("name", BY_RANK)
 def test_version_1_0_counts_by_rank(name: str) -> None:
-    loaded = recipe.load_recipe(name)
+    loaded = load_recipe(name)
     assert loaded.adaptive
     assert [cut.layer for cut in loaded.cuts] == [2, 6, 15, 19]
     for rule in (cut.by_rank for cut in loaded.cuts):
@@ -160,7 +161,7 @@ def test_counts_follow_the_rank(
     ],
 )
 def test_counts_by_rank_are_no_numbers(asked: Callable[[Recipe], object]) -> None:
-    loaded = recipe.load_recipe("sparsevlm-rank-llava-1.5-7b-64")
+    loaded = load_recipe("sparsevlm-rank-llava-1.5-7b-64")
     message = r"rank of each sample's attention\. Calibrate it first: `vtprune calib"
     with pytest.raises(RecipeError, match=message):
         asked(loaded)
@@ -171,19 +172,19 @@ def test_recycling_as_in_the_paper() -> None:
     fields = {"tau": 0.3, "theta": 0.1, "form": "paper"}
     cuts = [{"layer": 0, "drop": 100, "site": "after_layer"}]
     mine = changed(visual_tokens=200, cuts=cuts, recycle=fields)
-    loaded = recipe.load_recipe(mine)
+    loaded = load_recipe(mine)
     assert loaded.recycle is not None
     assert loaded.recycle.counts(100) == (30, 3)
     assert loaded.recycle.counts(2) == (1, 1)  # one at least
-    assert recipe.load_recipe(json.loads(loaded.to_json())) == loaded
-    published = recipe.load_recipe("sparsevlm-llava-1.5-7b-64").recycle
+    assert load_recipe(json.loads(loaded.to_json())) == loaded
+    published = load_recipe("sparsevlm-llava-1.5-7b-64").recycle
     assert published is not None
     assert published.counts(100) == (31, 4)  # int(30) + 1, int(3.1) + 1
 
 
 @pytest.mark.parametrize("name", SIMPLE)
 def test_other_recipes_cut_where_published(name: str) -> None:
-    loaded = recipe.load_recipe(name)
+    loaded = load_recipe(name)
     left, layers = SIMPLE[name]
     assert loaded.tokens_per_layer(576, 32)[-1] == left
     assert [cut.layer for cut in loaded.cuts] == layers
@@ -194,7 +195,7 @@ def test_a_recipe_needs_what_every_cut_finds() -> None:
     cuts = [
         {"layer": at, "drop": n, "site": "after_layer"} for at, n in ((0, 8), (1, 6))
     ]
-    loaded = recipe.load_recipe(
+    loaded = load_recipe(
         changed(cuts=cuts, visual_tokens=12, recycle={"tau": 0.5, "theta": 0.3})
     )
     assert loaded.new_tokens(8) == 2
@@ -204,38 +205,38 @@ def test_a_recipe_needs_what_every_cut_finds() -> None:
 
 def test_recycling_asks_for_cuts_behind_layers() -> None:
     with pytest.raises(RecipeError, match="field cuts: expected cuts after_layer"):
-        recipe.load_recipe(changed(recycle={"tau": 0.5, "theta": 0.3}))
+        load_recipe(changed(recycle={"tau": 0.5, "theta": 0.3}))
 
 
 def test_merging_by_the_towers_keys_asks_for_a_cut_ahead_of_all_layers() -> None:
     recycle = {"tau": 1.0, "theta": 0.3, "form": "contextual"}
     with pytest.raises(RecipeError, match="field cuts: expected one cut before_layer"):
-        recipe.load_recipe(changed(recycle=recycle))
+        load_recipe(changed(recycle=recycle))
     cut = {"layer": 0, "drop": 7, "site": "before_layer"}
-    loaded = recipe.load_recipe(changed(recycle=recycle, cuts=[cut]))
+    loaded = load_recipe(changed(recycle=recycle, cuts=[cut]))
     assert loaded.new_tokens(7) == 2  # 0.3 * 7, rounded down
     assert loaded.sees_tower
-    assert not recipe.load_recipe(VALID).sees_tower
+    assert not load_recipe(VALID).sees_tower
 
 
 def test_a_seed_is_written_where_it_matters(tmp_path: Path) -> None:
-    drawn = recipe.load_recipe(changed(score="random", method="baseline", seed=3))
+    drawn = load_recipe(changed(score="random", method="baseline", seed=3))
     path = tmp_path / "drawn.json"
     path.write_text(drawn.to_json(), encoding="utf-8")
-    assert recipe.load_recipe(path) == drawn
-    assert "seed" not in json.loads(recipe.load_recipe(VALID).to_json())
+    assert load_recipe(path) == drawn
+    assert "seed" not in json.loads(load_recipe(VALID).to_json())
 
 
 def test_baselines_keep_the_cuts() -> None:
-    mine = recipe.load_recipe(VALID)
+    mine = load_recipe(VALID)
     assert [b.score for b in mine.baselines()] == ["random", "uniform", "inverted"]
     for baseline in mine.baselines():
         assert baseline.cuts == mine.cuts
-        assert recipe.load_recipe(json.loads(baseline.to_json())) == baseline
+        assert load_recipe(json.loads(baseline.to_json())) == baseline
 
 
 def test_bound_shares_are_counts() -> None:
-    shares = recipe.load_recipe(changed(of=10))
+    shares = load_recipe(changed(of=10))
     bound = shares.bound(25)  # 3 and 4 of 10 are 7.5 and 10 of 25
     assert (bound.of, bound.visual_tokens) == (None, 25)
     assert bound.drops(25) == bound.drops(30) == {1: 7, 2: 10}
@@ -244,16 +245,16 @@ def test_bound_shares_are_counts() -> None:
 def test_aligned_recipes_leave_whole_tiles() -> None:
     """Of 128 tokens 98, 68 and 48 would be left: in tiles of 32, 128, 96 and 64."""
     cuts = [{"layer": at, "drop": drop} for at, drop in ((1, 30), (3, 30), (5, 20))]
-    plain = recipe.load_recipe(changed(visual_tokens=100, layers=8, cuts=cuts))
-    aligned = plain.aligned(32, 28)
+    plain = load_recipe(changed(visual_tokens=100, layers=8, cuts=cuts))
+    aligned = aligned_to_tiles(plain, 32, 28)
     assert aligned.drops(100) == {3: 32, 5: 32}
     assert aligned.name == "mine-tile-32"
-    assert plain.aligned(1, 28).drops(100) == plain.drops(100)
+    assert aligned_to_tiles(plain, 1, 28).drops(100) == plain.drops(100)
 
 
 def test_shares_are_aligned_as_counts() -> None:
-    shares = recipe.load_recipe("fitprune-llava-next-7b-60")
-    aligned = shares.aligned(64, 64)
+    shares = load_recipe("fitprune-llava-next-7b-60")
+    aligned = aligned_to_tiles(shares, 64, 64)
     assert aligned.of is None
     gone = itertools.accumulate(aligned.drops(2880).values())
     assert all((2880 + 64 - count) % 64 == 0 for count in gone)
@@ -261,16 +262,16 @@ def test_shares_are_aligned_as_counts() -> None:
 
 def test_recipes_with_new_tokens_are_not_aligned() -> None:
     with pytest.raises(RecipeError, match=r"cuts that make new tokens\. Leave"):
-        recipe.load_recipe("sparsevlm-llava-1.5-7b-64").aligned(64, 75)
+        aligned_to_tiles(load_recipe("sparsevlm-llava-1.5-7b-64"), 64, 75)
 
 
 def test_keep_all_drops_nothing() -> None:
-    assert recipe.load_recipe(VALID).keep_all().drops(10) == {}
+    assert load_recipe(VALID).keep_all().drops(10) == {}
 
 
 @pytest.mark.parametrize("name", sorted(DELETED))
 def test_shipped_recipe_deletes_as_many_tokens_as_published(name: str) -> None:
-    loaded = recipe.load_recipe(name)
+    loaded = load_recipe(name)
     assert (loaded.layers, loaded.visual_tokens, loaded.of) == (32, 576, None)
     assert sum(loaded.drops(576).values()) == DELETED[name]
     assert loaded.tokens_per_layer(576, 32)[-1] == 576 - DELETED[name]
@@ -279,23 +280,23 @@ def test_shipped_recipe_deletes_as_many_tokens_as_published(name: str) -> None:
 def test_shipped_recipe_deletes_at_the_published_layers() -> None:
     published = {0: 262, 1: 153, 2: 80, 3: 19, 4: 13, 5: 1, 6: 2}
     published |= {15: 1, 16: 1, 17: 2, 18: 1, 19: 2, 21: 1, 27: 1}
-    assert recipe.load_recipe("fitprune-llava-1.5-7b-90").drops(576) == published
+    assert load_recipe("fitprune-llava-1.5-7b-90").drops(576) == published
 
 
-@pytest.mark.parametrize("name", recipe.names())
+@pytest.mark.parametrize("name", recipe_names())
 def test_shipped_file_is_what_to_json_writes(name: str, tmp_path: Path) -> None:
-    loaded = recipe.load_recipe(name)
+    loaded = load_recipe(name)
     path = tmp_path / "copy.json"
     path.write_text(loaded.to_json(), encoding="utf-8")
     assert loaded.name == name
-    assert recipe.load_recipe(path) == loaded
-    shipped, _ = recipe._read(name)
+    assert load_recipe(path) == loaded
+    shipped, _ = _read(name)
     assert shipped == loaded.to_json()
 
 
 def test_shares_round_down() -> None:
     # Published: layer 0 deletes 7, layer 1 deletes 73 of 2880.
-    loaded = recipe.load_recipe("fitprune-llava-next-7b-40")
+    loaded = load_recipe("fitprune-llava-next-7b-40")
     assert loaded.of == loaded.visual_tokens == 2880
     assert loaded.drops(2880)[0] == 7
     halved = loaded.drops(1440)
@@ -304,20 +305,20 @@ def test_shares_round_down() -> None:
 
 
 def test_sample_with_few_visual_tokens_loses_those_it_has() -> None:
-    loaded = recipe.load_recipe(VALID)
+    loaded = load_recipe(VALID)
     assert loaded.tokens_per_layer(5, 4) == [5, 2, 0, 0]
     assert loaded.tokens_per_layer(0, 4) == [0, 0, 0, 0]
 
 
 def test_load_takes_a_name_a_file_fields_or_a_recipe(tmp_path: Path) -> None:
-    loaded = recipe.load_recipe(VALID)
-    assert recipe.load_recipe(loaded) is loaded
-    assert recipe.load_recipe(write(tmp_path / "mine.json", VALID)) == loaded
-    assert recipe.load_recipe(str(tmp_path / "mine.json")) == loaded
+    loaded = load_recipe(VALID)
+    assert load_recipe(loaded) is loaded
+    assert load_recipe(write(tmp_path / "mine.json", VALID)) == loaded
+    assert load_recipe(str(tmp_path / "mine.json")) == loaded
 
 
 def test_recipe_without_cuts_is_valid() -> None:
-    assert recipe.load_recipe(changed(cuts=[])).tokens_per_layer(10, 4) == [10] * 4
+    assert load_recipe(changed(cuts=[])).tokens_per_layer(10, 4) == [10] * 4
 
 
 # What is wrong, the place named, what was expected, what was found.
@@ -467,7 +468,7 @@ def test_bad_field_is_named_with_expected_found_and_fix(
     fields, place, expected, found = WRONG[case]
     path = write(tmp_path / "bad.json", fields)
     with pytest.raises(RecipeError) as caught:
-        recipe.load_recipe(path)
+        load_recipe(path)
     error = caught.value
     assert error.where == f"recipe {path}, {place}"
     assert expected in error.expected
@@ -479,12 +480,12 @@ def test_bad_field_is_named_with_expected_found_and_fix(
 
 def test_fields_are_checked_like_a_file() -> None:
     with pytest.raises(RecipeError, match="recipe, field layers: expected"):
-        recipe.load_recipe(changed(layers=0))
+        load_recipe(changed(layers=0))
 
 
 def test_long_wrong_value_is_cut_short() -> None:
     with pytest.raises(RecipeError) as caught:
-        recipe.load_recipe(changed(method="x" * 5000))
+        load_recipe(changed(method="x" * 5000))
     assert len(str(caught.value)) < 500
 
 
@@ -492,14 +493,14 @@ def test_a_list_is_not_a_recipe(tmp_path: Path) -> None:
     path = tmp_path / "list.json"
     path.write_text("[]", encoding="utf-8")
     with pytest.raises(RecipeError, match=r"valid dictionary .* found \[\]"):
-        recipe.load_recipe(path)
+        load_recipe(path)
 
 
 def test_not_json_names_the_line(tmp_path: Path) -> None:
     path = tmp_path / "broken.json"
     path.write_text('{\n  "name": oops\n}', encoding="utf-8")
     with pytest.raises(RecipeError) as caught:
-        recipe.load_recipe(path)
+        load_recipe(path)
     assert caught.value.where == f"recipe {path}, line 2"
     assert caught.value.expected == "JSON"
     assert caught.value.found == "Expecting value"
@@ -514,7 +515,7 @@ def test_no_such_name_or_file(content: bytes | str | None, tmp_path: Path) -> No
     elif content:
         path.mkdir()
     with pytest.raises(RecipeError) as caught:
-        recipe.load_recipe(path)
+        load_recipe(path)
     assert caught.value.where == f"recipe {str(path)!r}"
     assert caught.value.expected == "the name of a shipped recipe or a recipe file"
     assert caught.value.found

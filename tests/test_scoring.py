@@ -8,19 +8,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from vtprune_fx.scorers import Rate, fitprune, inverted, random, uniform
+from vtprune_fx.scorers import fitprune, inverted, random, uniform
 from vtprune_fx.scorers.evidence import Evidence
-from vtprune_fx.selection.order import (
+from vtprune_fx.scorers.registry import Rate
+from vtprune_fx.scorers.roles import (
     CONTEXT,
     INSTRUCTION,
     PADDING,
     VISUAL,
-    enough_to_drop,
-    lowest_first,
-    own_places,
     padding_counts,
     token_roles,
 )
+from vtprune_fx.selection.order import enough_to_drop, lowest_first
+from vtprune_fx.selection.per_sample import own_places
 
 HEADS, TOKENS, WIDTH = 4, 12, 8
 SCALE = WIDTH**-0.5

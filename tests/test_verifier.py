@@ -11,7 +11,8 @@ from torch.fx import GraphModule, Node
 
 from tests.tiny import calls, planned
 from vtprune_fx.errors import VerifyError
-from vtprune_fx.graph.insert import STAMP, Stamp, set_value, value_at_full_length
+from vtprune_fx.graph.insert import STAMP, Stamp
+from vtprune_fx.graph.values import set_value, value_at_full_length
 from vtprune_fx.passes import KEEP_PREFIX, Pass, Pipeline, default_pipeline
 from vtprune_fx.passes.insert_scores import ROLES
 

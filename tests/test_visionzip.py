@@ -32,7 +32,7 @@ from vtprune_fx.analysis.anatomy import read
 from vtprune_fx.errors import InputError, PlanError
 from vtprune_fx.generation.compile import _refuse_mixed_up
 from vtprune_fx.oracle import tower as oracle_tower
-from vtprune_fx.planning.plan import place
+from vtprune_fx.planning.place import place
 from vtprune_fx.selection import contextual as patches
 
 if TYPE_CHECKING:

@@ -26,6 +26,7 @@ from vtprune_fx import oracle
 from vtprune_fx.errors import PlanError
 from vtprune_fx.fitting.attention_statistics import observe
 from vtprune_fx.fitting.observe import observed
+from vtprune_fx.recipes.schedule import common_count, dropped_before
 
 SOME = {"Qwen2-VL", "Gemma 3", "Qwen3-VL"}
 """What the default suite runs: three axes, masks of its own, features that enter later
@@ -143,13 +144,13 @@ def test_recycling_needs_equal_numbers() -> None:
 def test_a_batch_loses_what_all_its_rows_can() -> None:
     """By hand: of 10 tokens four leave, of 5 to 9 two, one at each cut."""
     recipe = recipe_for(2, {0: 2, 1: 2}, of=10)
-    assert recipe.common([10, 5], [0, 0]) == 9
-    assert recipe.common([10, 5], [0, 2]) == 10
-    assert recipe.common([10, 5, 0], [0, 2, 4]) == 10
+    assert common_count(recipe, [10, 5], [0, 0]) == 9
+    assert common_count(recipe, [10, 5], [0, 2]) == 10
+    assert common_count(recipe, [10, 5, 0], [0, 2, 4]) == 10
     # The text alone has room for one at each cut, or for none.
-    assert recipe.common([10, 5, 0], [0, 2, 2]) == 9
-    assert recipe.common([10, 5, 0], [0, 2, 0]) == 5
-    assert recipe.gone_ahead(5, 2) == [0, 1]
+    assert common_count(recipe, [10, 5, 0], [0, 2, 2]) == 9
+    assert common_count(recipe, [10, 5, 0], [0, 2, 0]) == 5
+    assert dropped_before(recipe, 5, 2) == [0, 1]
 
 
 def test_cuts_ahead_of_deep_stacked_features_are_refused() -> None:

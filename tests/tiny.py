@@ -23,9 +23,10 @@ from vtprune_fx.analysis.anatomy import read
 from vtprune_fx.api import KeepRecorder
 from vtprune_fx.backend import vtprune_backend
 from vtprune_fx.capture.aten import export
-from vtprune_fx.graph.insert import value_at_full_length
+from vtprune_fx.graph.values import value_at_full_length
 from vtprune_fx.models.ragged_attention import mark_dynamic
-from vtprune_fx.planning.plan import PrunePlan, place
+from vtprune_fx.planning.place import place
+from vtprune_fx.planning.plan import PrunePlan
 from vtprune_fx.recipes.schema import Cut, Provenance, Recipe, Site
 
 if TYPE_CHECKING:

@@ -20,11 +20,14 @@ from transformers import PreTrainedModel
 from vtprune_fx.analysis.anatomy import read
 from vtprune_fx.capture.aten import export
 from vtprune_fx.errors import CaptureError, VtpruneError
-from vtprune_fx.passes import KEEP_PREFIX, prune_program
+from vtprune_fx.passes import KEEP_PREFIX
 from vtprune_fx.planning.interface import interface
-from vtprune_fx.planning.plan import place
+from vtprune_fx.planning.place import place
 from vtprune_fx.planning.report import Explanation, PruneReport, in_prompt
-from vtprune_fx.recipes.schema import Recipe, default, load_recipe
+from vtprune_fx.pruning import prune_program
+from vtprune_fx.recipes.default import default_recipe
+from vtprune_fx.recipes.loading import load_recipe
+from vtprune_fx.recipes.schema import Recipe
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ def prune(
         inputs: An example, as the model's processor returns it. Batch, prompt length
             and number of images stay dynamic. Only for a model.
         recipe: A recipe, the name of a shipped one, or a recipe file; left out, the
-            default (``recipe.default``) stretched to the model.
+            default (``recipes.default_recipe``) stretched to the model.
 
     Raises:
         CaptureError: The model does not export, or ``inputs`` are missing.
@@ -153,7 +156,7 @@ def explain(
         anatomy = read(graph)
         if anatomy is None:
             return Explanation(name, None, None, None)
-        wanted = loaded or default(len(anatomy.layers), anatomy.visual_tokens)
+        wanted = loaded or default_recipe(len(anatomy.layers), anatomy.visual_tokens)
         plan = place(wanted, anatomy, graph)
     except VtpruneError as error:
         return Explanation(name, anatomy, None, error)

@@ -38,11 +38,13 @@ from vtprune_fx.capture.literal_length import places_images
 from vtprune_fx.capture.subclasses import has_any, parts
 from vtprune_fx.capture.weights import hold, lifted
 from vtprune_fx.errors import InputError
-from vtprune_fx.graph.insert import fake_mode_of, lengths_from_data, uncached_fakes
-from vtprune_fx.passes import KEEP_PREFIX, Form, OwnLengths, prune_graph
+from vtprune_fx.graph.fakes import fake_mode_of, lengths_from_data, uncached_fakes
+from vtprune_fx.passes import KEEP_PREFIX, Form, OwnLengths
 from vtprune_fx.planning.plan import PrunePlan
 from vtprune_fx.planning.report import PruneReport
-from vtprune_fx.recipes.schema import Recipe, load_recipe
+from vtprune_fx.pruning import prune_graph
+from vtprune_fx.recipes.loading import load_recipe
+from vtprune_fx.recipes.schema import Recipe
 
 logger = logging.getLogger(__name__)
 
@@ -71,11 +73,11 @@ def vtprune_backend(
         module: Dynamo's graph.
         example_inputs: Dynamo's inputs.
         options: ``recipe``: a shipped name, a file, a ``Recipe``; left out, the default
-            (``recipe.default``) stretched to the model, which is said once. ``inner``
-            and ``mode``: as ``inner_compiler`` takes them. ``visual_tokens``: of a
-            sample that has any; read from the graph's sizes if left out. ``own``: let
-            each sample lose its own share, as ``plan.place`` does. ``tell``: called
-            with a pruned graph's report after each run of it.
+            (``recipes.default_recipe``) stretched to the model, which is said once.
+            ``inner`` and ``mode``: as ``inner_compiler`` takes them. ``visual_tokens``:
+            of a sample that has any; read from the graph's sizes if left out. ``own``:
+            let each sample lose its own share, as ``planning.place`` does. ``tell``:
+            called with a pruned graph's report after each run of it.
         kwargs: For the inner backend; ``mode`` among them is that of ``torch.compile``.
 
     Raises:

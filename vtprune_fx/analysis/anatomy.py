@@ -26,7 +26,9 @@ from vtprune_fx.analysis.attention import Logits, attentions
 from vtprune_fx.analysis.residual import Stream, module_path, read_streams
 from vtprune_fx.analysis.vision_tower import Tower, read_tower
 from vtprune_fx.errors import AnatomyError
-from vtprune_fx.graph.insert import size_expr, size_hint, tensor_of, walk_back
+from vtprune_fx.graph.nodes import walk_back
+from vtprune_fx.graph.sizes import size_expr, size_hint
+from vtprune_fx.graph.values import tensor_of
 
 aten = torch.ops.aten
 

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Graph, Node
 
-from vtprune_fx.graph.insert import size_hint, tensor_of, walk_back
+from vtprune_fx.graph.nodes import walk_back
+from vtprune_fx.graph.sizes import size_hint
+from vtprune_fx.graph.values import tensor_of
 
 aten = torch.ops.aten
 

@@ -20,12 +20,9 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from vtprune_fx.graph.insert import (
-    size_expr,
-    tensor_of,
-    value_at_full_length,
-    walk_back,
-)
+from vtprune_fx.graph.nodes import walk_back
+from vtprune_fx.graph.sizes import size_expr
+from vtprune_fx.graph.values import tensor_of, value_at_full_length
 
 aten = torch.ops.aten
 

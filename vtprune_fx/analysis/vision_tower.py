@@ -23,7 +23,8 @@ from torch.fx import Graph, Node
 
 from vtprune_fx.analysis.attention import Logits, attentions
 from vtprune_fx.analysis.residual import layer_path, module_path
-from vtprune_fx.graph.insert import size_expr, tensor_of
+from vtprune_fx.graph.sizes import size_expr
+from vtprune_fx.graph.values import tensor_of
 
 aten = torch.ops.aten
 

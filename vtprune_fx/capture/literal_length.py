@@ -27,7 +27,7 @@ from torch.fx.node import map_aggregate
 
 from vtprune_fx.capture.subclasses import replaced
 from vtprune_fx.errors import AnatomyError
-from vtprune_fx.graph.insert import axes_of, size_expr, size_hint
+from vtprune_fx.graph.sizes import axes_of, size_expr, size_hint
 
 EXAMPLE = "example_value"
 """Key of ``node.meta`` under which Dynamo keeps a fake."""

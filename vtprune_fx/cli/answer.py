@@ -5,19 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from transformers import ProcessorMixin
 
 from vtprune_fx.errors import InputError
 from vtprune_fx.export import is_export, load
 from vtprune_fx.generation.compile import pruned
-from vtprune_fx.models.loading import (
-    load_model,
-    load_processor,
-    open_image,
-    prompt_inputs,
-)
-from vtprune_fx.recipes.schema import load_recipe
+from vtprune_fx.models.loading import load_model, load_processor, open_image
+from vtprune_fx.models.prompts import continued, prompt_inputs
+from vtprune_fx.recipes.loading import load_recipe
 
 
 def answer(
@@ -63,19 +58,6 @@ def _exported(folder: Path, prompt: str, picture: Any, max_new_tokens: int) -> s
     model, processor = load(folder), load_processor(folder)
     inputs = prompt_inputs(processor, prompt, picture)
     return _say(processor, continued(model, inputs, max_new_tokens))
-
-
-def continued(model: Any, inputs: dict[str, Tensor], max_new_tokens: int) -> list[int]:
-    """The ids that greedy decoding appends to a single prompt.
-
-    Args:
-        model: Anything with transformers' ``generate``.
-        inputs: ``input_ids`` [1, S] and what goes with them.
-        max_new_tokens: Tokens at most.
-    """
-    ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    new: list[int] = ids[0, inputs["input_ids"].shape[1] :].tolist()
-    return new
 
 
 def _say(processor: ProcessorMixin, ids: list[int]) -> str:

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -22,20 +21,24 @@ from vtprune_fx.errors import InputError, VerifyError
 from vtprune_fx.evaluation.picture import draw_kept, unnormalise
 from vtprune_fx.export import load, require_onnxruntime, write_onnx
 from vtprune_fx.generation.compile import pruned
-from vtprune_fx.models.loading import open_checkpoint, prompt_inputs
-from vtprune_fx.recipes.cost import Geometry, cost
+from vtprune_fx.models.loading import open_checkpoint
+from vtprune_fx.models.prompts import prompt_inputs
+from vtprune_fx.recipes.counting import Geometry, cost
 from vtprune_fx.recipes.schema import Recipe
-from vtprune_fx.reference.questions import draw_samples
+from vtprune_fx.reference.task import Task
 from vtprune_fx.timing import first_token_seconds
 
 NEW_TOKENS = 12
 """Tokens of the answer that all runtimes must agree on."""
 
+
 TOLERANCE = 1e-4
 """Largest difference of the first logits from the oracle's, float32."""
 
+
 ROUNDS = 5
 """Timed runs of each of dense and pruned, in turn."""
+
 
 PANELS = 3
 """Layers that the picture shows."""
@@ -63,21 +66,6 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Task:
-    """A question about a picture.
-
-    Attributes:
-        prompt: The question.
-        image: What it is about.
-        answer: The right answer, where there is one.
-    """
-
-    prompt: str
-    image: Image.Image
-    answer: str | None = None
-
-
-@dataclass(frozen=True)
 class _Job:
     """What every step of the demo works on."""
 
@@ -100,15 +88,6 @@ class _Job:
         """An answer in words."""
         text: Any = self.processor.decode(tokens, skip_special_tokens=True)
         return repr(text.strip())
-
-
-def reference_task(seed: int) -> Task:
-    """The first question about a single picture of the test split with this seed."""
-    samples = draw_samples("test", seed, 100)
-    sample = next(sample for sample in samples if len(sample.pictures) == 1)
-    question = sample.questions[0]
-    image = Image.fromarray(sample.pictures[0].pixels)
-    return Task(question.text, image, question.answer)
 
 
 def run_demo(

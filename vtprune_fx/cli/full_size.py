@@ -17,7 +17,7 @@ from vtprune_fx.api import explain
 from vtprune_fx.errors import PlanError
 from vtprune_fx.models.weightless import build, example_prompts, load_config
 from vtprune_fx.planning.interface import PROMPT, Port
-from vtprune_fx.recipes.cost import Cost, Geometry, cost
+from vtprune_fx.recipes.counting import Cost, Geometry, cost
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

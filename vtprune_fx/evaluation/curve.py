@@ -7,11 +7,11 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vtprune_fx.models.loading import replace_file
-from vtprune_fx.optional import optional
+from vtprune_fx.files import replace_file
 
 if TYPE_CHECKING:
     from vtprune_fx.evaluation.results import Evaluation, Result
+from vtprune_fx.plots import require_plots
 
 _MARKERS = {"fitprune": "o", "random": "s", "uniform": "^", "inverted": "v"}
 
@@ -38,15 +38,6 @@ def draw_curve(evaluation: Evaluation, file: Path) -> Path:
     replace_file(numbers, _csv(evaluation).encode())
     replace_file(file, png.getvalue())
     return numbers
-
-
-def require_plots() -> Any:
-    """The module that figures come from.
-
-    Raises:
-        MissingDependencyError: matplotlib is not installed.
-    """
-    return optional("matplotlib.figure", "matplotlib", "a plot")
 
 
 def _figure(evaluation: Evaluation) -> Any:

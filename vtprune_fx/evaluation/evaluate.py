@@ -22,11 +22,11 @@ from vtprune_fx import oracle
 from vtprune_fx.errors import InputError
 from vtprune_fx.evaluation.results import Evaluation, Result
 from vtprune_fx.models.encoding import own_positions
-from vtprune_fx.models.loading import batch_inputs
-from vtprune_fx.recipes.cost import Cost, Geometry, cost
+from vtprune_fx.models.prompts import batch_inputs
+from vtprune_fx.recipes.counting import Cost, Geometry, cost
 from vtprune_fx.recipes.schema import Recipe
 from vtprune_fx.reference.questions import Sample
-from vtprune_fx.runtime import Target, running
+from vtprune_fx.timing import Target, running
 
 BATCH = 32
 """Questions answered at once."""

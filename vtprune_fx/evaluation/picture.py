@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from vtprune_fx.errors import InputError
-from vtprune_fx.models.loading import replace_file
+from vtprune_fx.files import replace_file
 from vtprune_fx.optional import optional
 
 if TYPE_CHECKING:

@@ -19,9 +19,9 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from vtprune_fx.errors import InputError
+from vtprune_fx.files import replace_file
 from vtprune_fx.fitting.observe import Watch, unobservable, watching
-from vtprune_fx.models.loading import replace_file
-from vtprune_fx.selection.order import PADDING, VISUAL
+from vtprune_fx.scorers.roles import PADDING, VISUAL
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import ProcessorMixin
 
 from vtprune_fx.errors import InputError
-from vtprune_fx.models.loading import batch_inputs, image_token, open_image
+from vtprune_fx.models.loading import open_image
+from vtprune_fx.models.prompts import batch_inputs, image_token
 from vtprune_fx.optional import optional
 from vtprune_fx.reference.questions import draw_samples
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from vtprune_fx.fitting.attention_statistics import Statistics
 from vtprune_fx.fitting.search import Account, Prompts
-from vtprune_fx.recipes.cost import Geometry
+from vtprune_fx.recipes.counting import Geometry
 
 HALVINGS = 30
 """Of the interval that the price of a MAC lies in."""

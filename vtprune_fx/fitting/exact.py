@@ -32,7 +32,7 @@ from vtprune_fx.fitting.observe import (
     unobservable,
     watching,
 )
-from vtprune_fx.selection.order import PADDING, VISUAL, token_roles
+from vtprune_fx.scorers.roles import PADDING, VISUAL, token_roles
 
 ROOM = 2**29
 """Bytes of batches that wait in memory behind the first layer, and of as many behind

@@ -33,8 +33,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
 
 from vtprune_fx.errors import InputError
-from vtprune_fx.evaluation.curve import require_plots
 from vtprune_fx.export import require_onnxruntime
+from vtprune_fx.files import replace_file
 from vtprune_fx.fitting import distributed as processes
 from vtprune_fx.fitting.attention_statistics import (
     Counts,
@@ -55,11 +55,12 @@ from vtprune_fx.fitting.search import (
     check_budget,
     search,
 )
-from vtprune_fx.models.loading import open_checkpoint, replace_file
-from vtprune_fx.recipes.cost import Geometry, Work, cost
-from vtprune_fx.recipes.schema import Provenance, Recipe, default
-from vtprune_fx.runtime import Target
-from vtprune_fx.timing import Stopwatch, stopwatch
+from vtprune_fx.models.loading import open_checkpoint
+from vtprune_fx.plots import require_plots
+from vtprune_fx.recipes.counting import Geometry, Work, cost
+from vtprune_fx.recipes.default import default_recipe
+from vtprune_fx.recipes.schema import Provenance, Recipe
+from vtprune_fx.timing import Stopwatch, Target, stopwatch
 
 SUMMARY = "fit.json"
 """In a folder: its recipes, and what they save."""
@@ -284,7 +285,7 @@ class _Job:
         first = int((prompts.visual == prompts.usual).nonzero()[0])
         prompt = range(first, first + 1)
         inputs = self._inputs(prompt)
-        dense = default(self.geometry.layers, prompts.usual).keep_all()
+        dense = default_recipe(self.geometry.layers, prompts.usual).keep_all()
         target = self.options.latency
         return stopwatch(self.model, self.processor, inputs, dense, target)
 

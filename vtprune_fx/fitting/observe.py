@@ -21,8 +21,8 @@ from transformers.masking_utils import sdpa_mask
 
 from vtprune_fx.errors import InputError
 from vtprune_fx.models.ragged_attention import check_decoder, set_attention
-from vtprune_fx.ops.received import attention_bias
-from vtprune_fx.selection.order import INSTRUCTION, VISUAL, token_roles
+from vtprune_fx.ops.attention import attention_bias
+from vtprune_fx.scorers.roles import INSTRUCTION, VISUAL, token_roles
 
 BLOCK = {"cpu": 2**18, "cuda": 2**26}
 """Elements of attention maps that are worked on at once, by kind of device: what the

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from vtprune_fx.errors import InputError
-from vtprune_fx.recipes.cost import Geometry
+from vtprune_fx.recipes.counting import Geometry
 from vtprune_fx.recipes.schema import Cut, Provenance, Recipe
 
 Trial = Callable[[float], Iterator[Tensor]]

@@ -35,7 +35,10 @@ from vtprune_fx.models.ragged_attention import (
     use_ragged_attention,
 )
 from vtprune_fx.planning.report import PruneReport
-from vtprune_fx.recipes.schema import Recipe, default, load_recipe
+from vtprune_fx.recipes.default import default_recipe
+from vtprune_fx.recipes.loading import load_recipe
+from vtprune_fx.recipes.schedule import common_count, dropped_before
+from vtprune_fx.recipes.schema import Recipe
 
 logger = logging.getLogger(__name__)
 
@@ -259,17 +262,17 @@ class _PrunedForward:
         if named.get("attention_mask") is None:
             named["attention_mask"] = torch.ones_like(named["input_ids"])
         padding = named["attention_mask"].shape[1] - named["attention_mask"].sum(dim=1)
-        return _Numbers(recipe.common(counts, padding.tolist()), own=True)
+        return _Numbers(common_count(recipe, counts, padding.tolist()), own=True)
 
     def _recipe(self, visual: int) -> Recipe:
         given: Recipe | None = self._options["recipe"]
-        return given or default(self._text.num_hidden_layers, max(visual, 1))
+        return given or default_recipe(self._text.num_hidden_layers, max(visual, 1))
 
     def _left_ahead(self, visual: Tensor) -> list[Tensor]:
         """[B] for each layer: visual tokens that left each sample ahead of it."""
         layers = self._text.num_hidden_layers
         recipe = self._recipe(int(visual.max()))
-        left = [recipe.gone_ahead(count, layers) for count in visual.tolist()]
+        left = [dropped_before(recipe, count, layers) for count in visual.tolist()]
         return list(torch.tensor(left, device=visual.device).unbind(dim=1))
 
     def _run_encoded(self, named: dict[str, Any], numbers: _Numbers) -> Any:

@@ -1,12 +1,11 @@
-"""Open what a user names: a checkpoint, an image. What is unusable is an InputError."""
+"""Load checkpoints, processors and images; raises InputError for unusable ones."""
 
 from __future__ import annotations
 
 import textwrap
-import uuid
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image, ImageOps
@@ -26,7 +25,8 @@ from transformers.utils import logging as transformers_logging
 from vtprune_fx.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
+
 
 _EXPECTED = "a checkpoint folder or the id of a model on the hub"
 
@@ -103,74 +103,6 @@ def open_image(path: str | Path) -> Image.Image:
         ) from error
 
 
-def prompt_inputs(
-    processor: ProcessorMixin, prompt: str, image: Image.Image | None
-) -> dict[str, torch.Tensor]:
-    """A user's question as the model's inputs, by the processor's chat template.
-
-    Args:
-        processor: The model's processor.
-        prompt: The question.
-        image: What it is about, if anything.
-
-    Returns:
-        ``input_ids`` [1, S], ``attention_mask`` [1, S], and ``pixel_values``
-        [1, 3, H, W] where there is an image.
-    """
-    content = [{"type": "image"}] if image is not None else []
-    turn: dict[str, Any] = {
-        "role": "user",
-        "content": [*content, {"type": "text", "text": prompt}],
-    }
-    if processor.chat_template is None:
-        text = f"{image_token(processor)}\n{prompt}" if image is not None else prompt
-    else:
-        text = processor.apply_chat_template([turn], add_generation_prompt=True)
-    inputs = processor(images=image, text=text, return_tensors="pt")
-    return {name: inputs[name] for name in inputs}
-
-
-def batch_inputs(
-    processor: ProcessorMixin,
-    prompts: Sequence[tuple[str, Sequence[Image.Image]]],
-) -> dict[str, torch.Tensor]:
-    """Questions about images as one batch, padded on the left.
-
-    Args:
-        processor: The model's processor.
-        prompts: What is asked, and the images that it is about, which stand ahead.
-
-    Returns:
-        What the model takes: ``input_ids`` and ``attention_mask`` [B, S],
-        ``pixel_values``.
-    """
-    texts = []
-    for text, images in prompts:
-        content = [{"type": "image"} for _ in images]
-        turn: Any = {"role": "user", "content": [*content, {"type": "text"}]}
-        turn["content"][-1]["text"] = text
-        if processor.chat_template is None:
-            texts.append(f"{image_token(processor)}\n" * len(images) + text)
-        else:
-            texts.append(
-                processor.apply_chat_template([turn], add_generation_prompt=True)
-            )
-    inputs = processor(
-        images=[image for _, images in prompts for image in images],
-        text=texts,
-        return_tensors="pt",
-        padding=True,
-        padding_side="left",
-    )
-    return {name: inputs[name] for name in inputs}
-
-
-def image_token(processor: ProcessorMixin) -> str:
-    """The placeholder that stands for an image in a prompt."""
-    concrete: Any = processor  # each has one, but their base class declares none
-    return str(concrete.image_token)
-
-
 @contextmanager
 def quiet() -> Iterator[None]:
     """Hide the progress bars of transformers inside the block."""
@@ -181,29 +113,6 @@ def quiet() -> Iterator[None]:
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
-
-
-def replace_file(file: Path, content: bytes) -> None:
-    """Write a file beside its place, then move it there.
-
-    Raises:
-        InputError: It cannot be written.
-    """
-    scratch = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        scratch.write_bytes(content)
-        scratch.replace(file)
-    except OSError as error:
-        raise InputError(
-            f"file {str(file)!r}",
-            expected="a file that can be written",
-            found=error.strerror or str(error),
-            fix="Name a file in a folder that can be written to.",
-        ) from error
-    finally:
-        with suppress(OSError):
-            scratch.unlink(missing_ok=True)
 
 
 def _where(model: str | Path) -> str:

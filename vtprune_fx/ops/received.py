@@ -21,11 +21,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vtprune_fx.ops.attention import (
+    NEVER,
+    added_bias,
+    causal_mask,
+    lets_through,
+    logits,
+    per_query_head,
+)
 from vtprune_fx.ops.register import operator
-
-NEVER = torch.finfo(torch.float32).min
-"""Logit of a pair that may not attend. Finite, so that a row which may attend nothing
-(left padding) has a finite softmax instead of NaN."""
 
 _BLOCK = 2**20
 """Logits at a time: 4 MiB, some cores' caches. 100 rows of 16 heads and 651 tokens."""
@@ -108,41 +112,6 @@ def _normalised(found: Tensor, lse: Tensor) -> Tensor:
     """Probabilities [B, H, S, S] by log-sum-exps; none where nothing is attended to."""
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)
     return (found - lse[:, :, :, None]).exp()
-
-
-def logits(query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """[B, H, S, S] float32: what attention takes the softmax of."""
-    products = query @ per_query_head(query, key).transpose(2, 3) * scale
-    return products.float() + attention_bias(mask, query)
-
-
-def per_query_head(query: Tensor, key: Tensor) -> Tensor:
-    """[B, H, S, D]: each key head, once for each query head that it serves."""
-    groups = query.shape[1] // key.shape[1]
-    return key if groups == 1 else key.repeat_interleave(groups, dim=1)
-
-
-def attention_bias(mask: Tensor | None, query: Tensor) -> Tensor:
-    """A mask as float32 to add to logits, [B or 1, 1, S, S], at least ``NEVER``.
-
-    Args:
-        mask: As ``received`` takes it.
-        query: [B, H, S, D].
-    """
-    return _bias(_causal(query)[None, None] if mask is None else mask)
-
-
-def _causal(query: Tensor) -> Tensor:
-    """[S, S] bool."""
-    order = torch.arange(query.shape[2], device=query.device)
-    return order[:, None] >= order
-
-
-def _bias(mask: Tensor) -> Tensor:
-    """A mask of any shape as what is added to logits."""
-    if mask.dtype == torch.bool:
-        return (~mask).float() * NEVER
-    return mask.float().clamp(min=NEVER)
 
 
 def _in_blocks(
@@ -274,7 +243,7 @@ class _Heads:
         self, query: Tensor, key: Tensor, mask: Tensor | None, scale: float
     ) -> None:
         self._query, self._key, self._scale = query, key, scale
-        self._mask = _causal(query)[None, None] if mask is None else mask
+        self._mask = causal_mask(query)[None, None] if mask is None else mask
 
     def of(self, own: int) -> _Sample:
         """One sample's. Half precision is left here, not once for a block."""
@@ -307,8 +276,8 @@ class _Sample:
         heads, tokens, _ = query.shape
         self.at_once = max(1, _BLOCK // (heads * tokens))
         self.nothing: frozenset[int] = frozenset()
-        if not _attends(mask.diagonal()).all():
-            attends = _attends(mask).any(dim=1)
+        if not lets_through(mask.diagonal()).all():
+            attends = lets_through(mask).any(dim=1)
             self.nothing = frozenset((~attends).nonzero().flatten().tolist())
 
     def probabilities(self, rows: slice) -> Tensor:
@@ -338,7 +307,7 @@ class _Sample:
         if mask.dtype == torch.bool:
             masked.masked_fill_(~mask, NEVER)
         else:
-            masked += _bias(mask)
+            masked += added_bias(mask)
         return found
 
     def _masked(self, rows: slice) -> tuple[int, int]:
@@ -353,12 +322,7 @@ class _Sample:
         ahead, behind = self._mask[rows, :start], self._mask[rows, stop:]
         plain = ahead if ahead.dtype == torch.bool else ahead == 0
         first = start if start and plain.all() else 0
-        return first, tokens if stop < tokens and _attends(behind).any() else stop
-
-
-def _attends(mask: Tensor) -> Tensor:
-    """Bool: where a mask, bool or float, lets anything through."""
-    return mask if mask.dtype == torch.bool else mask > NEVER / 2
+        return first, tokens if stop < tokens and lets_through(behind).any() else stop
 
 
 def _over_heads(pairs: Tensor, strongest: bool) -> Tensor:

@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vtprune_fx.ops.received import NEVER
+from vtprune_fx.ops.attention import NEVER
 
 SIDE = 64
 """Rows and columns of a block at most. While heads go by, products, their maximum and

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vtprune_fx import scorers
-from vtprune_fx.selection.order import CONTEXT, INSTRUCTION, VISUAL
+from vtprune_fx.scorers import registry
+from vtprune_fx.scorers.roles import CONTEXT, INSTRUCTION, VISUAL
 
 if TYPE_CHECKING:
     from vtprune_fx.recipes.schema import Recipe
@@ -60,15 +60,15 @@ class Seen:
 
 def rate(recipe: Recipe, seen: Seen) -> Tensor:
     """What the recipe scores each visual token present, in order. [v present]."""
-    if scorers.is_built_in(recipe.score):
+    if registry.is_built_in(recipe.score):
         return _SCORES[recipe.score](recipe, seen)
     roles = _roles(seen.visual, seen.instruction)[None]
     query, key = seen.query[None], seen.key[None]
     others = [value[None] for value in (seen.hidden, seen.cos, seen.sin)]
-    if scorers.sees_tower(recipe.score):
+    if registry.sees_tower(recipe.score):
         others.append(seen.patches[None, :, 0])
     mask = seen.allowed[None, None]
-    rated = scorers.rate_of(recipe.score, scorers.options_of(recipe))
+    rated = registry.rate_of(recipe.score, recipe.scorer_options())
     scores = rated(query, key, mask, roles, seen.scale, *others)
     return scores[0, seen.visual]
 
@@ -148,9 +148,9 @@ def raters(
         chosen = instruction.clone()
         chosen[instruction] = above if bool(above.any()) else True
         return chosen
-    if scorers.is_built_in(recipe.score):
+    if registry.is_built_in(recipe.score):
         return instruction
-    found = scorers.scorer(recipe.score).raters
+    found = registry.scorer(recipe.score).raters
     if found is None:
         return instruction
     roles = _roles(visual, instruction)

@@ -14,7 +14,7 @@ import sympy
 from torch.utils import _pytree as pytree
 from transformers.exporters.utils import get_leaf_tensors
 
-from vtprune_fx.graph.insert import size_expr
+from vtprune_fx.graph.sizes import size_expr
 
 if TYPE_CHECKING:
     from torch import Tensor

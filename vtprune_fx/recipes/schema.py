@@ -14,12 +14,8 @@ the sample (SparseVLM).
 
 from __future__ import annotations
 
-import bisect
 import itertools
-import json
-from collections.abc import Iterable, Sequence
-from importlib import resources
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -27,23 +23,17 @@ from pydantic import (
     ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
-    ValidationError,
     model_serializer,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
 
-from vtprune_fx import scorers
-from vtprune_fx.errors import RecipeError
 from vtprune_fx.recipes.rank_rule import ByRank, not_counted
-
-SCHEMA_VERSION = 1
-"""Version of the recipe file format that this package reads and writes."""
-
-MAX_QUOTED = 200
-"""Characters of a wrong value that an error message quotes."""
+from vtprune_fx.scorers import registry
 
 Count = Annotated[int, Field(ge=0, strict=True)]
+
+
 PositiveCount = Annotated[int, Field(ge=1, strict=True)]
 
 
@@ -189,10 +179,10 @@ class Recipe(_Strict):
 
     @model_validator(mode="after")
     def _check_score(self) -> Self:
-        if self.score not in scorers.names():
-            raise _wrong("score", " or ".join(scorers.names()), repr(self.score))
+        if self.score not in registry.names():
+            raise _wrong("score", " or ".join(registry.names()), repr(self.score))
         # Only options need the scorer itself, and with it torch.
-        known = scorers.scorer(self.score).options() if self.options else {}
+        known = registry.scorer(self.score).options() if self.options else {}
         known.pop("seed", None)
         for name in self.options:
             if name not in known:
@@ -270,41 +260,6 @@ class Recipe(_Strict):
         }
         return {layer: count for layer, count in counts.items() if count > 0}
 
-    def gone_ahead(self, visual_tokens: int, layers: int) -> list[int]:
-        """Visual tokens gone ahead of each layer's attention: ``layers`` numbers."""
-        drops = self.drops(visual_tokens)
-        left = [0] * (layers + 1)
-        for cut in self.cuts:
-            first = cut.layer + (cut.site != "before_layer")
-            left[first] += drops.get(cut.layer, 0)
-        return list(itertools.accumulate(left))[:layers]
-
-    def common(self, visual_tokens: Sequence[int], padding: Sequence[int]) -> int:
-        """How many may leave from every row of a batch, be they padding in some.
-
-        Told by a number of visual tokens: a sample that had as many would lose as many
-        as leave from each row. Never less than the smallest sample with images has.
-
-        Args:
-            visual_tokens: Of each sample.
-            padding: Of each sample.
-        """
-        own = [self.drops(count) for count in visual_tokens]
-        least = min(filter(None, visual_tokens))
-
-        def too_many(count: int) -> bool:
-            leave = self.drops(count)
-            for drops, room in zip(own, padding, strict=True):
-                more = (
-                    drops.get(c.layer, 0) - leave.get(c.layer, 0) for c in self.cuts
-                )
-                if min(itertools.accumulate(more, initial=room)) < 0:
-                    return True
-            return False
-
-        counts = range(least, max(visual_tokens) + 1)
-        return max(least, least + bisect.bisect_left(counts, True, key=too_many) - 1)
-
     def new_tokens(self, dropped: int) -> int:
         """How many new tokens a cut makes of those it drops."""
         return self.recycle.counts(dropped)[1] if self.recycle else 0
@@ -342,42 +297,6 @@ class Recipe(_Strict):
         changes = {"of": None, "visual_tokens": visual_tokens, "cuts": cuts}
         return self.model_copy(update=changes)
 
-    def aligned(self, tile: int, text_tokens: int) -> Recipe:
-        """The same for prompts of one length, which fills whole tiles behind each cut.
-
-        Kernels work in tiles, and a part of one takes as long as a whole: what would
-        leave a tile in part stays. Cuts that have nothing left to drop are left out.
-
-        Args:
-            tile: Tokens of a tile.
-            text_tokens: Of a prompt, padding included, beside ``visual_tokens``.
-
-        Raises:
-            RecipeError: New tokens are made, which would come on top; or counts follow
-                the rank of each sample's attention.
-        """
-        if self.recycle is not None:
-            raise RecipeError(
-                f"recipe {self.name}",
-                expected="cuts that only drop, to leave whole tiles",
-                found="cuts that make new tokens",
-                fix="Leave the tile out.",
-            )
-        prompt = self.visual_tokens + text_tokens
-        drops = self.drops(self.visual_tokens)
-        cuts, stays = [], prompt
-        for cut, gone in zip(
-            (cut for cut in self.cuts if cut.layer in drops),
-            itertools.accumulate(drops.values()),
-            strict=True,
-        ):
-            filled = -(-(prompt - gone) // tile) * tile
-            if filled < stays:
-                cuts.append(cut.model_copy(update={"drop": stays - filled}))
-                stays = filled
-        changes = {"name": f"{self.name}-tile-{tile}", "of": None, "cuts": tuple(cuts)}
-        return self.model_copy(update=changes)
-
     @property
     def adaptive(self) -> bool:
         """Whether counts follow the rank of each sample's attention.
@@ -399,7 +318,14 @@ class Recipe(_Strict):
     def sees_tower(self) -> bool:
         """Whether it needs a graph that has the vision tower in it."""
         merges = self.recycle is not None and self.recycle.form == "contextual"
-        return merges or scorers.sees_tower(self.score)
+        return merges or registry.sees_tower(self.score)
+
+    def scorer_options(self) -> dict[str, object]:
+        """The options that the scorer is called with."""
+        options: dict[str, object] = dict(self.options)
+        if "seed" in registry.scorer(self.score).options():
+            options["seed"] = self.seed
+        return options
 
     def baseline(self, score: Literal["inverted", "random", "uniform"]) -> Recipe:
         """The same cuts, with tokens chosen by a score that no method would use."""
@@ -424,96 +350,6 @@ class Recipe(_Strict):
         return self.model_dump_json(indent=2, exclude=unused) + "\n"
 
 
-def names() -> list[str]:
-    """Names of the recipes that ship with the package, sorted."""
-    files = resources.files("vtprune_fx.recipes").joinpath("data").iterdir()
-    return sorted(
-        f.name.removesuffix(".json") for f in files if f.name.endswith(".json")
-    )
-
-
-def load_recipe(source: str | Path | Recipe | dict[str, object]) -> Recipe:
-    """Load a recipe by shipped name, from a file, or from its fields.
-
-    Args:
-        source: A name that ``names()`` lists, a path to a JSON file, a mapping of
-            fields, or a recipe, which is returned as it is.
-
-    Raises:
-        RecipeError: The name or file does not exist, the file is not JSON, or a field
-            is missing, unknown or wrong.
-    """
-    if isinstance(source, Recipe):
-        return source
-    if isinstance(source, dict):
-        return _validate(source, where="recipe")
-    text, where = _read(source)
-    try:
-        fields = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise RecipeError(
-            f"recipe {where}, line {error.lineno}",
-            expected="JSON",
-            found=error.msg,
-            fix="`vtprune recipes show NAME --json` prints a valid recipe.",
-        ) from error
-    return _validate(fields, where=f"recipe {where}")
-
-
-DEFAULT = "fitprune-llava-1.5-7b-60"
-"""The shipped recipe that ``default`` starts from."""
-
-
-def default(layers: int, visual_tokens: int) -> Recipe:
-    """The recipe for a model that none was given for.
-
-    ``DEFAULT``, with its schedule stretched over the model's depth (what has left by a
-    relative depth stays the same) and its counts taken as shares. It saves about 60 %
-    of the visual tokens' arithmetic. On LLaVA-1.5-7B it is the published recipe; on
-    another model it is a guess, and a recipe fitted to that model is better.
-
-    Args:
-        layers: Decoder layers of the model.
-        visual_tokens: Visual tokens that a sample comes with.
-    """
-    published = load_recipe(DEFAULT)
-    whole = published.visual_tokens
-    left = published.tokens_per_layer(whole, published.layers)
-    gone = [0, *(whole - tokens for tokens in left)]
-    stretched = [
-        _at(gone, layer * published.layers / layers) for layer in range(layers + 1)
-    ]
-    cuts = tuple(
-        Cut(layer=layer, drop=after - before)
-        for layer, (before, after) in enumerate(itertools.pairwise(stretched))
-        if after > before
-    )
-    changes = {"name": f"{DEFAULT}-stretched", "layers": layers, "cuts": cuts}
-    scaled = {"of": whole, "visual_tokens": visual_tokens}
-    return published.model_copy(update=changes | scaled)
-
-
-def _at(values: list[int], place: float) -> int:
-    """``values`` between its entries, linearly, rounded down."""
-    low = min(int(place), len(values) - 2)
-    return int(values[low] + (place - low) * (values[low + 1] - values[low]))
-
-
-def _read(source: str | Path) -> tuple[str, str]:
-    if str(source) in names():
-        shipped = resources.files("vtprune_fx.recipes") / "data" / f"{source}.json"
-        return shipped.read_text(encoding="utf-8"), str(source)
-    try:
-        return Path(source).read_text(encoding="utf-8"), str(source)
-    except (OSError, ValueError) as error:
-        raise RecipeError(
-            f"recipe {str(source)!r}",
-            expected="the name of a shipped recipe or a recipe file",
-            found=getattr(error, "strerror", None) or "a file that is not text",
-            fix="`vtprune recipes` lists the shipped recipes.",
-        ) from error
-
-
 def _check_apart(previous: Cut, cut: Cut) -> None:
     """Refuse two cuts at one place."""
     touching = previous.site == "after_layer" and cut.site == "before_layer"
@@ -533,29 +369,3 @@ def _wrong(place: str, expected: str, found: str) -> PydanticCustomError:
     # Braces in a message are filled from the context, so the text goes in through it.
     context = {"place": place, "expected": expected, "found": found}
     return PydanticCustomError("vtprune", "{expected}", context)
-
-
-def _validate(fields: object, where: str) -> Recipe:
-    try:
-        return Recipe.model_validate(fields)
-    except ValidationError as error:
-        first = error.errors()[0]
-        kind, context = first["type"], first.get("ctx", {})
-        place = ".".join(map(str, first["loc"])) or context.get("place")
-        found = "nothing" if kind == "missing" else repr(first["input"])
-        found = context["found"] if kind == "vtprune" else found
-        found = repr(context["tag"]) if kind == "union_tag_invalid" else found
-        raise RecipeError(
-            f"{where}, field {place}" if place else where,
-            expected=_expected(kind, first["msg"]),
-            found=found if len(found) < MAX_QUOTED else found[:MAX_QUOTED] + "...",
-            fix="`vtprune recipes show NAME --json` prints a valid recipe.",
-        ) from error
-
-
-def _expected(kind: str, message: str) -> str:
-    if kind == "extra_forbidden":
-        return "no such field"
-    if kind.startswith("union_tag"):
-        return "a field 'rule' that is 'keep' or 'drop'"
-    return message[0].lower() + message[1:]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vtprune_fx.scorers.evidence import Evidence
-from vtprune_fx.selection.order import INSTRUCTION, VISUAL
+from vtprune_fx.scorers.roles import INSTRUCTION, VISUAL
 
 _PIVOT = 2.0
 """Score of a pivot: above all cosines."""

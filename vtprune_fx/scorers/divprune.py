@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vtprune_fx.scorers.evidence import Evidence
-from vtprune_fx.selection.order import VISUAL
+from vtprune_fx.scorers.roles import VISUAL
 
 _FAR = 3.0
 """Above all distances."""

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vtprune_fx.ops import received
-from vtprune_fx.selection.order import PADDING
+from vtprune_fx.ops import attention, received
+from vtprune_fx.scorers.roles import PADDING
 
 
 class Evidence(NamedTuple):
@@ -53,7 +53,7 @@ class Evidence(NamedTuple):
 
 def logits(seen: Evidence) -> Tensor:
     """[B, H, S, S] float32: what the layer's attention takes the softmax of."""
-    return received.logits(seen.query, seen.key, seen.mask, seen.scale)
+    return attention.logits(seen.query, seen.key, seen.mask, seen.scale)
 
 
 def strongest_from(seen: Evidence, *rows: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from vtprune_fx.scorers.evidence import Evidence, strongest_from
-from vtprune_fx.selection.order import INSTRUCTION, VISUAL
+from vtprune_fx.scorers.roles import INSTRUCTION, VISUAL
 
 
 def rate(seen: Evidence) -> Tensor:

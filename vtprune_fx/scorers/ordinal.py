@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from vtprune_fx.selection.order import VISUAL
+from vtprune_fx.scorers.roles import VISUAL
 
 
 def by_rank(roles: Tensor, score: Callable[[Tensor, Tensor], Tensor]) -> Tensor:

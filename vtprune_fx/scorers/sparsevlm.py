@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vtprune_fx.scorers.evidence import Evidence, mean_from
-from vtprune_fx.selection.order import CONTEXT, INSTRUCTION, VISUAL
+from vtprune_fx.scorers.roles import CONTEXT, INSTRUCTION, VISUAL
 
 _NEVER = torch.finfo(torch.float32).min
 

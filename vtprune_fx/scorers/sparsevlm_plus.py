@@ -15,8 +15,8 @@ from torch import Tensor
 
 from vtprune_fx.errors import PlanError
 from vtprune_fx.scorers.evidence import Evidence, logits
+from vtprune_fx.scorers.roles import INSTRUCTION, VISUAL
 from vtprune_fx.scorers.sparsevlm import raters
-from vtprune_fx.selection.order import INSTRUCTION, VISUAL
 
 __all__ = ["rate", "raters"]
 

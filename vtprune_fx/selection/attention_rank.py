@@ -17,8 +17,8 @@ from vtprune_fx.ops.register import operator
 from vtprune_fx.recipes.rank_rule import ByRank, KeepByRank
 from vtprune_fx.recipes.schema import Recycle
 from vtprune_fx.scorers.evidence import Evidence, logits
+from vtprune_fx.scorers.roles import INSTRUCTION, VISUAL
 from vtprune_fx.selection import recycling
-from vtprune_fx.selection.order import INSTRUCTION, VISUAL
 
 STAY, CLUSTERED, CLUSTERS, NEW = range(4)
 """Places in ``counts``."""

@@ -16,15 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from vtprune_fx.ops.received import (
-    attend,
-    logits,
-    per_query_head,
-    received,
-    unwritten_output,
-)
+from vtprune_fx.ops.attention import logits, per_query_head
+from vtprune_fx.ops.received import attend, received, unwritten_output
 from vtprune_fx.ops.register import operator
-from vtprune_fx.scorers import rate_of
+from vtprune_fx.scorers.registry import rate_of
 from vtprune_fx.selection.order import lowest_first
 
 

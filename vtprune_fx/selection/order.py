@@ -9,48 +9,10 @@ Shapes: B samples, S tokens.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
-CONTEXT, VISUAL, INSTRUCTION, PADDING = 0, 1, 2, 3
-"""Roles of tokens: text ahead of or between images, images, text behind the last, and
-what nobody attends to."""
-
-
-def marked(*masks: Tensor) -> Tensor:
-    """[B, S] bool: what any of some masks [B, S] or [B, S, 1] marks."""
-    flat = (mask.flatten(1) for mask in masks)
-    return functools.reduce(torch.logical_or, flat)
-
-
-def token_roles(visual: Tensor, mask: Tensor | None) -> Tensor:
-    """What each token of a prompt is there for.
-
-    Text is instruction behind the last image of the prompt as it came, also once that
-    image has lost all its tokens; hence roles are taken once and gathered at cuts.
-
-    Args:
-        visual: [B, S] or [B, S, 1] bool.
-        mask: What the first layer's attention got: [B or 1, 1, S, S], bool (True
-            attends) or float (added to logits), or None for a plain causal mask.
-
-    Returns:
-        [B, S] int64.
-    """
-    visual = visual.flatten(1)
-    seen = visual.long().cumsum(dim=1)
-    last = seen == visual.long().sum(dim=1, keepdim=True)
-    roles = last.long() * INSTRUCTION * (~visual).long() + visual.long() * VISUAL
-    return roles if mask is None else roles.masked_fill(~_attended(mask), PADDING)
-
-
-def _attended(mask: Tensor) -> Tensor:
-    """[B or 1, S]: whether any query may attend to a key."""
-    if mask.dtype != torch.bool:
-        mask = mask > torch.finfo(mask.dtype).min / 2
-    return mask.any(dim=2)[:, 0]
+from vtprune_fx.scorers.roles import CONTEXT, INSTRUCTION, PADDING, VISUAL
 
 
 def lowest_first(scores: Tensor, roles: Tensor) -> Tensor:
@@ -67,118 +29,6 @@ def lowest_first(scores: Tensor, roles: Tensor) -> Tensor:
     text = (roles == CONTEXT) | (roles == INSTRUCTION)
     scores = scores.masked_fill(text, float("inf"))
     return torch.sort(scores, dim=1, stable=True).indices
-
-
-def visual_counts(roles: Tensor) -> Tensor:
-    """[B]: visual tokens of each sample."""
-    return (roles == VISUAL).sum(dim=1)
-
-
-def own_order(
-    scores: Tensor, roles: Tensor, came: Tensor, share: int, of: int
-) -> Tensor:
-    """[B, S] positions in the order of leaving, each sample losing its own number.
-
-    First the visual tokens that a sample loses, then padding, then what stays: a sample
-    that loses fewer than another becomes as short by losing padding.
-
-    Args:
-        scores: [B, S].
-        roles: [B, S].
-        came: [B], visual tokens that each sample came with.
-        share: How many of ``of`` visual tokens leave.
-        of: See ``share``.
-    """
-    ascending = lowest_first(scores, roles)
-    ordered = roles.gather(1, ascending)
-    place = torch.arange(roles.shape[1], device=roles.device)
-    leaves = place < (came * share // of)[:, None]
-    text = (ordered == CONTEXT) | (ordered == INSTRUCTION)
-    turn = (~leaves).long() + ((ordered == VISUAL) & ~leaves).long() + 2 * text.long()
-    turns = torch.sort(turn, dim=1, stable=True).indices
-    return ascending.gather(1, turns)
-
-
-def own_leaving(order: Tensor, came: Tensor, share: int, of: int) -> Tensor:
-    """[B, S] bool: which of ``own_order``'s are visual tokens that leave."""
-    place = torch.arange(order.shape[1], device=order.device)
-    return place < (came * share // of)[:, None]
-
-
-_FRONT = 2**32
-"""More than a prompt's tokens."""
-
-
-def front_keys(staying: Tensor, leaving: Tensor) -> Tensor:
-    """[B, K] int64: sort keys, ascending by position, who leaves ahead of all."""
-    return staying - leaving.long() * _FRONT
-
-
-def own_keep_set(keys: Tensor) -> Tensor:
-    """[B, K]: positions, and -1 in the places of those who left. Of sorted keys."""
-    return keys.clamp(min=-1)
-
-
-def own_stand_ins(keys: Tensor) -> Tensor:
-    """[B, K]: positions, also of those who left. Of sorted keys."""
-    return torch.where(keys < 0, keys + _FRONT, keys)
-
-
-def padding_counts(roles: Tensor) -> Tensor:
-    """[B, 1]: tokens of padding in each row."""
-    return (roles == PADDING).sum(dim=1, keepdim=True)
-
-
-def own_places(
-    roles: Tensor, stand_in: Tensor, keep: Tensor, padding: Tensor
-) -> Tensor:
-    """[B, K]: whose positions the tokens left take, where positions are compacted.
-
-    Those of the first tokens of a sample. Its first token moves when padding in front
-    of it leaves, or when visual tokens become padding.
-
-    Args:
-        roles: [B, S].
-        stand_in: [B, K] positions of those left.
-        keep: [B, K], the same and -1 for those who left.
-        padding: [B, 1], of the rows as they were.
-    """
-    samples = torch.arange(roles.shape[0], device=roles.device)[:, None]
-    still = padding_counts(roles_without(roles[samples, stand_in], keep))
-    places = torch.arange(stand_in.shape[1], device=roles.device)
-    return (places + padding - still).clamp(min=0)
-
-
-def roles_without(roles: Tensor, keep: Tensor) -> Tensor:
-    """Gathered roles [B, K], padding in the places of those who left."""
-    return roles.masked_fill(keep < 0, PADDING)
-
-
-def mask_without(mask: Tensor, keep: Tensor) -> Tensor:
-    """A gathered attention mask [B, 1, K, K] in which nobody attends to who left."""
-    gone = (keep < 0)[:, None, None]
-    if mask.dtype == torch.bool:
-        return mask & ~gone
-    return mask.masked_fill(gone, torch.finfo(mask.dtype).min)
-
-
-def enough_padding(
-    roles: Tensor, drops: tuple[int, ...], shares: tuple[int, ...], of: int
-) -> Tensor:
-    """Scalar bool: every sample has the padding that leaves beside its visual tokens.
-
-    Args:
-        roles: [B, S].
-        drops: How many tokens leave at each cut.
-        shares: How many of ``of`` visual tokens leave at each cut.
-        of: See ``shares``.
-    """
-    visual, room = visual_counts(roles), (roles == PADDING).sum(dim=1)
-    enough = torch.ones_like(room, dtype=torch.bool)
-    for drop, share in zip(drops, shares, strict=True):
-        room = room + visual * share // of - drop
-        enough = enough & (room >= 0)
-    return enough.all()
 
 
 def enough_to_drop(roles: Tensor, dropped: int, exactly: int | None) -> Tensor:

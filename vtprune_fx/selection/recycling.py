@@ -23,7 +23,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vtprune_fx.selection.order import VISUAL
+from vtprune_fx.scorers.roles import VISUAL
 
 
 def merge(hidden: Tensor, best_first: Tensor, clusters: int, paper: bool) -> Tensor:

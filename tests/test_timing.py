@@ -10,9 +10,9 @@ import pytest
 from torch._dynamo import config
 
 from tests.tiny import batch, recipe_for, tiny_llava
-from vtprune_fx import runtime
+from vtprune_fx import timing
 from vtprune_fx.generation import compile as generation
-from vtprune_fx.runtime import running
+from vtprune_fx.timing import running
 
 
 def test_recipes_beyond_what_torch_recompiles_run_in_turn(
@@ -20,7 +20,7 @@ def test_recipes_beyond_what_torch_recompiles_run_in_turn(
 ) -> None:
     """A function may be compiled once; three recipes follow beside a dense model."""
     eager = functools.partial(generation.pruned, inner="eager")
-    monkeypatch.setattr(runtime, "pruned", eager)
+    monkeypatch.setattr(timing, "pruned", eager)
     ours = tiny_llava(layers=2)
     whole = copy.deepcopy(ours)
     processor: Any = None  # torch.compile needs none

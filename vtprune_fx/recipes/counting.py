@@ -27,8 +27,8 @@ import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self, TypeVar
 
-from vtprune_fx import scorers
 from vtprune_fx.errors import InputError, PlanError
+from vtprune_fx.scorers import registry
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -247,7 +247,7 @@ class _Spent:
     """What layers cost, one after the other."""
 
     def __init__(self, geometry: Geometry, score: str) -> None:
-        self._geometry, self._rows = geometry, scorers.rows(score)
+        self._geometry, self._rows = geometry, registry.rows(score)
         self.macs = self.scorer_macs = self.cache_bytes = 0
 
     def add(self, came: int, left: int, site: Site | None) -> None:

@@ -1,0 +1,44 @@
+"""Options that several commands take."""
+
+from __future__ import annotations
+
+import enum
+from typing import Annotated
+
+import typer
+
+REFERENCE = "fitprune-reference-55"
+"""The recipe for the reference model."""
+
+
+RecipeOption = Annotated[
+    str, typer.Option("--recipe", help="Name of a shipped recipe, or a recipe file.")
+]
+
+
+CONFIG_HELP = "Name of a shipped configuration, model folder or config.json."
+
+
+TextTokens = Annotated[int, typer.Option(help="Tokens that are not visual.")]
+
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+OptionalRecipe = Annotated[
+    str | None,
+    typer.Option("--recipe", help="Shipped name or file. Default: fitted by depth."),
+]
+
+
+class Dtype(enum.StrEnum):
+    """Types of weights."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+ModelArgument = Annotated[
+    str, typer.Argument(help="A checkpoint folder, or the id of a model on the hub.")
+]

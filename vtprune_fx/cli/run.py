@@ -1,0 +1,131 @@
+"""``vtprune generate``, ``eval`` and ``demo``: pruned models at work."""
+
+from __future__ import annotations
+
+import enum
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from vtprune_fx.cli.options import REFERENCE, OptionalRecipe, RecipeOption
+from vtprune_fx.recipes.loading import load_recipe
+from vtprune_fx.reference import CHECKPOINT
+
+
+def generate(
+    model: Annotated[
+        str, typer.Argument(help="An exported folder, a checkpoint folder or a hub id.")
+    ],
+    prompt: Annotated[str, typer.Option(help="What to ask.")],
+    image: Annotated[Path | None, typer.Option(help="What it is about.")] = None,
+    recipe: OptionalRecipe = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens at most.")] = 32,
+    inner: Annotated[
+        str, typer.Option(help="torch.compile backend for a checkpoint.")
+    ] = "inductor",
+) -> None:
+    """Answer a question about an image, pruned.
+
+    An exported folder runs on ONNX Runtime alone; a checkpoint through torch.compile.
+
+    Example: [bold]vtprune generate llava-60 --image cat.jpg
+    --prompt "What is it?"[/bold]
+    """
+    from vtprune_fx.cli.answer import answer
+
+    typer.echo(answer(model, prompt, image, recipe, max_new_tokens, inner))
+
+
+class Backend(enum.StrEnum):
+    """Where ``vtprune eval`` runs a model."""
+
+    torch = "torch"
+    compile = "compile"
+    onnx = "onnx"
+
+
+class Split(enum.StrEnum):
+    """Which questions ``vtprune eval`` asks."""
+
+    train = "train"
+    validation = "validation"
+    test = "test"
+
+
+def evaluate(
+    model: Annotated[
+        Path, typer.Argument(help="A checkpoint folder. Default: the reference model.")
+    ] = CHECKPOINT,
+    recipe: Annotated[
+        list[str] | None,
+        typer.Option(help="Shipped name or file; as often as you like."),
+    ] = None,
+    baselines: Annotated[
+        bool, typer.Option(help="Drop as many random, evenly spaced, and best tokens.")
+    ] = False,
+    split: Annotated[Split, typer.Option(help="Which questions.")] = Split.test,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the questions.")] = 0,
+    limit: Annotated[int, typer.Option(min=1, help="How many questions.")] = 500,
+    backend: Annotated[
+        Backend, typer.Option(help="Eager oracle, torch.compile, or ONNX Runtime.")
+    ] = Backend.torch,
+    output: Annotated[
+        Path | None, typer.Option(help="JSON file for all results and answers.")
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="PNG file for accuracy against MACs; a CSV file beside it."),
+    ] = None,
+) -> None:
+    """Ask questions about drawn pictures; print accuracy against cost.
+
+    Example: [bold]vtprune eval --recipe fitprune-reference-55 --baselines[/bold]
+    """
+    from vtprune_fx.evaluation import evaluate as evaluation
+    from vtprune_fx.evaluation.curve import draw_curve
+    from vtprune_fx.files import replace_file
+    from vtprune_fx.models.loading import open_checkpoint
+    from vtprune_fx.plots import require_plots
+    from vtprune_fx.reference.questions import draw_samples
+
+    if plot is not None:
+        require_plots()
+    recipes = []
+    for name in recipe or [REFERENCE]:
+        loaded = load_recipe(name)
+        recipes += [loaded, *loaded.baselines()] if baselines else [loaded]
+    samples = list(draw_samples(split.value, seed, limit))
+    result = evaluation.evaluate(
+        *open_checkpoint(model), recipes, samples, backend.value
+    )
+    Console().print(*result.tables())
+    if output is not None:
+        asked = {"model": str(model), "split": split.value, "seed": seed}
+        asked |= {"backend": backend.value}
+        text = json.dumps(asked | result.fields(), indent=1) + "\n"
+        replace_file(output, text.encode())
+    if plot is not None:
+        draw_curve(result, plot)
+
+
+def demo(
+    output: Annotated[Path, typer.Option(help="Where files go.")] = Path(
+        "vtprune-demo"
+    ),
+    recipe: RecipeOption = REFERENCE,
+    seed: Annotated[int, typer.Option(min=0, help="Which picture and question.")] = 0,
+) -> None:
+    """Ask the reference model a question, before and after pruning, on every runtime.
+
+    A few minutes on two CPU cores, nearly all of it in the compilers.
+
+    Example: [bold]vtprune demo --seed 7 --output vtprune-demo[/bold]
+    """
+    from vtprune_fx.cli.demo import run_demo
+    from vtprune_fx.reference.task import reference_task
+
+    loaded = load_recipe(recipe)
+    run_demo(output, CHECKPOINT, loaded, reference_task(seed))

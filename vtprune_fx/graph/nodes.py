@@ -1,0 +1,30 @@
+"""Nodes and their inputs; a graph as text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from torch.fx import GraphModule, Node, map_arg
+
+
+def walk_back(node: Node, through: frozenset[object]) -> Iterator[Node]:
+    """``node``, then the first input again and again while the op is in ``through``."""
+    yield node
+    while node.op == "call_function" and node.target in through:
+        first = node.args[0]
+        assert isinstance(first, Node)
+        node = first
+        yield node
+
+
+def readable(module: GraphModule) -> str:
+    """The graph as text, with shapes: for logs, docstrings and golden files."""
+    return str(module.print_readable(print_output=False))
+
+
+def replace_inputs(node: Node, current: Mapping[Node, Node]) -> None:
+    """Let ``node`` read the current version of each of its inputs."""
+    if current.keys().isdisjoint(node.all_input_nodes):
+        return
+    node.args = map_arg(node.args, lambda n: current.get(n, n))
+    node.kwargs = map_arg(node.kwargs, lambda n: current.get(n, n))

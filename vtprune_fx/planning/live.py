@@ -1,0 +1,117 @@
+"""The values that are made before a cut and read after it."""
+
+from __future__ import annotations
+
+import sympy
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+
+from vtprune_fx.analysis.anatomy import Anatomy
+from vtprune_fx.analysis.residual import module_path
+from vtprune_fx.errors import PlanError
+from vtprune_fx.graph.sizes import axes_of, mentions, size_expr
+from vtprune_fx.graph.values import tensor_of
+from vtprune_fx.planning.plan import LiveValue
+from vtprune_fx.recipes.schema import Cut, Recipe
+
+aten = torch.ops.aten
+
+
+class Uses:
+    """Where each node stands, and where it is last read by anything but the output."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.nodes: list[Node] = list(graph.nodes)
+        self.order = {node: i for i, node in enumerate(self.nodes)}
+        self.named = {node.name: node for node in self.nodes}
+        self.last = {
+            node: max(
+                (self.order[u] for u in node.users if u.op != "output"), default=-1
+            )
+            for node in self.nodes
+        }
+
+    def check_complete(self, name: str, recipe: Recipe, cut: Cut) -> None:
+        """Refuse a cut ahead of features that are placed by a mask once more.
+
+        They are as many as visual tokens came, and would no longer fit.
+        """
+        edge = self.order[self.named[name]]
+        later = [n for n in self.nodes[edge + 1 :] if _takes_features(n)]
+        if later:
+            raise PlanError(
+                f"recipe {recipe.name}, cut at layer {cut.layer}",
+                expected="a cut behind all layers that visual features enter",
+                found=f"features that enter {module_path(later[-1])} behind it, node "
+                f"{later[-1].name}",
+                fix="Cut in later layers, behind the model's deep-stacked features.",
+            )
+
+    def across(self, name: str) -> list[Node]:
+        """Nodes that stand at or before ``name`` and are read after it."""
+        edge = self.order[self.named[name]]
+        return [n for n in self.nodes[: edge + 1] if self.last[n] > edge]
+
+
+def _takes_features(node: Node) -> bool:
+    """Whether rows are put where a mask says."""
+    if node.target == aten.masked_scatter.default:
+        return True
+    if node.target not in {aten.index_put.default, aten.index_put_.default}:
+        return False
+    indices = node.args[1]
+    assert isinstance(indices, (list, tuple))
+    masks = (tensor_of(n) for n in indices if isinstance(n, Node))
+    return any(m is not None and m.dtype == torch.bool for m in masks)
+
+
+def live_values(
+    uses: Uses, edge: str, anatomy: Anatomy, lengths: frozenset[str]
+) -> tuple[LiveValue, ...]:
+    """What has to be gathered at a cut: values across it with a token axis.
+
+    Args:
+        uses: Of the graph's nodes.
+        edge: Name of the node after which tokens are dropped.
+        anatomy: The graph's.
+        lengths: Names of the nodes that are the prompt's length.
+
+    Raises:
+        PlanError: A value cannot be gathered.
+    """
+    found: list[LiveValue] = []
+    for node in uses.across(edge):
+        value = node.meta.get("val")
+        if node.name in lengths or not mentions(value, anatomy.tokens):
+            continue
+        found.append(LiveValue(node.name, _token_axes(node, edge, anatomy)))
+    return tuple(found)
+
+
+def _token_axes(node: Node, edge: str, anatomy: Anatomy) -> tuple[int, ...]:
+    value = node.meta["val"]
+    axes = axes_of(value, anatomy.tokens) if isinstance(value, Tensor) else ()
+    others = [
+        s
+        for s in getattr(value, "shape", ())
+        if mentions(s, anatomy.tokens) and size_expr(s) != anatomy.tokens
+    ]
+    per_sample = axes and axes[0] > 0 and _is_batch(value.shape[0], anatomy.batch)
+    if not per_sample or others:
+        raise PlanError(
+            f"node {node.name}, live across the cut at {edge}",
+            expected="a tensor [batch or 1, ..., prompt, ...]",
+            found=str(getattr(value, "shape", value)).replace("torch.Size", ""),
+            fix="This graph cannot be cut here; move the cut, or report the model.",
+        )
+    return axes
+
+
+def _is_batch(size: int, batch: sympy.Expr) -> bool:
+    return size_expr(size) in (batch, sympy.Integer(1))
+
+
+def is_length(value: object, tokens: sympy.Symbol) -> bool:
+    """Whether a value is the symbolic int of the prompt's length."""
+    return isinstance(value, torch.SymInt) and size_expr(value) == tokens

@@ -1,0 +1,187 @@
+"""Placing a recipe's cuts on a graph: from a recipe and an anatomy to a plan.
+
+Everything that can be refused is refused here, before any pass writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import sympy
+from torch.fx import Graph
+
+from vtprune_fx.analysis.anatomy import Anatomy, Attention
+from vtprune_fx.errors import PlanError
+from vtprune_fx.graph.sizes import Count
+from vtprune_fx.planning.live import Uses, is_length, live_values
+from vtprune_fx.planning.plan import PlannedCut, PrunePlan
+from vtprune_fx.planning.positions import values_of_place
+from vtprune_fx.recipes.schema import Cut, Recipe
+
+
+def place(
+    recipe: Recipe, anatomy: Anatomy, graph: Graph, *, own: bool = False
+) -> PrunePlan:
+    """Place a recipe's cuts on a graph.
+
+    Args:
+        recipe: The recipe.
+        anatomy: What was found in the graph.
+        graph: The graph.
+        own: Let each sample lose its own share of visual tokens. As many tokens leave
+            as if a sample had ``anatomy.visual_tokens``; padding makes up for the rest.
+
+    Raises:
+        PlanError: The recipe asks for what this version does not do, names a layer that
+            the model does not have, or drops more visual tokens than a sample has; or a
+            live value cannot be gathered.
+    """
+    _check_fits(recipe, anatomy)
+    _check_shows_tower(recipe, anatomy)
+    if own:
+        _check_own(recipe, anatomy)
+    lengths = frozenset(
+        n.name for n in graph.nodes if is_length(n.meta.get("val"), anatomy.tokens)
+    )
+    return PrunePlan(
+        recipe=recipe,
+        tokens=anatomy.tokens,
+        visual=anatomy.visual,
+        visual_tokens=anatomy.visual_tokens,
+        embeddings=anatomy.layers[0].stream.entry,
+        attentions=anatomy.layers,
+        lengths=lengths,
+        cuts=tuple(_cuts(recipe, anatomy, graph, lengths, own=own)),
+        tower=anatomy.tower if recipe.sees_tower else None,
+        of=recipe.of if own else None,
+    )
+
+
+def _cuts(
+    recipe: Recipe,
+    anatomy: Anatomy,
+    graph: Graph,
+    lengths: frozenset[str],
+    *,
+    own: bool,
+) -> Iterator[PlannedCut]:
+    """The cuts that drop tokens, in order."""
+    uses = Uses(graph)
+    counted = _counts(recipe, anatomy.visual_tokens, own=own)
+    compacted = recipe.positions == "compacted" and counted
+    places = values_of_place(recipe, graph, anatomy) if compacted else frozenset()
+    dropped: Count = 0
+    for cut in recipe.cuts:
+        if cut.layer not in counted:
+            continue
+        drop, chosen, new, gone = counted[cut.layer]
+        dropped = dropped + gone
+        attention = anatomy.layers[cut.layer]
+        edge, hidden = _edge(recipe, cut, attention)
+        uses.check_complete(edge, recipe, cut)
+        live = live_values(uses, edge, anatomy, lengths)
+        yield PlannedCut(
+            attention=attention,
+            site=cut.site,
+            edge=edge,
+            hidden=hidden,
+            drop=drop,
+            share=cut.drop if own else None,
+            clustered=chosen,
+            new=new,
+            gone=gone,
+            dropped=dropped,
+            live=live,
+            places=places & {value.node for value in live},
+            rule=cut.by_rank,
+        )
+
+
+def _counts(
+    recipe: Recipe, visual_tokens: int, *, own: bool
+) -> dict[int, tuple[Count, Count, Count, Count]]:
+    """By layer: how many leave, are clustered and new, and are fewer in all."""
+    if recipe.adaptive:
+        layers = [cut.layer for cut in recipe.cuts]
+        return {layer: _symbols(layer, recipe.recycle is not None) for layer in layers}
+    counts: dict[int, tuple[Count, Count, Count, Count]] = {}
+    drops = recipe.drops(visual_tokens)
+    if own:
+        drops = {cut.layer: drops.get(cut.layer, 0) for cut in recipe.cuts if cut.drop}
+    for layer, drop in drops.items():
+        chosen, new = recipe.recycle.counts(drop) if recipe.recycle else (0, 0)
+        counts[layer] = drop, chosen, new, drop - new
+    return counts
+
+
+def _symbols(layer: int, recycled: bool) -> tuple[Count, Count, Count, Count]:
+    drop, chosen, new, gone = (
+        sympy.Symbol(f"{name}_{layer}", integer=True, nonnegative=True)
+        for name in ("drop", "clustered", "new", "gone")
+    )
+    return (drop, chosen, new, gone) if recycled else (drop, 0, 0, drop)
+
+
+def _check_fits(recipe: Recipe, anatomy: Anatomy) -> None:
+    layers = len(anatomy.layers)
+    deepest = max((cut.layer for cut in recipe.cuts), default=-1)
+    if deepest >= layers:
+        raise PlanError(
+            f"recipe {recipe.name}, cut at layer {deepest}",
+            expected=f"a layer below {layers}, which the model has",
+            found=f"a recipe made for {recipe.layers} layers",
+            fix="Choose a recipe for this model, or fit one.",
+        )
+    needed = 0 if recipe.adaptive else recipe.needed(anatomy.visual_tokens)
+    if needed > anatomy.visual_tokens:
+        raise PlanError(
+            f"recipe {recipe.name}",
+            expected=f"at most {anatomy.visual_tokens} dropped, which a sample has",
+            found=f"{needed} visual tokens dropped",
+            fix="A recipe with the field 'of' scales to what a sample has.",
+        )
+
+
+def _check_shows_tower(recipe: Recipe, anatomy: Anatomy) -> None:
+    if recipe.sees_tower and recipe.cuts and anatomy.tower is None:
+        raise PlanError(
+            f"recipe {recipe.name}",
+            expected="a graph from pixels on, in which a layer of the vision tower "
+            "makes all image features, one token each",
+            found="none",
+            fix="Give the model pixel_values, in one graph (fullgraph=True), or use a "
+            "recipe that does not look at the vision tower.",
+        )
+
+
+def _check_own(recipe: Recipe, anatomy: Anatomy) -> None:
+    """Refuse what cannot be done with numbers that differ from sample to sample."""
+    masked = all(layer.mask is not None for layer in anatomy.layers)
+    if recipe.of is None or recipe.recycle or not masked:
+        found = "recycling" if recipe.recycle else "plain counts"
+        raise PlanError(
+            f"recipe {recipe.name}, samples with different numbers of visual tokens",
+            expected="shares ('of'), no recycling, and an attention_mask",
+            found=found if recipe.recycle or recipe.of is None else "no attention_mask",
+            fix="Run samples with equal numbers of visual tokens together.",
+        )
+
+
+def _edge(recipe: Recipe, cut: Cut, attention: Attention) -> tuple[str, str | None]:
+    """The node behind which tokens leave, and the residual stream there."""
+    stream = attention.stream
+    if cut.site == "after_attention":
+        return attention.node, stream.entry
+    end, hidden = (
+        (stream.output, stream.output)
+        if cut.site == "after_layer"
+        else (stream.start, stream.entry)
+    )
+    if end is None or (recipe.recycle and hidden is None):
+        raise PlanError(
+            f"recipe {recipe.name}, cut at layer {cut.layer}",
+            expected=f"one value that is the residual stream, to cut it {cut.site}",
+            found="none or several in the graph",
+            fix="Use a recipe that cuts after_attention, or report the model.",
+        )
+    return end, hidden
