@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 
 from vtprune_fx.fitting.calibration import open_calibration
-from vtprune_fx.fitting.job import Options, fit_recipes
+from vtprune_fx.fitting.job import fit_recipes
+from vtprune_fx.fitting.options import Options
 from vtprune_fx.models import open_checkpoint
 from vtprune_fx.reference import CHECKPOINT
 

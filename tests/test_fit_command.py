@@ -25,10 +25,12 @@ from tests.test_distributed import in_two_processes
 from vtprune_fx.errors import InputError, MissingDependencyError
 from vtprune_fx.fitting import attention_statistics as statistics
 from vtprune_fx.fitting import job as fitting
+from vtprune_fx.fitting.by_latency import enough_time
 from vtprune_fx.fitting.calibration import Calibration, open_calibration
 from vtprune_fx.fitting.coalesce import coalesced, mean_kept
 from vtprune_fx.fitting.collect import PARTS, STATISTICS
-from vtprune_fx.fitting.job import Fitted, Options, enough_time, fit_recipes
+from vtprune_fx.fitting.job import fit_recipes
+from vtprune_fx.fitting.options import Fitted, Options
 from vtprune_fx.fitting.search import Account, Prompts
 from vtprune_fx.models.loading import open_checkpoint, open_image
 from vtprune_fx.oracle import prefill, split_batch

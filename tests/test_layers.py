@@ -16,18 +16,18 @@ PACKAGE = "vtprune_fx"
 
 # A folder of the package, or a file directly in it, and the rooms that it may import,
 # from the bottom up. What is not listed here may not be there.
-LEAVES = {"errors", "optional", "files", "plots"}
+LEAVES = {"errors", "optional", "files"}
 TABLE: dict[str, set[str]] = {
     "errors": set(),
     "optional": {"errors"},
     "files": {"errors"},
-    "plots": {"errors", "optional"},
     "graph": {"errors"},
     "ops": {"errors"},
     "scorers": {"errors", "ops"},
     "models": LEAVES,
     "analysis": {"errors", "graph"},
     "recipes": {"errors", "scorers"},
+    "plots": {"errors", "optional", "recipes"},
     "capture": {"errors", "graph", "models"},
     "reference": LEAVES | {"models"},
     "selection": {"errors", "ops", "recipes", "scorers"},

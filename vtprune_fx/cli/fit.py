@@ -19,7 +19,7 @@ from vtprune_fx.recipes.loading import load_recipe
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from vtprune_fx.fitting.job import Fitted
+    from vtprune_fx.fitting.options import Fitted
     from vtprune_fx.fitting.rank_counts import Counted
 from vtprune_fx.cli.options import Dtype, ModelArgument, RecipeOption
 from vtprune_fx.cli.recipes import draw
@@ -115,7 +115,8 @@ def fit(
     Example: [bold]vtprune fit llava-hf/llava-1.5-7b-hf --data photos
     --budget 0.6 --budget 0.5 --output llava-recipes[/bold]
     """
-    from vtprune_fx.fitting.job import Options, Request, fit_request
+    from vtprune_fx.fitting.job import fit_request
+    from vtprune_fx.fitting.options import Options, Request
 
     options = Options(
         budgets=tuple(dict.fromkeys(budget)),

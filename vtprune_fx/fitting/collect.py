@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from vtprune_fx.fitting import distributed as processes
+from vtprune_fx.fitting import distributed
 from vtprune_fx.fitting.attention_statistics import (
     Statistics,
     load_statistics,
@@ -69,10 +69,10 @@ def collect(
     file = folder / STATISTICS
     if not file.exists():
         _take(take, calibration, folder / PARTS, source, advance)
-        processes.wait_for_all()
-        if processes.rank() == 0:
+        distributed.wait_for_all()
+        if distributed.rank() == 0:
             _finish(calibration, folder, source)
-        processes.wait_for_all()
+        distributed.wait_for_all()
     advance(len(calibration))
     return load_statistics(file, source)
 
@@ -97,7 +97,7 @@ def _take(
 
 def own_batches(calibration: Calibration) -> list[list[int]]:
     """The batches of this process."""
-    return calibration.batches()[processes.rank() :: processes.count()]
+    return calibration.batches()[distributed.rank() :: distributed.count()]
 
 
 def _part(

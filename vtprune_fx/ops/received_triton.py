@@ -248,16 +248,34 @@ def _weighted_sums(
             pairs = tl.where(weighted[:, None], pairs, 0.0)
             if SPREAD:
                 pairs = tl.where(lost[:, None], 1.0 / tokens, pairs)
-            for way in tl.static_range(WAYS):
-                start = weights + (sample * WAYS + way) * tokens
-                by = tl.load(start + rows, rows < tokens, 0.0)
-                summed = tl.sum(by[:, None] * pairs, axis=0)
-                found += tl.where((ways == way)[:, None], summed[None, :], 0.0)
+            found += _by_ways(weights, pairs, sample, row, tokens, WAYS, ROWS)
     sums += ((share * tl.num_programs(2) + sample) * WAYS) * tokens
     there = (ways < WAYS)[:, None] & (columns < tokens)[None, :]
     tl.store(
         sums + ways.to(tl.int64)[:, None] * tokens + columns[None, :], found, there
     )
+
+
+@triton.jit
+def _by_ways(
+    weights: tl.tensor,
+    pairs: tl.tensor,
+    sample: tl.tensor,
+    row: tl.tensor,
+    tokens: tl.tensor,
+    WAYS: tl.constexpr,
+    ROWS: tl.constexpr,
+) -> tl.tensor:
+    """[W, C]: a block's pairs [R, C], summed over rows by each way to weight them."""
+    rows = row + tl.arange(0, ROWS)
+    ways = tl.arange(0, triton.next_power_of_2(WAYS))
+    found = tl.zeros([triton.next_power_of_2(WAYS), pairs.shape[1]], tl.float32)
+    for way in tl.static_range(WAYS):
+        start = weights + (sample * WAYS + way) * tokens
+        by = tl.load(start + rows, rows < tokens, 0.0)
+        summed = tl.sum(by[:, None] * pairs, axis=0)
+        found += tl.where((ways == way)[:, None], summed[None, :], 0.0)
+    return found
 
 
 @triton.jit
