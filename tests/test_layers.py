@@ -1,4 +1,4 @@
-"""The house: which room may import which, and no circles.
+"""The house: which room may import which, no circles, and sizes.
 
 Read from the source, so an import inside a function or for type checking counts too.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import statistics
 from pathlib import Path
 
 import pytest
@@ -206,3 +207,56 @@ def test_a_relative_import_is_seen(house: Path) -> None:
     write(house, "vtprune_fx/graph/sizes.py", "from . import insert")
     with pytest.raises(AssertionError, match="relative"):
         edges(house)
+
+
+# ------------------------------------------------------------------------------ sizes
+
+
+def lines_of(function: ast.FunctionDef) -> int:
+    """Lines of a function, its docstring not counted.
+
+    Nor the signature of a GPU kernel, which takes addresses and sizes one a line.
+    """
+    first = function.body[0]
+    kernel = any("triton.jit" in ast.unparse(d) for d in function.decorator_list)
+    start = first.lineno if kernel else function.lineno
+    lines = (function.end_lineno or 0) - start + 1
+    if ast.get_docstring(function) is not None:
+        lines -= (first.end_lineno or 0) - first.lineno + 1
+    return lines
+
+
+def functions(source: str) -> list[ast.FunctionDef]:
+    nodes = ast.walk(ast.parse(source))
+    return [node for node in nodes if isinstance(node, ast.FunctionDef)]
+
+
+def test_few_files_stand_outside_of_the_rooms() -> None:
+    assert len(list((ROOT / PACKAGE).glob("*.py"))) <= 12
+
+
+def test_modules_are_short() -> None:
+    lines = {
+        module: len(path.read_text(encoding="utf-8").splitlines())
+        for module, path in sources(ROOT).items()
+    }
+    assert [module for module, count in lines.items() if count > 450] == []
+    full = [count for module, count in lines.items() if count > 1]
+    assert statistics.median(full) <= 150
+
+
+def test_functions_are_short() -> None:
+    long = [
+        f"{module}.{function.name}: {lines_of(function)} lines"
+        for module, path in sources(ROOT).items()
+        for function in functions(path.read_text(encoding="utf-8"))
+        if lines_of(function) > 50
+    ]
+    assert long == []
+
+
+def test_a_docstring_does_not_count() -> None:
+    [function] = functions(
+        'def f() -> None:\n    """One.\n\n    Two.\n    """\n    g()'
+    )
+    assert lines_of(function) == 2

@@ -11,12 +11,6 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from vtprune_fx.recipes.counting import LLAVA_1_5_7B, Geometry, cost
-from vtprune_fx.recipes.loading import load_recipe
-
-if TYPE_CHECKING:
-    from vtprune_fx.recipes.counting import Cost, Work
-    from vtprune_fx.recipes.schema import Recipe
 from vtprune_fx.cli.options import (
     CONFIG_HELP,
     JsonOption,
@@ -24,6 +18,12 @@ from vtprune_fx.cli.options import (
     RecipeOption,
     TextTokens,
 )
+from vtprune_fx.recipes.counting import LLAVA_1_5_7B, Geometry, cost
+from vtprune_fx.recipes.loading import load_recipe
+
+if TYPE_CHECKING:
+    from vtprune_fx.recipes.counting import Cost, Work
+    from vtprune_fx.recipes.schema import Recipe
 
 TERA, MIB = 1e12, 2**20
 

@@ -14,6 +14,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from vtprune_fx.cli.options import Dtype, ModelArgument, RecipeOption
+from vtprune_fx.cli.recipes import draw
 from vtprune_fx.recipes.loading import load_recipe
 
 if TYPE_CHECKING:
@@ -21,8 +23,6 @@ if TYPE_CHECKING:
 
     from vtprune_fx.fitting.options import Fitted
     from vtprune_fx.fitting.rank_counts import Counted
-from vtprune_fx.cli.options import Dtype, ModelArgument, RecipeOption
-from vtprune_fx.cli.recipes import draw
 
 
 class Count(enum.StrEnum):

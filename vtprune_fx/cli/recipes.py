@@ -10,6 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from vtprune_fx.cli.options import JsonOption, TextTokens
 from vtprune_fx.recipes.counting import LLAVA_1_5_7B, cost
 from vtprune_fx.recipes.loading import load_recipe, recipe_names
 from vtprune_fx.recipes.methods import METHODS
@@ -17,7 +18,6 @@ from vtprune_fx.recipes.schedule import aligned_to_tiles
 
 if TYPE_CHECKING:
     from vtprune_fx.recipes.schema import Recipe
-from vtprune_fx.cli.options import JsonOption, TextTokens
 
 BAR_WIDTH = 40
 """Characters of a bar that stands for all visual tokens."""

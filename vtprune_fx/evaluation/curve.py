@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vtprune_fx.files import replace_file
+from vtprune_fx.plots import require_plots
 
 if TYPE_CHECKING:
     from vtprune_fx.evaluation.results import Evaluation, Result
-from vtprune_fx.plots import require_plots
 
 _MARKERS = {"fitprune": "o", "random": "s", "uniform": "^", "inverted": "v"}
 

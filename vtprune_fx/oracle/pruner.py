@@ -5,9 +5,9 @@ and no attention mask but the causal triangle, or what the model's own mask lets
 see beyond it. It shares no code with the passes and runs on an unmodified transformers
 vision-language model: embeddings, features and positions are what the model's own code
 hands to its first decoder layer, the layers are the model's own, one by one
-(``oracle_decoder``). Attention, scoring and the cut are written out.
+(``decoder``). Attention, scoring and the cut are written out.
 
-At a cut of ``c`` tokens the visual tokens present are rated (``oracle_scores``) and the
+At a cut of ``c`` tokens the visual tokens present are rated (``scores``) and the
 ``c`` with the lowest score leave, of equals the earlier:
 
 * ``after_attention``: the attention output and the residual, before the output
@@ -20,7 +20,7 @@ At a cut of ``c`` tokens the visual tokens present are rated (``oracle_scores``)
 A layer's keys and values are of what entered its attention. Whoever stays keeps its
 rotary position, or with compacted positions those left take the first ones; keys that
 are cached already stay as they are. Where a recipe recycles, some of the dropped tokens
-become new ones (``oracle_recycling``).
+become new ones (``recycling``).
 
 Letters in shapes: ``n`` tokens of the sample, ``m`` of them present in a layer, ``v``
 visual tokens, ``h`` hidden size, ``H`` query heads, ``K`` key/value heads, ``d`` head
@@ -30,55 +30,23 @@ size, ``L`` layers. Positions are [n], or [axes, n] where a model counts along s
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from vtprune_fx.errors import InputError, PlanError
-from vtprune_fx.models.encoding import FEATURES
-from vtprune_fx.oracle import tower as oracle_tower
-from vtprune_fx.oracle.decoder import Decoder, Entered, Heads, enter
-from vtprune_fx.oracle.recycling import merge
-from vtprune_fx.oracle.scores import Seen, attention_rank, rate, raters
+from vtprune_fx.oracle.cut import Rated, Row, cut_row
+from vtprune_fx.oracle.decoder import Decoder, Heads
+from vtprune_fx.oracle.sample import Sample, check_features, is_visual
+from vtprune_fx.oracle.scores import Seen, raters
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
     from transformers import PreTrainedModel
 
-    from vtprune_fx.recipes.schema import Cut, Recipe, Recycle
-
-_FROM_ZERO = torch.empty(0, dtype=torch.long)
-"""Stands for ``arange(n)`` where a sample is made without positions."""
-
-
-@dataclass(frozen=True, eq=False)
-class Sample:
-    """One prompt without padding.
-
-    Attributes:
-        input_ids: Token ids, a placeholder where a visual token stands. [n]
-        features: What stands in the visual tokens' places, in their order. [v, h]
-        positions: Rotary positions; 0, 1, 2, ... where none are given. [n]
-        mask: Which tokens each may attend to, None for those ahead of it. [n, n] bool
-        later: Features that the model adds behind its first layers. [v, h] each
-        patches: What the vision tower made of each visual token's patch, as
-            ``oracle_tower`` tells it, where that is known. [v, 1 + w]
-    """
-
-    input_ids: Tensor
-    features: Tensor
-    positions: Tensor = _FROM_ZERO
-    mask: Tensor | None = None
-    later: tuple[Tensor, ...] = ()
-    patches: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        """Fill in the default positions."""
-        if self.positions is _FROM_ZERO:
-            counted = torch.arange(len(self.input_ids), device=self.input_ids.device)
-            object.__setattr__(self, "positions", counted)
+    from vtprune_fx.recipes.schema import Cut, Recipe
 
 
 @dataclass(eq=False)
@@ -111,86 +79,6 @@ class Prefill:
 
 
 @torch.no_grad()
-def split_batch(
-    model: PreTrainedModel,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    *,
-    features: Tensor | None = None,
-    position_ids: Tensor | None = None,
-    **inputs: Any,
-) -> list[Sample]:
-    """Take a padded batch apart into samples.
-
-    Args:
-        model: Encodes images and videos.
-        input_ids: Token ids, padded on either side. [B, S]
-        attention_mask: 1 where a token stands, 0 where padding does. [B, S]
-        features: Of the whole batch, in the place of images. [v, h]
-        position_ids: Rotary positions, [B, S], [1, S] or [axes, B, S]. Without them
-            they are what the model's plain forward makes: most count from the start of
-            the padded row.
-        inputs: What else the processor returned: ``pixel_values``, ...
-
-    Returns:
-        One sample a row.
-
-    Raises:
-        InputError: There are more or fewer features than placeholders.
-    """
-    attended = attention_mask.bool()
-    visual = _is_visual(model, input_ids) & attended
-    counts: list[int] = visual.sum(dim=1).tolist()
-    patches = None
-    pictures = ("pixel_values", "pixel_values_videos", FEATURES)
-    if any(inputs.get(name) is not None for name in pictures):
-        given = {"input_ids": input_ids, "attention_mask": attention_mask} | inputs
-        if position_ids is not None:
-            given["position_ids"] = position_ids
-        with oracle_tower.watched(model) as look:
-            entered = enter(model, **given)
-        features = entered.hidden[visual]
-        patches = look(len(features))
-    else:
-        entered = _by_hand(input_ids, position_ids)
-        if features is None:
-            features = torch.empty(0, _width(model), device=model.device)
-    _check_features(len(features), sum(counts))
-    positions = entered.positions
-    positions = positions.expand(*positions.shape[:-2], *input_ids.shape)
-    own = torch.split(features, counts)
-    later = [torch.split(rows, counts) for rows in entered.later]
-    nothing: list[Tensor | None] = [None] * len(counts)
-    looked = nothing if patches is None else torch.split(patches, counts)
-    return [
-        Sample(
-            input_ids[row, real],
-            own[row],
-            positions[..., row, real],
-            _own_mask(entered.mask, row, real),
-            tuple(rows[row] for rows in later),
-            looked[row],
-        )
-        for row, real in enumerate(attended)
-    ]
-
-
-def _by_hand(input_ids: Tensor, position_ids: Tensor | None) -> Entered:
-    """Positions alone, for a batch whose features are given or that has none."""
-    if position_ids is None:
-        position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-    return Entered(torch.empty(0), position_ids, None, [])
-
-
-def _own_mask(mask: Tensor | None, row: int, real: Tensor) -> Tensor | None:
-    """A sample's part of a batch's mask, None where it is causal. [n, n] bool."""
-    if mask is None:
-        return None
-    own = mask[min(row, len(mask) - 1), 0][real][:, real]
-    return None if torch.equal(own, torch.ones_like(own).tril()) else own
-
-
-@torch.no_grad()
 def prefill(
     model: PreTrainedModel,
     recipe: Recipe,
@@ -216,7 +104,7 @@ def prefill(
             not tell the patches that the recipe looks at.
     """
     decoder = Decoder(model)
-    visual = _is_visual(model, sample.input_ids)
+    visual = is_visual(model, sample.input_ids)
     cuts = _cuts(recipe, int(visual.sum()), len(decoder.layers))
     row = _first_row(model, recipe, sample, bool(cuts))
     kept, keys, values, scores, ranks = [], [], [], {}, {}
@@ -241,18 +129,18 @@ def prefill(
 
 def _first_row(
     model: PreTrainedModel, recipe: Recipe, sample: Sample, pruned: bool
-) -> _Row:
+) -> Row:
     """The whole sample, ahead of the first layer."""
-    visual = _is_visual(model, sample.input_ids)
+    visual = is_visual(model, sample.input_ids)
     hidden = _embed(model, sample)
     present = torch.arange(len(hidden), device=hidden.device)
     rating = raters(recipe, hidden, visual, _after_last(visual)) if pruned else visual
     patches = _patches(recipe, sample, visual) if pruned else hidden[:, :0]
     tokens = (hidden, present, visual, rating, sample.positions, patches)
-    return _Row(*tokens, sample.mask)
+    return Row(*tokens, sample.mask)
 
 
-def _with_later(row: _Row, features: Tensor, visual: Tensor) -> _Row:
+def _with_later(row: Row, features: Tensor, visual: Tensor) -> Row:
     """Features added to those visual tokens that are left: [v, h]."""
     added = row.hidden.new_zeros(len(visual), features.shape[1])
     added[visual] = features.to(added)
@@ -323,69 +211,14 @@ def generate(
     return tokens
 
 
-@dataclass(frozen=True, eq=False)
-class _Row:
-    """The tokens of one sample that are present.
-
-    Attributes:
-        hidden: The residual stream. [m, h]
-        present: Which tokens of the sample they are. [m]
-        visual: Which of them are visual. [m] bool
-        instruction: Which of them are the text that rates those. [m] bool
-        positions: Their rotary positions. [m]
-        patches: What the tower made of them, zeros for text. [m, 1 + w], or [m, 0]
-            where the recipe does not look at it.
-        mask: Which of them each may attend to, None for those ahead. [m, m] bool
-    """
-
-    hidden: Tensor
-    present: Tensor
-    visual: Tensor
-    instruction: Tensor
-    positions: Tensor
-    patches: Tensor
-    mask: Tensor | None
-
-    def heads(self) -> Heads:
-        """An attention to be filled in."""
-        count = len(self.hidden)
-        causal = torch.ones(count, count, dtype=torch.bool, device=self.hidden.device)
-        return Heads(causal.tril() if self.mask is None else self.mask)
-
-    def only(self, stay: Tensor) -> _Row:
-        """Some of the tokens: [m] bool."""
-        return _Row(
-            self.hidden[stay],
-            self.present[stay],
-            self.visual[stay],
-            self.instruction[stay],
-            self.positions[..., stay],
-            self.patches[stay],
-            None if self.mask is None else self.mask[stay][:, stay],
-        )
-
-
-@dataclass(frozen=True, eq=False)
-class _Rated:
-    """What a cut went by.
-
-    Attributes:
-        scores: Of the visual tokens. [v present]
-        rank: Of the attention, where the count follows it.
-    """
-
-    scores: Tensor
-    rank: int | None
-
-
 def _run_layer(
     decoder: Decoder,
     index: int,
-    row: _Row,
+    row: Row,
     recipe: Recipe,
     cut: Cut | None,
     staying: Tensor | None,
-) -> tuple[_Row, Heads, _Rated | None]:
+) -> tuple[Row, Heads, Rated | None]:
     """One layer, and its cut, at which those of ``staying`` stay, if it is given.
 
     Returns:
@@ -398,21 +231,21 @@ def _run_layer(
     after = decoder.run(index, row.hidden, tables, heads)
     seen = _seen(row, heads, tables)
     if cut is not None and site == "before_layer":
-        row, _, rated = _cut(recipe, cut, row, seen, staying)
+        row, _, rated = cut_row(recipe, cut, row, seen, staying)
         tables = decoder.tables(index, row.hidden, row.positions)
         heads = row.heads()
         after = decoder.run(index, row.hidden, tables, heads)
     if cut is not None and site == "after_attention":
-        row, stay, rated = _cut(recipe, cut, row, seen, staying)
+        row, stay, rated = cut_row(recipe, cut, row, seen, staying)
         after = after[stay]
     row = replace(row, hidden=after)
     if cut is not None and site == "after_layer":
         seen = replace(seen, hidden=row.hidden)
-        row, _, rated = _cut(recipe, cut, row, seen, staying)
+        row, _, rated = cut_row(recipe, cut, row, seen, staying)
     return row, heads, rated
 
 
-def _seen(row: _Row, heads: Heads, tables: tuple[Tensor, Tensor]) -> Seen:
+def _seen(row: Row, heads: Heads, tables: tuple[Tensor, Tensor]) -> Seen:
     return Seen(
         heads.query,
         heads.key,
@@ -425,95 +258,6 @@ def _seen(row: _Row, heads: Heads, tables: tuple[Tensor, Tensor]) -> Seen:
         heads.allowed,
         heads.probabilities,
     )
-
-
-def _cut(
-    recipe: Recipe, cut: Cut, row: _Row, seen: Seen, staying: Tensor | None
-) -> tuple[_Row, Tensor, _Rated]:
-    """Let the lowest rated visual tokens leave.
-
-    Returns:
-        Who is left, which of the tokens those are [m] bool, and what that went by.
-    """
-    scores, rank = rate(recipe, seen), None
-    if cut.by_rank is not None:
-        rank = attention_rank(seen)
-        drop = cut.by_rank.drop(rank, seen.count)
-        cut = cut.model_copy(update={"drop": drop})
-    if staying is None:
-        stay = _stay(scores, row.visual, cut.drop)
-    else:
-        stay = torch.isin(row.present, staying)
-    left = row.only(stay)
-    if recipe.recycle is not None and cut.drop:
-        left = _recycled(recipe.recycle, cut, row, left, scores)
-    if recipe.positions == "compacted":
-        positions = row.positions[..., : left.positions.shape[-1]]
-        left = replace(left, positions=positions)
-    return left, stay, _Rated(scores, rank)
-
-
-def _recycled(
-    recycle: Recycle, cut: Cut, before: _Row, left: _Row, scores: Tensor
-) -> _Row:
-    """The tokens left, and new ones made of dropped ones behind the last visual token.
-
-    A new token has the position of the visual token that stood last ahead of the cut,
-    and that one's patch.
-    """
-    if before.mask is not None:
-        raise PlanError(
-            "oracle",
-            expected="tokens that attend to those ahead of them, to make new ones",
-            found="images that attend to themselves both ways",
-            fix="Use a recipe without the field 'recycle'.",
-        )
-    chosen, clusters = recycle.counts(cut.drop)
-    places = before.visual.nonzero()[:, 0]
-    dropped = torch.argsort(scores, stable=True)[: cut.drop]
-    best_first = places[dropped.flip(0)[:chosen]]
-    if recycle.form == "contextual":
-        merged = best_first.sort().values
-        keys = before.patches[merged, 1:]
-        new = oracle_tower.merge(before.hidden[merged], keys, clusters)
-    else:
-        new = merge(before.hidden[best_first], clusters, paper=recycle.form == "paper")
-    last = int(places[-1])
-    # Where the new tokens go: behind all of those left that stood up to there.
-    stood = torch.arange(len(before.visual), device=places.device)
-    gone = torch.zeros_like(before.visual)
-    gone[places[dropped]] = True
-    at = int((stood[~gone] <= last).sum())
-    own = torch.full((clusters,), -1, device=places.device)
-    yes = torch.ones(clusters, dtype=torch.bool, device=places.device)
-    position = before.positions[..., last, None].expand(
-        *before.positions.shape[:-1], clusters
-    )
-    return _Row(
-        _insert(left.hidden, at, new),
-        _insert(left.present, at, own),
-        _insert(left.visual, at, yes),
-        _insert(left.instruction, at, ~yes),
-        torch.cat((left.positions[..., :at], position, left.positions[..., at:]), -1),
-        _insert(left.patches, at, before.patches[last].expand(clusters, -1)),
-        None,
-    )
-
-
-def _insert(values: Tensor, at: int, new: Tensor) -> Tensor:
-    return torch.cat((values[:at], new, values[at:]))
-
-
-def _stay(scores: Tensor, visual: Tensor, drop: int) -> Tensor:
-    """Who stays when the ``drop`` lowest leave; of equals the earlier leaves first.
-
-    Shapes: scores [v present], visual [m] bool -> [m] bool
-    """
-    lowest = torch.argsort(scores, stable=True)[:drop]
-    leaving = visual.nonzero()[:, 0][lowest]
-    stay = torch.ones_like(visual)
-    stay[leaving] = False
-    return stay
 
 
 def _after_last(visual: Tensor) -> Tensor:
@@ -555,16 +299,6 @@ def _check_cut(recipe: Recipe, layer: int, layers: int, drop: int, left: int) ->
         )
 
 
-def _check_features(features: int, placeholders: int) -> None:
-    if features != placeholders:
-        raise InputError(
-            "image features",
-            expected=f"one for each of the {placeholders} image tokens",
-            found=str(features),
-            fix="Put one image token into the prompt for each feature of its images.",
-        )
-
-
 def _patches(recipe: Recipe, sample: Sample, visual: Tensor) -> Tensor:
     """What the tower made of each token's patch, for a recipe that looks at it."""
     if not recipe.sees_tower:
@@ -581,23 +315,10 @@ def _patches(recipe: Recipe, sample: Sample, visual: Tensor) -> Tensor:
     return found
 
 
-def _is_visual(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Which tokens are placeholders of an image or a video."""
-    names = ("image_token_id", "video_token_id")
-    found = [getattr(model.config, name, None) for name in names]
-    placeholders = [token for token in found if token is not None]
-    return torch.isin(ids, torch.tensor(placeholders, device=ids.device))
-
-
-def _width(model: PreTrainedModel) -> int:
-    embeddings: Any = model.get_input_embeddings()
-    return int(embeddings.weight.shape[1])
-
-
 def _embed(model: PreTrainedModel, sample: Sample) -> Tensor:
     """Embeddings with the features in the visual tokens' places. [n] -> [n, h]."""
     hidden = Decoder(model).embed(sample.input_ids)
-    visual = _is_visual(model, sample.input_ids)
-    _check_features(len(sample.features), int(visual.sum()))
+    visual = is_visual(model, sample.input_ids)
+    check_features(len(sample.features), int(visual.sum()))
     hidden[visual] = sample.features.to(hidden)
     return hidden

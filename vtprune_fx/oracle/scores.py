@@ -34,7 +34,7 @@ class Seen:
         sin: Rotary sines. [m, d]
         visual: Which tokens are visual. [m] bool
         instruction: Which text rates them. [m] bool
-        patches: What the vision tower made of them, as ``oracle_tower`` tells it.
+        patches: What the vision tower made of them, as ``tower`` tells it.
             [m, 1 + w], or [m, 0] where the recipe does not look at it.
         allowed: Which tokens each may attend to. [m, m] bool
         probabilities: The layer's attention, rows are queries. [H, m, m] float32

@@ -1,0 +1,160 @@
+"""One prompt of the oracle, and a padded batch taken apart into such.
+
+Letters in shapes are those of ``pruner``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from vtprune_fx.errors import InputError
+from vtprune_fx.models.encoding import FEATURES
+from vtprune_fx.oracle import tower
+from vtprune_fx.oracle.decoder import Entered, enter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+_FROM_ZERO = torch.empty(0, dtype=torch.long)
+"""Stands for ``arange(n)`` where a sample is made without positions."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One prompt without padding.
+
+    Attributes:
+        input_ids: Token ids, a placeholder where a visual token stands. [n]
+        features: What stands in the visual tokens' places, in their order. [v, h]
+        positions: Rotary positions; 0, 1, 2, ... where none are given. [n]
+        mask: Which tokens each may attend to, None for those ahead of it. [n, n] bool
+        later: Features that the model adds behind its first layers. [v, h] each
+        patches: What the vision tower made of each visual token's patch, as
+            ``tower`` tells it, where that is known. [v, 1 + w]
+    """
+
+    input_ids: Tensor
+    features: Tensor
+    positions: Tensor = _FROM_ZERO
+    mask: Tensor | None = None
+    later: tuple[Tensor, ...] = ()
+    patches: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        """Fill in the default positions."""
+        if self.positions is _FROM_ZERO:
+            counted = torch.arange(len(self.input_ids), device=self.input_ids.device)
+            object.__setattr__(self, "positions", counted)
+
+
+@torch.no_grad()
+def split_batch(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    *,
+    features: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    **inputs: Any,
+) -> list[Sample]:
+    """Take a padded batch apart into samples.
+
+    Args:
+        model: Encodes images and videos.
+        input_ids: Token ids, padded on either side. [B, S]
+        attention_mask: 1 where a token stands, 0 where padding does. [B, S]
+        features: Of the whole batch, in the place of images. [v, h]
+        position_ids: Rotary positions, [B, S], [1, S] or [axes, B, S]. Without them
+            they are what the model's plain forward makes: most count from the start of
+            the padded row.
+        inputs: What else the processor returned: ``pixel_values``, ...
+
+    Returns:
+        One sample a row.
+
+    Raises:
+        InputError: There are more or fewer features than placeholders.
+    """
+    attended = attention_mask.bool()
+    visual = is_visual(model, input_ids) & attended
+    counts: list[int] = visual.sum(dim=1).tolist()
+    patches = None
+    pictures = ("pixel_values", "pixel_values_videos", FEATURES)
+    if any(inputs.get(name) is not None for name in pictures):
+        given = {"input_ids": input_ids, "attention_mask": attention_mask} | inputs
+        if position_ids is not None:
+            given["position_ids"] = position_ids
+        with tower.watched(model) as look:
+            entered = enter(model, **given)
+        features = entered.hidden[visual]
+        patches = look(len(features))
+    else:
+        entered = _by_hand(input_ids, position_ids)
+        if features is None:
+            features = torch.empty(0, _width(model), device=model.device)
+    check_features(len(features), sum(counts))
+    positions = entered.positions
+    positions = positions.expand(*positions.shape[:-2], *input_ids.shape)
+    own = torch.split(features, counts)
+    later = [torch.split(rows, counts) for rows in entered.later]
+    nothing: list[Tensor | None] = [None] * len(counts)
+    looked = nothing if patches is None else torch.split(patches, counts)
+    return [
+        Sample(
+            input_ids[row, real],
+            own[row],
+            positions[..., row, real],
+            _own_mask(entered.mask, row, real),
+            tuple(rows[row] for rows in later),
+            looked[row],
+        )
+        for row, real in enumerate(attended)
+    ]
+
+
+def _by_hand(input_ids: Tensor, position_ids: Tensor | None) -> Entered:
+    """Positions alone, for a batch whose features are given or that has none."""
+    if position_ids is None:
+        position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+    return Entered(torch.empty(0), position_ids, None, [])
+
+
+def _own_mask(mask: Tensor | None, row: int, real: Tensor) -> Tensor | None:
+    """A sample's part of a batch's mask, None where it is causal. [n, n] bool."""
+    if mask is None:
+        return None
+    own = mask[min(row, len(mask) - 1), 0][real][:, real]
+    return None if torch.equal(own, torch.ones_like(own).tril()) else own
+
+
+def check_features(features: int, placeholders: int) -> None:
+    """Refuse features that are not as many as placeholders.
+
+    Raises:
+        InputError: They are more or fewer.
+    """
+    if features != placeholders:
+        raise InputError(
+            "image features",
+            expected=f"one for each of the {placeholders} image tokens",
+            found=str(features),
+            fix="Put one image token into the prompt for each feature of its images.",
+        )
+
+
+def is_visual(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Which tokens are placeholders of an image or a video."""
+    names = ("image_token_id", "video_token_id")
+    found = [getattr(model.config, name, None) for name in names]
+    placeholders = [token for token in found if token is not None]
+    return torch.isin(ids, torch.tensor(placeholders, device=ids.device))
+
+
+def _width(model: PreTrainedModel) -> int:
+    embeddings: Any = model.get_input_embeddings()
+    return int(embeddings.weight.shape[1])
