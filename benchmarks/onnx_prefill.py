@@ -37,7 +37,7 @@ from benchmarks.presets import (
     prompt,
     realisation,
 )
-from vtprune_fx.capture import aten as capture
+from vtprune_fx.capture.aten import dynamic_shapes, images_as_one_sequence
 from vtprune_fx.export.to_onnx import OPSET, PrunedOnnxExporter, prefill_inputs
 from vtprune_fx.recipes.counting import Geometry, cost
 from vtprune_fx.recipes.default import default_recipe
@@ -103,9 +103,9 @@ def _export(
     model: PreTrainedModel, inputs: dict[str, Any], recipe: Recipe, path: Path
 ) -> None:
     """What ``export_onnx`` makes of a prompt with images; no decode graph."""
-    shapes = capture.dynamic_shapes(inputs)
+    shapes = dynamic_shapes(inputs)
     config = OnnxConfig(dynamic_shapes=shapes, opset_version=OPSET, optimize=False)
-    with capture.images_as_one_sequence(model):
+    with images_as_one_sequence(model):
         exporter = PrunedOnnxExporter(recipe)
         graph, _ = exporter.export_program(model, inputs, config)
     OnnxExporter.save_program(graph, path)

@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from vtprune_fx.graph.insert import Inserter, Stamp
-from vtprune_fx.selection import attention_rank as rank
-from vtprune_fx.selection import recycling
+from vtprune_fx.selection import attention_rank, recycling
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -22,8 +21,8 @@ _DOMAIN = "vtprune"
 def spell_rank(module: GraphModule) -> None:
     """Write the operators out in a graph, in place: the rank as a function's name."""
     spelled: dict[object, Callable[..., Tensor]] = {
-        rank.attention_rank: _named,
-        rank.merge: recycling.merge,
+        attention_rank.attention_rank: _named,
+        attention_rank.merge: recycling.merge,
     }
     graph, stamp = module.graph, Stamp("keep", -1)
     nodes = [node for node in graph.nodes if node.target in spelled]

@@ -31,8 +31,11 @@ from transformers.exporters import (
     OnnxExporter,
 )
 
-from vtprune_fx.capture import aten as capture
-from vtprune_fx.capture.aten import dynamic_shapes, images_as_one_sequence
+from vtprune_fx.capture.aten import (
+    dynamic_shapes,
+    example,
+    images_as_one_sequence,
+)
 from vtprune_fx.errors import ExportError, InputError
 from vtprune_fx.export.folder import check_free, write_export
 from vtprune_fx.export.manifest import Precision, versions
@@ -190,7 +193,7 @@ def export_onnx(
         AnatomyError: The model has no visual tokens, or no decoder that can be pruned.
         PlanError: The recipe does not fit the model.
     """
-    inputs = capture.example(inputs)
+    inputs = example(inputs)
     if options.prompt is not None:
         visual = (inputs["input_ids"] == model.config.image_token_id).sum(dim=1)
         _check_prompt(options.prompt, int(visual.max()))
@@ -202,8 +205,8 @@ def export_onnx(
             shapes = dynamic_shapes(inputs)
             prefill = _export(exporter, model, inputs, shapes, options)
         with ragged_attention(model):
-            example, shapes = _decode_example(model, inputs)
-            decode = _export(OnnxExporter(), model, example, shapes, options)
+            step, shapes = _decode_example(model, inputs)
+            decode = _export(OnnxExporter(), model, step, shapes, options)
     _fix_sizes(prefill.program.graph, options.batch, options.prompt)
     _fix_sizes(decode.program.graph, options.batch, None)
     components = {"prefill": prefill, "decode": decode}

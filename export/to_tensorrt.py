@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from transformers.exporters import ExportedComponent, ExportedModel
 
 from vtprune_fx.errors import ExportError
-from vtprune_fx.export import tensorrt_parse as preflight
+from vtprune_fx.export import tensorrt_parse
 from vtprune_fx.export.folder import check_free, write_export
 from vtprune_fx.export.manifest import versions
 from vtprune_fx.export.tensorrt_library import (
@@ -198,7 +198,7 @@ def build(
     )
     log().errors.clear()
     builder = library().Builder(log())
-    parsed = preflight.parse(builder, model, name)
+    parsed = tensorrt_parse.parse(builder, model, name)
     check_shapes(name, parsed.network, inputs, outputs)
     plan = _build(name, builder, parsed.network, inputs, capability)
     seconds = time.perf_counter() - start

@@ -61,7 +61,7 @@ from vtprune_fx.passes.insert_scores import (
 from vtprune_fx.passes.keep_sets import Insert
 from vtprune_fx.planning.plan import LiveValue, PlannedCut, PrunePlan
 from vtprune_fx.scorers.roles import VISUAL, padding_counts
-from vtprune_fx.selection import operators as choice
+from vtprune_fx.selection import operators
 from vtprune_fx.selection.per_sample import mask_without, own_places, roles_without
 from vtprune_fx.selection.recycling import hidden_from_each_other, hide
 
@@ -303,7 +303,7 @@ def _take_whole(
     turned = len(axes) == 1 and axes != (1,)
     if turned:
         value = insert(aten.transpose.int, value, 1, *axes)
-    taken = insert(choice.take, value, keep, [1] if turned else list(axes))
+    taken = insert(operators.take, value, keep, [1] if turned else list(axes))
     set_value(taken, value_at_full_length(taken), dropped_tokens(keep))
     if turned:
         taken = insert(aten.transpose.int, taken, 1, *axes)

@@ -59,10 +59,7 @@ from vtprune_fx.planning.plan import PlannedCut, PrunePlan
 from vtprune_fx.recipes.schema import Recipe
 from vtprune_fx.scorers.registry import rate_of, scorer
 from vtprune_fx.scorers.roles import marked, token_roles, visual_counts
-from vtprune_fx.selection import attention_rank as rank
-from vtprune_fx.selection import contextual as patches
-from vtprune_fx.selection import operators as choice
-from vtprune_fx.selection import recycling
+from vtprune_fx.selection import attention_rank, contextual, operators, recycling
 from vtprune_fx.selection.order import lowest_first
 from vtprune_fx.selection.per_sample import (
     front_keys,
@@ -164,7 +161,7 @@ class InsertScores(Pass):
         keep = inserter.call(
             anchor,
             Stamp("keep", layer),
-            choice.choose,
+            operators.choose,
             *(roles, cut.drop, recipe.score, json.dumps(recipe.scorer_options())),
             *(query, key, mask, *others),
             drop=cut.drop,
@@ -213,7 +210,7 @@ class InsertScores(Pass):
         heads = map(seen.node, (tower.query, tower.key, *self._plan.visual))
         insert = partial(inserter.trace, anchor, Stamp("score", -1))
         sizes = tower.scale, tower.leading
-        attended = insert(patches.class_attention, *heads, *sizes)
+        attended = insert(contextual.class_attention, *heads, *sizes)
         attended._rename(CLASS_ATTENTION)
         return attended
 
@@ -378,13 +375,15 @@ class _New:
         assert hidden is not None, "the edge of such a cut is the residual stream"
         if tower is not None:
             by = map(seen.node, (tower.key, *visual))
-            keys = self._trace(patches.mean_keys, *by, tower.leading)
-            return self._trace(patches.merge, hidden, keys, clustered, leaving.clusters)
+            keys = self._trace(contextual.mean_keys, *by, tower.leading)
+            return self._trace(
+                contextual.merge, hidden, keys, clustered, leaving.clusters
+            )
         of = (hidden, clustered, leaving.clusters, self._paper)
         if self._cut.rule is None:
             return self._trace(recycling.merge, *of)
-        merged = self._trace(rank.merge, *of)
-        return self._trace(rank.first, merged, leaving.new)
+        merged = self._trace(attention_rank.merge, *of)
+        return self._trace(attention_rank.first, merged, leaving.new)
 
     def insert(self, merged: Node, roles: Node, leaving: Leaving) -> None:
         """Insert the keep set that holds them."""

@@ -26,8 +26,7 @@ from vtprune_fx.graph.sizes import Count
 from vtprune_fx.graph.values import set_value, value_at_full_length
 from vtprune_fx.planning.plan import PlannedCut
 from vtprune_fx.recipes.schema import Recipe
-from vtprune_fx.selection import attention_rank as rank
-from vtprune_fx.selection import recycling
+from vtprune_fx.selection import attention_rank, recycling
 
 aten = torch.ops.aten
 
@@ -93,22 +92,24 @@ def by_rank(
     stamp = Stamp("keep", cut.attention.layer)
     call, trace = partial(inserter.call, anchor, stamp), partial(inserter.trace, anchor)
     roles = evidence[3]
-    attended = trace(stamp, rank.attended, *evidence)
-    found = call(rank.attention_rank, attended, roles)
-    counts = trace(stamp, rank.counts, found, roles, cut.rule, recipe.recycle)
+    attended = trace(stamp, attention_rank.attended, *evidence)
+    found = call(attention_rank.attention_rank, attended, roles)
+    counts = trace(stamp, attention_rank.counts, found, roles, cut.rule, recipe.recycle)
 
     def read(which: int, least: int, symbol: Count, of: Node | None = None) -> Node:
         scalar = call(aten.select.int, counts, 0, which)
         return inserter.read(anchor, stamp, scalar, least, symbol, of)
 
     # Two at least, since a size of 1 would broadcast.
-    stay = read(rank.STAY, 2, cut.drop, order)
-    staying = trace(stamp, rank.best, order, stay)
+    stay = read(attention_rank.STAY, 2, cut.drop, order)
+    staying = trace(stamp, attention_rank.best, order, stay)
     set_value(staying, value_at_full_length(order), cut.drop)
     if not cut.new:
         return Leaving(order, staying, None, 0, 0)
-    chosen = read(rank.CLUSTERED, 1, cut.clustered)
+    chosen = read(attention_rank.CLUSTERED, 1, cut.clustered)
     counted = (order, stay, chosen)
-    clustered = trace(stamp, rank.best_of_dropped, *counted)
-    clusters = read(rank.CLUSTERS, 1, cut.new)
-    return Leaving(order, staying, clustered, clusters, read(rank.NEW, 0, cut.new))
+    clustered = trace(stamp, attention_rank.best_of_dropped, *counted)
+    clusters = read(attention_rank.CLUSTERS, 1, cut.new)
+    return Leaving(
+        order, staying, clustered, clusters, read(attention_rank.NEW, 0, cut.new)
+    )

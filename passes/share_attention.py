@@ -25,7 +25,7 @@ from vtprune_fx.graph.values import set_value, value_at_full_length
 from vtprune_fx.passes.base import Pass
 from vtprune_fx.passes.insert_scores import KEEP_PREFIX
 from vtprune_fx.planning.plan import PrunePlan
-from vtprune_fx.selection import operators as choice
+from vtprune_fx.selection import operators
 
 aten = torch.ops.aten
 
@@ -62,7 +62,7 @@ class ShareAttention(Pass):
 def _can_share(attention: Node, chosen: Node) -> bool:
     if attention.target != aten.scaled_dot_product_attention.default:
         return False
-    if chosen.target != choice.choose:
+    if chosen.target != operators.choose:
         return False
     query, key, mask = chosen.args[4:7]
     if not isinstance(query, Node) or not isinstance(key, Node):
@@ -94,7 +94,7 @@ def _share(attention: Node, chosen: Node) -> None:
     graph = chosen.graph
     with graph.inserting_before(chosen):
         args = (attention.args[2], *chosen.args)
-        both = graph.call_function(choice.attend_and_choose, args)
+        both = graph.call_function(operators.attend_and_choose, args)
     both.meta = dict(chosen.meta)
     parts = (attention, chosen)
     # They have lost different numbers of tokens.

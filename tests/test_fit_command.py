@@ -23,8 +23,7 @@ from transformers import LlavaForConditionalGeneration
 from tests.test_cli_recipes import Run, io, run
 from tests.test_distributed import in_two_processes
 from vtprune_fx.errors import InputError, MissingDependencyError
-from vtprune_fx.fitting import attention_statistics as statistics
-from vtprune_fx.fitting import job as fitting
+from vtprune_fx.fitting import attention_statistics, job
 from vtprune_fx.fitting.by_latency import enough_time
 from vtprune_fx.fitting.calibration import Calibration, open_calibration
 from vtprune_fx.fitting.coalesce import coalesced, mean_kept
@@ -185,7 +184,7 @@ def test_recipes_are_timed_on_a_target(
         return one
 
     # So small a model may well be slower pruned: whatever it takes is taken.
-    monkeypatch.setattr(fitting, "enough_time", first)
+    monkeypatch.setattr(job, "enough_time", first)
     more = ("--budget", "0.2", "--latency", target, "--max-cuts", "2")
     status, out, err = run(*io, *command(root, tmp_path / "out", *more))
     assert status == 0, err
@@ -212,7 +211,7 @@ def test_a_second_budget_takes_the_statistics_that_are_there(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     [first] = fitted(root, tmp_path / "out", 0.3)
-    monkeypatch.setattr(fitting, "observe", None)  # the model does not run again
+    monkeypatch.setattr(job, "observe", None)  # the model does not run again
     [second] = fitted(root, tmp_path / "out", 0.4)
     file = tmp_path / "out" / STATISTICS
     [third] = fitted(root, tmp_path / "other", 0.3, statistics=file)
@@ -243,7 +242,7 @@ def test_a_run_that_was_cut_short_goes_on(
 
 def interrupted(monkeypatch: pytest.MonkeyPatch, batch: int) -> list[int]:
     """Stop the first run while it takes a batch; an entry for each that was begun."""
-    observe, calls = statistics.observe, list[int]()
+    observe, calls = attention_statistics.observe, list[int]()
 
     def dying(*arguments: Any) -> Any:
         calls.append(1)
@@ -251,7 +250,7 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, batch: int) -> list[int]:
             raise KeyboardInterrupt
         return observe(*arguments)
 
-    monkeypatch.setattr(fitting, "observe", dying)
+    monkeypatch.setattr(job, "observe", dying)
     return calls
 
 

@@ -28,7 +28,7 @@ from vtprune_fx.export.onnx_rank_functions import FUNCTIONS
 from vtprune_fx.planning.report import PruneReport
 from vtprune_fx.recipes.schema import Recipe, Recycle
 from vtprune_fx.scorers.roles import INSTRUCTION, VISUAL
-from vtprune_fx.selection import attention_rank as rank
+from vtprune_fx.selection import attention_rank
 
 RECIPES = {
     "code": by_rank({0: keep(2), 1: keep(1)}, 2, recycle={"tau": 0.5, "theta": 0.4}),
@@ -127,7 +127,7 @@ def test_a_batch_is_refused() -> None:
     with pytest.raises(
         InputError, match=r"batch: expected one sample.*found 2\..*calib"
     ):
-        rank.attention_rank(attended, roles)
+        attention_rank.attention_rank(attended, roles)
 
 
 @pytest.mark.parametrize("recycle", [None, (0.3, 0.1), (0.9, 0.5)])
@@ -143,12 +143,15 @@ def test_a_graph_counts_as_the_recipe_does(
         if found > visual:
             continue
         roles = torch.tensor([[0, *[VISUAL] * visual, INSTRUCTION, INSTRUCTION]])
-        counts = rank.counts(torch.tensor(found), roles, rule, how).tolist()
+        counts = attention_rank.counts(torch.tensor(found), roles, rule, how).tolist()
         dropped = rule.drop(found, visual)
         chosen, new = how.counts(dropped) if how else (0, 0)
-        assert counts[rank.STAY] == visual + 3 - dropped
-        assert counts[rank.CLUSTERED] == max(1, chosen)
-        assert (counts[rank.CLUSTERS], counts[rank.NEW]) == (max(1, new), new)
+        assert counts[attention_rank.STAY] == visual + 3 - dropped
+        assert counts[attention_rank.CLUSTERED] == max(1, chosen)
+        assert (counts[attention_rank.CLUSTERS], counts[attention_rank.NEW]) == (
+            max(1, new),
+            new,
+        )
 
 
 @pytest.mark.parametrize(
@@ -170,4 +173,4 @@ def test_onnx_finds_the_rank(raters: int, visual: int, of: int) -> None:
     [found] = session.run(None, {"attended": attended, "roles": roles})
     assert int(found) == of
     given = (torch.from_numpy(attended), torch.from_numpy(roles))
-    assert int(rank.attention_rank(*given)) == of
+    assert int(attention_rank.attention_rank(*given)) == of

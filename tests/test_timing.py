@@ -11,7 +11,7 @@ from torch._dynamo import config
 
 from tests.tiny import batch, recipe_for, tiny_llava
 from vtprune_fx import timing
-from vtprune_fx.generation import compile as generation
+from vtprune_fx.generation.compile import pruned, report_of
 from vtprune_fx.timing import running
 
 
@@ -19,7 +19,7 @@ def test_recipes_beyond_what_torch_recompiles_run_in_turn(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A function may be compiled once; three recipes follow beside a dense model."""
-    eager = functools.partial(generation.pruned, inner="eager")
+    eager = functools.partial(pruned, inner="eager")
     monkeypatch.setattr(timing, "pruned", eager)
     ours = tiny_llava(layers=2)
     whole = copy.deepcopy(ours)
@@ -32,9 +32,9 @@ def test_recipes_beyond_what_torch_recompiles_run_in_turn(
         with running(whole, processor, dense, "torch", inputs) as model:
             expected = model.generate(**run)
             for recipe in recipes:
-                with running(ours, processor, recipe, "torch", inputs) as pruned:
-                    pruned.generate(**run)
-                    report = generation.report_of(pruned)
+                with running(ours, processor, recipe, "torch", inputs) as shorter:
+                    shorter.generate(**run)
+                    report = report_of(shorter)
                 assert report is not None
                 assert report.visual_tokens == recipe.tokens_per_layer(16, 2)
                 assert model.generate(**run).equal(expected)

@@ -30,10 +30,10 @@ from tests.tiny import (
 from vtprune_fx import oracle
 from vtprune_fx.analysis.anatomy import read
 from vtprune_fx.errors import InputError, PlanError
-from vtprune_fx.generation.compile import _refuse_mixed_up
-from vtprune_fx.oracle import tower as oracle_tower
+from vtprune_fx.generation.forward import _refuse_mixed_up
+from vtprune_fx.oracle import tower
 from vtprune_fx.planning.place import place
-from vtprune_fx.selection import contextual as patches
+from vtprune_fx.selection import contextual
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule
@@ -83,9 +83,9 @@ def test_others_join_the_target_with_the_key_most_like_theirs(
     keys: list[list[int]], expected: list[list[float]]
 ) -> None:
     of_keys = tensor(keys).float()
-    found = patches.merge(HIDDEN[None], of_keys[None], CLUSTERED, 2)
+    found = contextual.merge(HIDDEN[None], of_keys[None], CLUSTERED, 2)
     torch.testing.assert_close(found, tensor([expected]).float())
-    plain = oracle_tower.merge(HIDDEN[LEAVING], of_keys[LEAVING], 2)
+    plain = tower.merge(HIDDEN[LEAVING], of_keys[LEAVING], 2)
     torch.testing.assert_close(plain, tensor(expected).float())
 
 
@@ -97,9 +97,9 @@ def looked_at(leading: int) -> tuple[Tensor, Tensor]:
     key = tensor([[0.0, 2.0, 3.0]]).log().clamp(min=0).expand(2, 3)[None, :, :, None]
     query = tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 0.0]])[None, :, :, None]
     visual = tensor([[False, True, True]] if leading else [[True, True, True]])
-    attended = patches.class_attention(query, key, visual, 1.0, leading)
+    attended = contextual.class_attention(query, key, visual, 1.0, leading)
     keys = key * tensor([1, 3])[:, None, None]
-    return attended, patches.mean_keys(keys, visual, leading)
+    return attended, contextual.mean_keys(keys, visual, leading)
 
 
 def test_the_class_tokens_attention_is_summed_over_heads() -> None:
