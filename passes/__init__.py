@@ -3,6 +3,8 @@
 if __name__ != "vtprune_fx.passes":
     raise ImportError("import vtprune_fx.passes: a bare `passes` makes second classes")
 
+from vtprune_fx.graph.insert import Inserter, Stamp
+from vtprune_fx.graph.values import set_value
 from vtprune_fx.passes.async_checks import AsyncChecks
 from vtprune_fx.passes.base import Form, Pass, PassResult
 from vtprune_fx.passes.check_tokens import CheckTokens
@@ -23,6 +25,7 @@ __all__ = [
     "Form",
     "GatherTokens",
     "InsertScores",
+    "Inserter",
     "OwnLengths",
     "Pass",
     "PassResult",
@@ -31,6 +34,8 @@ __all__ = [
     "RefreshValues",
     "ShareAttention",
     "ShiftKeys",
+    "Stamp",
     "Verifier",
     "default_pipeline",
+    "set_value",
 ]
