@@ -7,6 +7,18 @@ line prints the message alone and exits with status 1.
 
 from __future__ import annotations
 
+__all__ = [
+    "AnatomyError",
+    "CaptureError",
+    "ExportError",
+    "InputError",
+    "MissingDependencyError",
+    "PlanError",
+    "RecipeError",
+    "VerifyError",
+    "VtpruneError",
+]
+
 
 class VtpruneError(Exception):
     """Base class of all errors in this module.
