@@ -32,7 +32,7 @@ TABLE: dict[str, set[str]] = {
     "capture": {"errors", "graph", "models"},
     "reference": LEAVES | {"models"},
     "selection": {"errors", "ops", "recipes", "scorers"},
-    "planning": {"errors", "graph", "analysis", "recipes"},
+    "planning": {"errors", "graph", "models", "analysis", "recipes"},
     "oracle": {"errors", "models", "recipes", "scorers"},
     "passes": {
         *("errors", "graph", "ops", "scorers", "analysis", "recipes"),
