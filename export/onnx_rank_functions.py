@@ -53,7 +53,7 @@ def Positive(matrix: DOUBLE[...]) -> INT64:  # noqa: N802 - as ONNX names
 
 @script(Opset(_DOMAIN, 1), default_opset=op)
 def AttentionRank(attended: FLOAT[...], roles: INT64[...]) -> INT64:  # noqa: N802 - as ONNX names
-    """As ``rank.attention_rank``; visual tokens have role 1, raters 2."""
+    """As ``attention_rank.attention_rank``; visual tokens have role 1, raters 2."""
     kinds = op.Reshape(roles, op.Constant(value_ints=[-1]))
     pairs = op.Squeeze(attended, op.Constant(value_ints=[0]))
     rows = op.Compress(pairs, kinds == op.Constant(value_int=2), axis=0)

@@ -42,7 +42,8 @@ def export(model: PreTrainedModel, inputs: Mapping[str, Any]) -> ExportedProgram
 
     Raises:
         CaptureError: There are no ``input_ids``, or the model does not export.
-        InputError: Rotary positions depend on values (``decoding.check_rotary``).
+        InputError: Rotary positions depend on values
+            (``ragged_attention.check_rotary``).
     """
     check_rotary(model.config.get_text_config())
     with torch.no_grad():

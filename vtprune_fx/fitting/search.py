@@ -9,8 +9,8 @@ recipe is the mean over samples of how many that are, rounded down; layers behin
 one at which the budget is met drop nothing. The smallest alpha whose recipe meets the
 budget is found by bisection.
 
-What layers drop at a tolerance comes from a ``Trial``: ``statistics.Counts`` estimates
-it, ``exact.Trials`` recomputes attention on what is left.
+What layers drop at a tolerance comes from a ``Trial``: ``attention_statistics.Counts``
+estimates it, ``exact.Trials`` recomputes attention on what is left.
 """
 
 from __future__ import annotations

@@ -56,8 +56,8 @@ def compile(
         The model.
 
     Raises:
-        InputError: The model is compiled already, ``decoding.check_decoder`` refuses
-            it, or there is no such backend or mode.
+        InputError: The model is compiled already, ``ragged_attention.check_decoder``
+            refuses it, or there is no such backend or mode.
         RecipeError: The recipe cannot be loaded.
     """
     if isinstance(forward_of(model), PrunedForward):

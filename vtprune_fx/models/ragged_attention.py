@@ -46,9 +46,10 @@ def ragged_sdpa(
         key: [B, G, N, D].
         value: [B, G, N, D].
         attention_mask: [B, L, Q, M] with M >= N, a mask for each layer
-            (``cache.attention_mask``), or [B, 1, Q, M] for all, or None. One for all
-            may be longer than the keys: padding stands in front and, where all samples
-            have images, stays; the new tokens stand behind; what left stood between.
+            (``ragged_cache.attention_mask``), or [B, 1, Q, M] for all, or None. One for
+            all may be longer than the keys: padding stands in front and, where all
+            samples have images, stays; the new tokens stand behind; what left stood
+            between.
         kwargs: What transformers passes on (scaling, dropout, ...).
 
     Returns:

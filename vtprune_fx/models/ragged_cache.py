@@ -3,7 +3,8 @@
 A pruned prefill leaves each layer with keys of its own number, and each sample with
 padding of its own number in each layer: a prompt of text alone lost padding where
 others lost visual tokens. So every layer knows its padding, and one mask is made for
-all layers, ``attention_mask``, of which ``decoding.ragged_sdpa`` reads its layer's.
+all layers, ``attention_mask``, of which ``ragged_attention.ragged_sdpa`` reads its
+layer's.
 """
 
 from __future__ import annotations

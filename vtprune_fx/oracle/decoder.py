@@ -91,7 +91,7 @@ class Decoder:
 
     Raises:
         PlanError: It does not have what transformers' decoders have.
-        InputError: ``decoding.check_decoder`` refuses it.
+        InputError: ``ragged_attention.check_decoder`` refuses it.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:

@@ -74,7 +74,7 @@ def rate(recipe: Recipe, seen: Seen) -> Tensor:
 
 
 def _roles(visual: Tensor, instruction: Tensor) -> Tensor:
-    """[n] int64, as ``scoring`` numbers them."""
+    """[n] int64, as ``selection`` numbers them."""
     roles = torch.full_like(visual, CONTEXT, dtype=torch.long)
     roles[visual], roles[instruction] = VISUAL, INSTRUCTION
     return roles

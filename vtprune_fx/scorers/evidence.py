@@ -26,7 +26,7 @@ class Evidence(NamedTuple):
         key: [B, G, S, D], rotated; G divides H.
         mask: What the layer's own attention got: [B or 1, 1, S, S], bool (True attends)
             or float (added to logits), or None for a plain causal mask.
-        roles: [B, S] int64, as ``scoring.token_roles`` gives them.
+        roles: [B, S] int64, as ``roles.token_roles`` gives them.
         scale: What the layer's attention multiplies its logits by.
         hidden: [B, S, E], the residual stream where it is cut: behind the layer at
             ``after_layer``, else ahead of it. None where the graph does not show it.
@@ -34,8 +34,8 @@ class Evidence(NamedTuple):
             graph does not show it.
         sin: As ``cos``.
         class_attention: [B, S] float32, what a visual token's patch gets of the vision
-            tower's attention (``patches.class_attention``), for scorers that say they
-            look at it (``Scorer.tower``); else None.
+            tower's attention (``contextual.class_attention``), for scorers that say
+            they look at it (``Scorer.tower``); else None.
         receive: Computes what tokens get of the attention, as ``received.received``.
     """
 

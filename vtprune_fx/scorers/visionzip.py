@@ -1,6 +1,6 @@
 """VisionZip's score (arXiv:2412.04467): what the vision tower's class token looks at.
 
-``patches.class_attention`` has the formula.
+``contextual.class_attention`` has the formula.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a cut does on tensors: roles, the order of leaving, and who stays.
+"""What a cut does on tensors: the order in which tokens are dropped.
 
 Plain PyTorch, traced into graphs by the passes. Nothing here depends on data for a
 shape: no ``nonzero``, no boolean indexing, no ``.item()``. How tokens are rated is in
