@@ -98,8 +98,14 @@ def test_a_checkout_without_links_says_what_to_do(tmp_path: Path, lost: str) -> 
     copied(listed(["vtprune_fx"]), tmp_path)
     if lost == "a file":  # what git writes where it may not write links
         (tmp_path / "vtprune_fx" / "passes").write_text("../passes")
-    # Without site-packages: no installed package stands in.
-    command = [sys.executable, "-S", "-c", "import vtprune_fx"]
+    # No installed package stands in for what is lost.
+    script = (
+        "import sys\n"
+        "finders = [f for f in sys.meta_path if '_Editable' not in str(f)]\n"
+        "sys.meta_path[:] = finders\n"
+        "import vtprune_fx"
+    )
+    command = [sys.executable, "-c", script]
     done = subprocess.run(
         command, cwd=tmp_path, capture_output=True, text=True, check=False
     )
