@@ -31,6 +31,7 @@ from tests.zoo import (
     tiny,
 )
 from vtprune_fx import oracle
+from vtprune_fx.arguments import cache_of
 from vtprune_fx.errors import VtpruneError
 from vtprune_fx.export import export_onnx, prefill_inputs
 from vtprune_fx.export.profile import Sizes, Span
@@ -88,7 +89,7 @@ def prefill(name: str) -> str:
     with torch.no_grad():
         found: Any = vtprune_fx.compile(model, recipe)(**inputs)
     torch.testing.assert_close(found.logits[0], expected.logits, atol=1e-4, rtol=0)
-    held = [layer.held() for layer in found.past_key_values.layers]
+    held = [layer.held() for layer in cache_of(found).layers]
     assert held == [keys.shape[1] for keys in expected.keys], "tokens that layers hold"
     return "yes"
 

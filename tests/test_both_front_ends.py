@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.tiny import (
+    CACHE,
     IMAGE,
     Compiled,
     Inner,
@@ -30,6 +31,7 @@ from tests.tiny import (
 from vtprune_fx import backend, oracle
 from vtprune_fx.anatomy import read
 from vtprune_fx.api import PrunedProgram, prune
+from vtprune_fx.arguments import cache_of
 from vtprune_fx.capture import lower
 from vtprune_fx.decoding import mark_dynamic
 from vtprune_fx.graph import STAMP, value_at_full_length
@@ -237,7 +239,7 @@ def test_text_alone_and_decode_steps_go_to_the_inner_backend_as_they_are(
     with torch.no_grad():
         torch.testing.assert_close(outputs.logits, model(**text).logits)
     step = {"input_ids": torch.tensor([[5]])}
-    stepped = compiled(**step, past_key_values=outputs.past_key_values)
+    stepped = compiled(**step, **{CACHE: cache_of(outputs)})
     assert compiled.recorded.graphs == given
     assert len(given) == 2
     longer = torch.cat([text["input_ids"], step["input_ids"]], dim=1)

@@ -22,6 +22,7 @@ from tests.tiny import (
 )
 from vtprune_fx import backend, oracle
 from vtprune_fx.api import prune
+from vtprune_fx.arguments import cache_of
 from vtprune_fx.graph import (
     SHORTER,
     STAMP,
@@ -499,7 +500,7 @@ def test_every_form_of_a_cut_gives_the_same(form: Form) -> None:
         ours, expected = (each.module()(**inputs) for each in (program, plain))
     torch.testing.assert_close(ours.logits, expected.logits, atol=1e-5, rtol=0)
     for layer, other in zip(
-        ours.past_key_values.layers, expected.past_key_values.layers, strict=True
+        cache_of(ours).layers, cache_of(expected).layers, strict=True
     ):
         torch.testing.assert_close(layer.keys, other.keys, atol=1e-5, rtol=0)
 

@@ -14,6 +14,7 @@ from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from transformers import (
     AutoConfig,
     CLIPVisionConfig,
+    GenerationMixin,
     LlavaConfig,
     LlavaForConditionalGeneration,
 )
@@ -21,6 +22,7 @@ from transformers import (
 from vtprune_fx import oracle
 from vtprune_fx.anatomy import read
 from vtprune_fx.api import KeepRecorder
+from vtprune_fx.arguments import PAST, cache_argument, cache_of
 from vtprune_fx.backend import vtprune_backend
 from vtprune_fx.capture import export
 from vtprune_fx.decoding import mark_dynamic
@@ -39,6 +41,9 @@ IMAGE, PAD = 99, 0
 """Image and padding token of the tiny models."""
 PATCH = 14
 VOCABULARY = 100
+
+CACHE = cache_argument(GenerationMixin.prepare_inputs_for_generation) or PAST
+"""What the installed transformers calls the argument that takes a cache."""
 
 Inputs = dict[str, Tensor]
 KeepSets = dict[int, Tensor]
@@ -181,7 +186,7 @@ def recipe_for(
 
 def cache_lengths(outputs: Any) -> list[int]:
     """Length of each layer's key cache; values must be as long."""
-    layers = outputs.past_key_values.layers
+    layers = cache_of(outputs).layers
     assert all(layer.keys.shape == layer.values.shape for layer in layers)
     return [layer.keys.shape[2] for layer in layers]
 
