@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from vtprune_fx.bounds import warn_if_untested
+
 if TYPE_CHECKING:
     from vtprune_fx.api import PrunedProgram, explain, prune
     from vtprune_fx.backend import vtprune_backend
@@ -57,3 +59,6 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"vtprune_fx.{_HOMES[name]}"), name)
+
+
+warn_if_untested()
