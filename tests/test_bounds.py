@@ -128,3 +128,5 @@ def test_the_lanes_stand_at_the_bounds(lane: str, operator: str) -> None:
         expected = f"{major}.{minor}" if lane == "lowest" else f"{major}.{minor - 1}"
         assert pins[need.name].startswith(f"{expected}."), need.name
         assert need.specifier.contains(pins[need.name])
+    page = (ROOT / "docs" / "getting-started.md").read_text(encoding="utf-8")
+    assert f"| {lane} | 3.11 | {pins['torch']} | {pins['transformers']} |" in page
