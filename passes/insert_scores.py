@@ -44,7 +44,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from vtprune_fx import choice, patches, rank, recycling
-from vtprune_fx.errors import PlanError, VtpruneError
+from vtprune_fx.errors import PlanError, VtpruneError, first_sentence
 from vtprune_fx.graph import Inserter, Stamp, set_value, value_at_full_length
 from vtprune_fx.passes.base import Form, Pass
 from vtprune_fx.passes.leaving import (
@@ -281,7 +281,7 @@ def _traced(
         raise PlanError(
             f"scorer {score!r}",
             expected="a traceable function of the tensors it is given",
-            found=(str(error) or type(error).__name__).splitlines()[0],
+            found=first_sentence(error),
             fix="Let no shape and no branch depend on values, and make no tensor of "
             "numbers.",
         ) from error

@@ -9,6 +9,9 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from vtprune_fx.bounds import warn_if_untested
+from vtprune_fx.optional import lacking
+
 if TYPE_CHECKING:
     from vtprune_fx.api import PrunedProgram, explain, prune
     from vtprune_fx.backend import vtprune_backend
@@ -56,4 +59,13 @@ def __getattr__(name: str) -> Any:
     """Import on first use: the command line must not wait for torch to print help."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"vtprune_fx.{_HOMES[name]}"), name)
+    try:
+        home = importlib.import_module(f"vtprune_fx.{_HOMES[name]}")
+    except ImportError as error:
+        if missing := lacking(error, "importing transformers", "the installed torch"):
+            raise missing from error
+        raise
+    return getattr(home, name)
+
+
+warn_if_untested()

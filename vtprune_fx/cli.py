@@ -13,7 +13,7 @@ import shlex
 import sys
 from pathlib import Path
 from statistics import fmean, median
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -24,6 +24,7 @@ from vtprune_fx import recipe as recipes_module
 from vtprune_fx.cost import LLAVA_1_5_7B, Geometry, cost
 from vtprune_fx.errors import VtpruneError
 from vtprune_fx.methods import METHODS
+from vtprune_fx.optional import lacking
 from vtprune_fx.reference import CHECKPOINT
 
 if TYPE_CHECKING:
@@ -69,8 +70,17 @@ def main() -> None:
     try:
         app(prog_name="vtprune")
     except VtpruneError as error:
-        typer.echo(f"vtprune: {error}", err=True)
-        sys.exit(1)
+        _fail(error)
+    except ImportError as error:
+        missing = lacking(error, "importing transformers", "the installed torch")
+        if missing is None:
+            raise
+        _fail(missing)
+
+
+def _fail(error: VtpruneError) -> NoReturn:
+    typer.echo(f"vtprune: {error}", err=True)
+    sys.exit(1)
 
 
 @recipes_app.callback()

@@ -38,7 +38,7 @@ from vtprune_fx.coalesce import attention_kept, coalesced, mean_kept
 from vtprune_fx.collect import PARTS, STATISTICS, collect, origin, own_batches
 from vtprune_fx.cost import Geometry, Work, cost
 from vtprune_fx.curve import require_plots
-from vtprune_fx.errors import InputError
+from vtprune_fx.errors import InputError, first_sentence
 from vtprune_fx.exact import Trials
 from vtprune_fx.export import require_onnxruntime
 from vtprune_fx.fit import Account, Found, Prompts, Trial, check_budget, search
@@ -173,7 +173,7 @@ def _device(name: str | None) -> torch.device:
         raise InputError(
             f"device {named!r}",
             expected="a device of torch that this machine has",
-            found=str(error).splitlines()[0],
+            found=first_sentence(error),
             fix="Name cpu, or leave it out.",
         ) from error
 

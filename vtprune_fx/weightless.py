@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vtprune_fx.encoding import FEATURES
-from vtprune_fx.errors import InputError
+from vtprune_fx.errors import InputError, first_sentence
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -56,7 +56,7 @@ def load_config(source: str | Path) -> PreTrainedConfig:
             f"--config {source}",
             expected="a model folder or a config.json of transformers, or one of "
             f"{', '.join(config_names())}",
-            found=str(error).splitlines()[0],
+            found=first_sentence(error),
             fix="Pass a folder that save_pretrained() wrote.",
         ) from error
 
