@@ -75,6 +75,7 @@ def exported() -> PrunedProgram:
     return prune(model, batch(model, (3, 6)), RECIPE)
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("case", list(PROMPTS))
 def test_exported_program_is_the_oracle(exported: PrunedProgram, case: str) -> None:
     model = tiny_llava()
@@ -156,6 +157,7 @@ def test_one_compiled_graph_serves_every_prompt_of_one_sample() -> None:
     assert_static(compiled.recorded.graphs[0])
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("positions", [False, True])
 def test_compiled_batch_is_the_oracle(positions: bool) -> None:
     """Rotary tables are shared by all samples, or one per sample with positions."""
@@ -217,6 +219,7 @@ def _heads(node: Node) -> int:
     return heads
 
 
+@pytest.mark.compat
 def test_text_alone_and_decode_steps_go_to_the_inner_backend_as_they_are(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -315,6 +318,7 @@ def _run(program: ExportedProgram, inputs: Inputs) -> Any:
         return program.module()(**inputs)
 
 
+@pytest.mark.compat
 def test_exported_keep_all_is_bit_equal() -> None:
     inputs = batch(tiny_llava(layers=2), (5, 9), (2, 4), seed=1)
     kept_all = prune(exported_program(), recipe=KEEP_ALL)
@@ -324,6 +328,7 @@ def test_exported_keep_all_is_bit_equal() -> None:
     assert cache_lengths(ours) == cache_lengths(plain)
 
 
+@pytest.mark.compat
 def test_compiled_keep_all_is_bit_equal() -> None:
     model = tiny_llava(layers=2)
     inputs = batch(model, (5, 9), (2, 4), seed=1)

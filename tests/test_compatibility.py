@@ -107,7 +107,7 @@ def test_a_compiled_model_refuses_what_it_does_not_know() -> None:
     model = pruning_model()
     inputs = batch(model, (3, 6))
     try:
-        with pytest.raises(InputError, match="atention_mask: .* mean attention_mask"):
+        with pytest.raises(InputError, match=r"atention_mask: .* mean attention_mask"):
             model(inputs["input_ids"], atention_mask=inputs["attention_mask"])
         with torch.no_grad():
             kept = model(**inputs).logits.shape[1]
@@ -120,7 +120,7 @@ def test_a_program_refuses_what_it_does_not_know() -> None:
     model = tiny_llava(layers=2)
     inputs: dict[str, Tensor] = batch(model, (3, 6))
     pruned = vtprune_fx.prune(model, inputs, recipe_for(2, {0: 3}))
-    with pytest.raises(InputError, match="pixel_value: .* mean pixel_values"):
+    with pytest.raises(InputError, match=r"pixel_value: .* mean pixel_values"):
         pruned(**inputs, pixel_value=inputs["pixel_values"])
     with pytest.raises(InputError, match="found no pixel_values"):
         pruned.keep_sets(**{n: v for n, v in inputs.items() if n != "pixel_values"})
@@ -149,7 +149,7 @@ def test_an_export_refuses_what_it_does_not_know_or_give(
 
 
 def test_a_folder_of_another_release_runs(onnx_folder: Path, tmp_path: Path) -> None:
-    """What it says about classes of outputs is not read: here, one that is not there."""
+    """What it says about classes of outputs is not read, here of one that is not."""
     folder = shutil.copytree(onnx_folder, tmp_path / "onnx")
     described = json.loads((folder / "export.json").read_text(encoding="utf-8"))
     for component in described["components"].values():

@@ -13,6 +13,8 @@ from vtprune_fx import explain, prune
 from vtprune_fx.arguments import PAST, cache_of
 from vtprune_fx.errors import PlanError
 
+pytestmark = pytest.mark.compat
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 

@@ -95,6 +95,7 @@ def split(model: LlavaForConditionalGeneration, inputs: Inputs) -> list[oracle.S
 # ------------------------------------------------------------------------- greedy
 
 
+@pytest.mark.compat
 @shares_graphs
 @pytest.mark.parametrize("case", list(PROMPTS))
 def test_generate_is_the_oracle(shared: Any, case: str) -> None:
@@ -132,6 +133,7 @@ def test_cache_is_as_large_as_predicted(shared: Any, case: str) -> None:
 # ------------------------------------------------------------- other ways to generate
 
 
+@pytest.mark.compat
 @shares_graphs
 def test_a_static_cache_has_room_for_what_is_left_and_the_new_tokens(
     shared: Any,
@@ -214,6 +216,7 @@ def test_prompt_lookup_is_greedy(model: LlavaForConditionalGeneration) -> None:
     assert found.tolist() == expected
 
 
+@pytest.mark.compat
 @shares_graphs
 def test_a_draft_model_changes_nothing(shared: Any) -> None:
     torch.manual_seed(0)
@@ -248,6 +251,7 @@ def test_streaming_tells_the_same_tokens(shared: Any) -> None:
 # -------------------------------------------------------------------------- turns
 
 
+@pytest.mark.compat
 @shares_graphs
 @pytest.mark.parametrize("own", [True, False], ids=["own cache", "returned cache"])
 def test_a_second_turn_goes_on_from_the_first(shared: Any, own: bool) -> None:

@@ -16,6 +16,8 @@ from tests.tiny import CACHE, Compiled, Inner, cache_lengths
 from vtprune_fx.arguments import cache_of
 from vtprune_fx.decoding import use_ragged_attention
 
+pytestmark = pytest.mark.compat
+
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration
 

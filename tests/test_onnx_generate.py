@@ -30,6 +30,8 @@ from vtprune_fx.export import load, write_onnx
 from vtprune_fx.inputs import open_checkpoint
 from vtprune_fx.recipe import Recipe
 
+pytestmark = pytest.mark.compat
+
 TEXT = torch.tensor([[0, 0, 1, 40, 41, 42], [1, 50, 51, 52, 53, 54]])
 """Two prompts of text, the first padded with two tokens."""
 

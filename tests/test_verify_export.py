@@ -53,6 +53,7 @@ def test_a_good_export_passes(onnx_folder: Path) -> None:
     assert len(chosen) == 2 * 8
 
 
+@pytest.mark.compat
 def test_the_command_prints_a_table_and_returns_0(onnx_folder: Path) -> None:
     run = CliRunner().invoke(app, ["verify", str(onnx_folder)])
     assert run.exit_code == 0, run.output
