@@ -59,6 +59,7 @@ from benchmarks.presets import (
 )
 from vtprune_fx import oracle
 from vtprune_fx.backend import vtprune_backend
+from vtprune_fx.models.arguments import cache_of
 from vtprune_fx.planning.report import PruneReport
 from vtprune_fx.recipes.counting import Geometry, Work, cost
 from vtprune_fx.recipes.default import default_recipe
@@ -185,7 +186,7 @@ class Bench:
         if reports:
             records = reports[0].passes
             own.pass_seconds = sum(r.seconds + r.verify_seconds for r in records)
-        self._note_cache(own, outputs.past_key_values, recipe)
+        self._note_cache(own, cache_of(outputs), recipe)
 
     def add_engine(self, name: str, recipe: Recipe | None) -> None:
         """Build a TensorRT engine with a recipe, or of the model as it came."""

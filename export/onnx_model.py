@@ -5,24 +5,37 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel
-from transformers.exporters import ExportedModel, ExportMetadata, OnnxExporter
+from transformers import (
+    AutoConfig,
+    Cache,
+    DynamicCache,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedModel,
+)
+from transformers.exporters import ExportMetadata, OnnxExporter
+from transformers.exporters.runners.base import ModelRunner
 from transformers.exporters.runners.runner_onnx import OnnxModelRunner
 
 from vtprune_fx.errors import ExportError, InputError, MissingDependencyError
 from vtprune_fx.export import manifest
+from vtprune_fx.export.graph_outputs import (
+    KEEP_SETS,
+    bare_metadata,
+    causal_output_of,
+    keep_sets_of,
+)
 from vtprune_fx.export.manifest import Manifest
+from vtprune_fx.export.trust import COMPONENTS
+from vtprune_fx.models.arguments import CACHE_NAMES, PAST, given_cache, refuse_unknown
 from vtprune_fx.planning.report import in_prompt
 from vtprune_fx.selection.attention_rank import check_alone
-
-KEEP_SETS = "keep_sets."
-"""Name of a keep set's value in a prefill graph, ahead of its layer's number."""
 
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 """ONNX Runtime's option for graphs that do not come from a file."""
@@ -52,26 +65,28 @@ class OnnxModel(PreTrainedModel, GenerationMixin):
     It has no torch weights; torch tensors are what goes in and comes out.
 
     Args:
-        exported: The graphs ``prefill`` and ``decode``.
-        contents: The folder's manifest.
+        folder: A folder that was found whole and safe.
+        contents: Its manifest.
+        runners: What runs the graphs ``prefill`` and ``decode``.
     """
 
     main_input_name = "input_ids"
     _supports_sdpa = True
 
-    def __init__(self, exported: ExportedModel, contents: Manifest) -> None:
-        assert exported.config is not None, "load() checks it"
-        assert exported.generation_config is not None, "load() checks it"
-        super().__init__(exported.config)
-        self.generation_config = exported.generation_config
+    def __init__(
+        self, folder: Path, contents: Manifest, runners: Mapping[str, ModelRunner]
+    ) -> None:
+        super().__init__(
+            AutoConfig.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
+        )
+        self.generation_config = GenerationConfig.from_pretrained(
+            folder, local_files_only=True
+        )
         self.manifest = contents
-        self._exported = exported
-        self._prompts = self._prompt_runner(exported.runners.pop("prefill"))
-
-    @staticmethod
-    def _prompt_runner(runner: Any) -> Any:
-        """What runs prompts, and may have noted their keep sets."""
-        return _Prefill(runner.metadata, runner.session)
+        self._prompts: Any = runners["prefill"]
+        self._steps: Any = runners["decode"]
 
     def show_keep_sets(self, folder: Path) -> None:
         """Make keep sets outputs of a prefill that was exported without ``keep_sets``.
@@ -98,10 +113,9 @@ class OnnxModel(PreTrainedModel, GenerationMixin):
         del program.meta["path"]
         options = session_options()
         options.add_session_config_entry(_WEIGHTS_FOLDER, str(folder.resolve()))
-        runner: Any = _Prefill.from_program(
+        self._prompts = OnnxGraph.from_program(
             program, self._prompts.metadata, self.device, session_options=options
         )
-        self._prompts = runner
 
     @property
     def keep_sets(self) -> dict[int, Tensor]:
@@ -110,26 +124,28 @@ class OnnxModel(PreTrainedModel, GenerationMixin):
         For each layer with a cut, [B, K]: positions in the prompt as it came, -1 for
         tokens made of dropped ones.
         """
-        return in_prompt(getattr(self._prompts, "keep_sets", {}))
+        return in_prompt(self._prompts.keep_sets)
 
     @property
     def device(self) -> torch.device:
         """Where the graphs run."""
-        return self._exported.device
+        device: torch.device = self._steps.device
+        return device
 
     @property
     def dtype(self) -> torch.dtype:
         """The precision the graphs were exported in."""
-        return self._exported.dtype
+        dtype: torch.dtype = getattr(torch, self.manifest.precision)
+        return dtype
 
     def forward(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: DynamicCache | None = None,
+        past_key_values: Cache | None = None,
         pixel_values: Tensor | None = None,
-        **_: object,
+        **options: Any,
     ) -> Any:
         """Run one step: a prompt with images, or what follows.
 
@@ -139,17 +155,22 @@ class OnnxModel(PreTrainedModel, GenerationMixin):
             position_ids: [B, S]; counted from the mask if left out.
             past_key_values: The ragged cache, or an empty one.
             pixel_values: [I, 3, H, W], all images of the batch, of any float type.
+            options: ``cache``, another name of ``past_key_values``, and options that
+                ``generate`` passes, if they ask for what a graph gives.
 
         Returns:
-            The model's output: logits [B, tokens left, vocabulary], and the cache.
+            The model's output: logits [B, tokens kept, vocabulary], and the cache.
 
         Raises:
             InputError: A sample holds fewer visual tokens than the cuts take, a prompt
                 with an image follows another, a second prompt follows one that was cut
-                ahead of the first layer, or the export takes other sizes.
+                before the first layer, the export takes other sizes, or an argument
+                is unknown or asks for what a graph does not give.
         """
+        _check_options(options)
+        cache = given_cache({PAST: past_key_values} | options)
         self._check_sizes(input_ids, pixel_values)
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        past = int(cache.get_seq_length()) if cache is not None else 0
         if attention_mask is None:
             samples, new = input_ids.shape
             attention_mask = input_ids.new_ones(samples, past + new)
@@ -157,9 +178,7 @@ class OnnxModel(PreTrainedModel, GenerationMixin):
             positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
             position_ids = positions[:, -input_ids.shape[1] :]
         if pixel_values is None:
-            return self._decode(
-                input_ids, attention_mask, position_ids, past_key_values
-            )
+            return self._decode(input_ids, attention_mask, position_ids, cache)
         if past:
             raise InputError(
                 "pixel_values",
@@ -180,7 +199,7 @@ class OnnxModel(PreTrainedModel, GenerationMixin):
         input_ids: Tensor,
         attention_mask: Tensor,
         position_ids: Tensor,
-        cache: DynamicCache | None,
+        cache: Cache | None,
     ) -> Any:
         """What is not pruned: a step, a further turn, a prompt of text alone."""
         if (
@@ -195,7 +214,7 @@ class OnnxModel(PreTrainedModel, GenerationMixin):
                 "the first layer: the cache does not tell how long it was",
                 fix="Start from an empty cache, with the whole conversation.",
             )
-        return self._exported.runners["decode"](
+        return self._steps(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -249,28 +268,61 @@ class OnnxModel(PreTrainedModel, GenerationMixin):
             )
 
 
-class _Prefill(OnnxModelRunner):
-    """Runs the prefill, and notes what it tells ahead of the model's own outputs.
+class OnnxGraph(OnnxModelRunner):
+    """Runs one graph.
 
     Attributes:
-        keep_sets: For each layer with a cut, [B, K]: positions among what was left.
+        keep_sets: For each layer with a cut, [B, K]: positions among what was left, if
+            the graph returns them.
     """
 
     def __init__(self, metadata: ExportMetadata, session: Any) -> None:
         super().__init__(metadata, session)
-        names = [output.name for output in session.get_outputs()]
-        self._told = [n for n in names if n.startswith(KEEP_SETS)]
+        self._outputs = [str(output.name) for output in session.get_outputs()]
         self.keep_sets: dict[int, Tensor] = {}
 
     def unflatten(self, outputs: list[Any]) -> Any:
         """The model's output; keep sets are noted."""
-        told = zip(self._told, outputs, strict=False)
-        self.keep_sets = {int(n.removeprefix(KEEP_SETS)): kept for n, kept in told}
-        return super().unflatten(outputs)
+        values = dict(zip(self._outputs, outputs, strict=True))
+        self.keep_sets = keep_sets_of(values)
+        return causal_output_of(values)
 
 
-def _filled(cache: DynamicCache | None) -> bool:
-    return cache is not None and cache.get_seq_length() > 0
+_OPTIONS: dict[str, tuple[object, ...]] = {
+    "use_cache": (None, True),
+    "return_dict": (None, True),
+    "output_attentions": (None, False),
+    "output_hidden_states": (None, False),
+    "labels": (None,),
+    "inputs_embeds": (None,),
+    "logits_to_keep": (None, 0),
+}
+"""Options of ``forward`` that ``generate`` or a caller may pass, and what a graph can
+honour of each."""
+
+_ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "pixel_values")
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    """Refuse options that are unknown, or that no graph honours.
+
+    Raises:
+        InputError: There is one.
+    """
+    refuse_unknown(options, {*_ARGUMENTS, *CACHE_NAMES, *_OPTIONS})
+    for name, value in options.items():
+        if name in _OPTIONS and not any(value is fine for fine in _OPTIONS[name]):
+            raise InputError(
+                f"argument {name}",
+                expected=" or ".join(map(str, _OPTIONS[name])),
+                found="a tensor" if isinstance(value, Tensor) else str(value),
+                fix="A graph gives logits of all kept tokens and the cache. Run the "
+                "original model for anything else.",
+            )
+
+
+def _filled(cache: Cache | None) -> bool:
+    return cache is not None and int(cache.get_seq_length()) > 0
 
 
 def session_options() -> Any:
@@ -301,21 +353,30 @@ def open_onnx(folder: Path, contents: Manifest, device: str | None) -> OnnxModel
     check_graphs(folder)
     _check_offered(device)
     with refusing_operators(contents.precision):
-        exported = ExportedModel.from_pretrained(
-            folder,
-            device=device,
-            local_files_only=True,
-            session_options=session_options(),
-        )
+        runners = {
+            name: _opened(folder / f"{name}.onnx", contents.precision, device)
+            for name in COMPONENTS
+        }
     # ONNX Runtime falls back to the CPU in silence where CUDA does not load.
-    if device is not None and exported.device.type != torch.device(device).type:
+    runs_on = runners["decode"].device.type
+    if device is not None and runs_on != torch.device(device).type:
         raise ExportError(
             f"device {device}",
             expected="ONNX Runtime to run on it",
-            found=f"a session on {exported.device.type}",
+            found=f"a session on {runs_on}",
             fix="Check that the CUDA libraries load, or run on the CPU.",
         )
-    return OnnxModel(exported, contents)
+    return OnnxModel(folder, contents, runners)
+
+
+def _opened(path: Path, precision: str, device: str | None) -> OnnxGraph:
+    graph: Any = OnnxGraph.from_program(
+        OnnxExporter.load_program(path),
+        bare_metadata(precision),
+        device,
+        session_options=session_options(),
+    )
+    return graph  # type: ignore[no-any-return] # annotated as of the base class
 
 
 def _check_offered(device: str | None) -> None:

@@ -6,14 +6,16 @@ is in the wrong place, of the wrong type or not contiguous is copied.
 
 from __future__ import annotations
 
+import json
 import mmap
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.exporters import (
-    ExportedModel,
     ExportMetadata,
     OnnxConfig,
     OnnxExporter,
@@ -23,9 +25,11 @@ from transformers.exporters.runners.base import ModelRunner
 from transformers.exporters.utils import onnx_inputs
 
 from vtprune_fx.errors import ExportError, InputError
-from vtprune_fx.export.manifest import Manifest
+from vtprune_fx.export.graph_outputs import bare_metadata, causal_output_of
+from vtprune_fx.export.manifest import Manifest, refused
 from vtprune_fx.export.onnx_model import OnnxModel
 from vtprune_fx.export.tensorrt_library import library, log, version
+from vtprune_fx.export.trust import COMPONENTS
 
 FORMAT = "tensorrt"
 """What transformers calls exports of this kind."""
@@ -50,10 +54,6 @@ class TensorRTModel(OnnxModel):
     not tell their keep sets.
     """
 
-    @staticmethod
-    def _prompt_runner(runner: Any) -> Any:
-        return runner
-
 
 class TensorRTRunner(ModelRunner):
     """Runs one engine.
@@ -61,10 +61,15 @@ class TensorRTRunner(ModelRunner):
     Calls must not overlap: an engine has one execution context here.
 
     Args:
-        metadata: What was recorded when it was exported.
+        metadata: ``export_config`` holds the outputs' names in order.
         engine: The engine.
         device: Where it runs.
+
+    Attributes:
+        keep_sets: None: engines do not return them.
     """
+
+    keep_sets: Mapping[int, Tensor] = MappingProxyType({})
 
     def __init__(
         self, metadata: ExportMetadata, engine: Any, device: torch.device
@@ -109,7 +114,7 @@ class TensorRTRunner(ModelRunner):
         if not self._context.execute_async_v3(_stream(self._device)):
             raise _does_not(f"run on {self._device}")
         del held  # read by then, as torch's allocator sees it: in the stream's order
-        return self.unflatten(outputs)
+        return causal_output_of(dict(zip(self._outputs, outputs, strict=True)))
 
     def _leaves(self, kwargs: dict[str, Any]) -> dict[str, Tensor]:
         leaves: dict[str, Tensor] = onnx_inputs(self._inputs, kwargs)
@@ -214,8 +219,29 @@ def open_tensorrt(
             fix="Install the one that built them, or build them again.",
         )
     _check_device(device)
-    exported = ExportedModel.from_pretrained(folder, device=device)
-    return TensorRTModel(exported, contents)
+    runners = {
+        name: TensorRTRunner.from_program(
+            TensorRTFormat.load_program(folder / f"{name}.engine"),
+            _metadata(folder, name, contents.precision),
+            device,
+        )
+        for name in COMPONENTS
+    }
+    return TensorRTModel(folder, contents, runners)
+
+
+def _metadata(folder: Path, name: str, precision: str) -> ExportMetadata:
+    """What a runner needs: an engine does not say in which order its outputs come."""
+    try:
+        fields = json.loads((folder / "export.json").read_text(encoding="utf-8"))
+        outputs = fields["components"][name]["metadata"]["export_config"][OUTPUTS]
+        names = [str(output) for output in outputs]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        expected = f"export.json to name the outputs of {name}.engine"
+        raise refused(folder, expected, repr(error)) from error
+    metadata = bare_metadata(precision)
+    metadata.export_config = {OUTPUTS: names}
+    return metadata
 
 
 def _check_device(device: str | None) -> None:

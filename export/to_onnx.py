@@ -38,10 +38,13 @@ from vtprune_fx.capture.aten import (
 )
 from vtprune_fx.errors import ExportError, InputError
 from vtprune_fx.export.folder import check_free, write_export
+from vtprune_fx.export.graph_forward import graph_forward
+from vtprune_fx.export.graph_outputs import KEEP_SETS
 from vtprune_fx.export.manifest import Precision, versions
-from vtprune_fx.export.onnx_model import KEEP_SETS, require_onnxruntime
+from vtprune_fx.export.onnx_model import require_onnxruntime
 from vtprune_fx.export.onnx_rank import define_rank, spell_rank
 from vtprune_fx.export.quantize import Quantized, WeightOnly
+from vtprune_fx.models.arguments import PAST
 from vtprune_fx.models.encoding import encoded, is_told_sizes
 from vtprune_fx.models.prompts import image_token
 from vtprune_fx.models.ragged_attention import ragged_attention
@@ -376,9 +379,11 @@ def _export(
         optimize=False,
         quantizer=None if options.quantize is None else WeightOnly(options.quantize),
         # How grouped heads are repeated depends on strides, which would be guards.
-        prefer_deferred_runtime_asserts_over_guards="past_key_values" in inputs,
+        prefer_deferred_runtime_asserts_over_guards=PAST in inputs,
     )
-    return ExportedComponent(*exporter.export_program(model, dict(inputs), config))
+    with graph_forward(model):
+        program = exporter.export_program(model, dict(inputs), config)
+    return ExportedComponent(*program)
 
 
 def _fix_sizes(graph: Any, batch: int | None, prompt: int | None) -> None:
@@ -424,13 +429,13 @@ def _decode_example(
             "input_ids": tokens,
             "attention_mask": mask,
             "position_ids": tokens + prompt,
-            "past_key_values": cache,
+            PAST: cache,
         },
         {
             "input_ids": {0: batch, 1: new},
             "attention_mask": {0: batch, 1: total},
             "position_ids": {0: batch, 1: new},
-            "past_key_values": [
+            PAST: [
                 {0: batch, 2: length} for length in lengths for _ in ("keys", "values")
             ],
         },

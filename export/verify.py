@@ -2,7 +2,8 @@
 
 Prompts are drawn at random, and at the limits of what the export takes. On each the
 prefill is compared layer by layer (keys, values, who stays at a cut), then the logits
-of every position left, then those of a few tokens that follow on the cache.
+of every position kept, then those of a few tokens that follow on the cache. One batch
+is answered with ``generate``, whose tokens have to be the oracle's.
 
 The oracle runs in float32 on the weights that the export is supposed to have: the
 original model's, in the export's precision, rounded as it rounds them. Who stays is
@@ -31,7 +32,12 @@ from vtprune_fx.export.onnx_model import OnnxModel
 from vtprune_fx.export.opening import load
 from vtprune_fx.export.quantize import rounded
 from vtprune_fx.export.verify_cases import Case, draw_cases
+from vtprune_fx.models.arguments import cache_of
 from vtprune_fx.models.loading import load_model
+from vtprune_fx.recipes.schema import Recipe
+
+ANSWER = "answer"
+"""Where differences of tokens are that ``generate`` chose."""
 
 
 @dataclass(frozen=True)
@@ -103,18 +109,22 @@ class Verification:
             box=SIMPLE_HEAD,
             title=f"{self.folder.name}, {self.precision}, against the oracle",
             caption=f"Largest deviations as shares of the largest value, {tolerance:g} "
-            "at most. At cuts: by how much of the best score one left that was better "
-            "than one that stayed.",
+            "at most. Cuts: of the best score, by which a dropped token was better "
+            "than one that was kept. Answer: of the largest logit, by which a token "
+            "was worse than the oracle's.",
         )
-        table.add_column("prompts")
-        for title in ("cache", "cuts", "logits", "next tokens"):
-            table.add_column(title, justify="right")
-        table.add_column("first difference")
+        table.add_column("prompts", no_wrap=True)
+        for title in ("cache", "cuts", "logits", "next tokens", "answer"):
+            table.add_column(title, justify="right", min_width=7)
+        table.add_column("first difference", overflow="fold")
         for outcome in self.outcomes:
-            kinds = (("keys", "values"), ("cut",), ("logits",), ("next tokens",))
-            worst = (f"{outcome.worst(*kind):.1e}" for kind in kinds)
+            worst = (f"{outcome.worst(*kind):.1e}" for kind in _KINDS)
             table.add_row(outcome.case, *worst, _say(outcome.first))
         return table
+
+
+_KINDS = (("keys", "values"), ("cut",), ("logits",), ("next tokens",), (ANSWER,))
+"""What a column is the worst of: ends of ``Difference.where``."""
 
 
 def _say(first: Difference | None) -> str:
@@ -198,6 +208,8 @@ def _compared(
             states.append(found.run(original, sample))
             yield from found.differences(states[-1], sample)
         yield from _followed(exported, original, case, outputs, states)
+        if case.new_tokens:
+            yield from _generated(exported, original, case)
     except Exception as error:
         lines = str(error).splitlines() or [type(error).__name__]
         yield Difference("it does not run", math.inf, lines[0])
@@ -218,23 +230,16 @@ class _Found:
         self._logits: Tensor = outputs.logits[row]
         self._layers = [
             {"keys": layer.keys[row], "values": layer.values[row]}
-            for layer in outputs.past_key_values.layers
+            for layer in cache_of(outputs).layers
         ]
-        # Padding stands in front, and never leaves a sample with an image.
-        self._padding = int((case.inputs["attention_mask"][row] == 0).sum())
-        self._kept: dict[int, Tensor] = {}
-        if case.has_images:
-            for layer, positions in exported.keep_sets.items():
-                own = positions[row] - self._padding
-                self._kept[layer] = own[own >= 0].sort().values
+        self._padding = _padding(case, row)
+        self._kept = _kept(exported, case, row)
 
     def run(
         self, original: LlavaForConditionalGeneration, sample: oracle.Sample
     ) -> oracle.Prefill:
         """The oracle's run, with the export's choice of who stays."""
-        recipe = self._contents.recipe
-        staying = None if recipe.recycle is not None else self._kept
-        return oracle.prefill(original, recipe, sample, staying)
+        return _prefill(original, self._contents.recipe, sample, self._kept)
 
     def differences(
         self, run: oracle.Prefill, sample: oracle.Sample
@@ -276,6 +281,33 @@ class _Found:
         return float(excess.clamp(min=0) / scores.abs().max()), ""
 
 
+def _padding(case: Case, row: int) -> int:
+    """Padding of a sample: it stands in front, and stays where there is an image."""
+    return int((case.inputs["attention_mask"][row] == 0).sum())
+
+
+def _kept(exported: OnnxModel, case: Case, row: int) -> dict[int, Tensor]:
+    """What the last prompt kept of a sample at each cut, as indices into it."""
+    kept: dict[int, Tensor] = {}
+    if case.has_images:
+        for layer, positions in exported.keep_sets.items():
+            of_sample = positions[row] - _padding(case, row)
+            kept[layer] = of_sample[of_sample >= 0].sort().values
+    return kept
+
+
+def _prefill(
+    original: LlavaForConditionalGeneration,
+    recipe: Recipe,
+    sample: oracle.Sample,
+    kept: dict[int, Tensor],
+) -> oracle.Prefill:
+    """The oracle's run, with the export's choice of what is kept."""
+    return oracle.prefill(
+        original, recipe, sample, None if recipe.recycle is not None else kept
+    )
+
+
 def _difference(
     where: str, found: Tensor, expected: Tensor, padding: int
 ) -> Difference:
@@ -303,9 +335,38 @@ def _followed(
     mask = case.inputs["attention_mask"]
     for tokens in torch.split(case.following, sizes, dim=1):
         mask = torch.cat((mask, torch.ones_like(tokens)), dim=1)
-        cache = outputs.past_key_values
+        cache = cache_of(outputs)
         outputs = exported(input_ids=tokens, attention_mask=mask, past_key_values=cache)
         for row, state in enumerate(states):
             steps = [oracle.step(original, state, int(t)) for t in tokens[row]]
             found, expected = outputs.logits[row][None], torch.stack(steps)[None]
             yield _difference("next tokens", found, expected, 0)
+
+
+def _generated(
+    exported: OnnxModel, original: LlavaForConditionalGeneration, case: Case
+) -> Iterator[Difference]:
+    """What ``generate`` answers; the oracle goes on from each of its tokens."""
+    model: Any = exported
+    ids = model.generate(
+        **case.inputs,
+        max_new_tokens=case.new_tokens,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    prompt, recipe = case.inputs["input_ids"].shape[1], exported.manifest.recipe
+    for row, sample in enumerate(_samples(original, case.inputs)):
+        state = _prefill(original, recipe, sample, _kept(exported, case, row))
+        logits = state.logits[-1]
+        for place, token in enumerate(ids[row, prompt:].tolist()):
+            yield _choice(logits, token, f"sample {row}, token {place}")
+            logits = oracle.step(original, state, token)
+
+
+def _choice(logits: Tensor, token: int, which: str) -> Difference:
+    """By how much a token that was chosen is worse than the best."""
+    best = int(logits.argmax())
+    worse = float((logits[best] - logits[token]) / logits.abs().max())
+    note = "" if token == best else f"{which}: {token}, not {best}"
+    return Difference(ANSWER, worse, note)

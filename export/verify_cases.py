@@ -15,6 +15,12 @@ from vtprune_fx.export.manifest import Manifest
 FOLLOWING = 3
 """Tokens that follow each prompt."""
 
+NEW_TOKENS = 8
+"""Tokens that are generated."""
+
+ANSWERED = "two, answered"
+"""The case whose prompts are answered too."""
+
 Shape = tuple[int, ...]
 """Text tokens of a prompt ahead of, between and behind its images."""
 
@@ -27,11 +33,13 @@ class Case:
         name: What is special about it.
         inputs: As a processor gives them, padded on the left.
         following: Tokens that come on the cache. [B, FOLLOWING]
+        new_tokens: Tokens that ``generate`` shall add to each prompt.
     """
 
     name: str
     inputs: dict[str, Tensor]
     following: Tensor
+    new_tokens: int = 0
 
     @property
     def has_images(self) -> bool:
@@ -65,6 +73,7 @@ def _shapes(contents: Manifest, per_image: int) -> dict[str, list[Shape]]:
     cases: dict[str, list[Shape]] = {
         "one": [(5, *more, 9)],
         "the shortest": [(0, *more, least)],
+        ANSWERED: [(3, *more, 12), (1, *more, 2)],
         "four, padded": [(3, *more, 20), (0, *more, 4), (12, *more, 2), (1, *more, 1)],
         "one more image": [(3, 4, *more, 6)],
         "text alone": [(14,), (5,)],
@@ -92,6 +101,8 @@ class _Drawing:
     def case(self, name: str, shapes: list[Shape]) -> Case | None:
         """A batch, in the export's sizes where they are fixed; None if it is longer."""
         batch, prompt = self._contents.batch, self._contents.prompt
+        if self._contents.recipe.adaptive:
+            batch = 1  # counts by rank: prompts run one by one
         if batch is not None:
             shapes = (shapes * batch)[:batch]
         rows = [self._row(shape) for shape in shapes]
@@ -104,7 +115,8 @@ class _Drawing:
         if images:
             size = (images, *self._image)
             inputs["pixel_values"] = torch.randn(size, generator=self._generator)
-        return Case(name, inputs, self._text(len(rows), FOLLOWING))
+        new_tokens = NEW_TOKENS if name == ANSWERED else 0
+        return Case(name, inputs, self._text(len(rows), FOLLOWING), new_tokens)
 
     def _row(self, shape: Shape) -> Tensor:
         image = torch.full((self.per_image,), self._contents.image_token_id)

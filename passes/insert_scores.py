@@ -44,7 +44,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from vtprune_fx.analysis.vision_tower import Tower
-from vtprune_fx.errors import PlanError, VtpruneError
+from vtprune_fx.errors import PlanError, VtpruneError, first_sentence
 from vtprune_fx.graph.insert import Inserter, Stamp
 from vtprune_fx.graph.values import set_value, value_at_full_length
 from vtprune_fx.ops.received import DEFINITIONS
@@ -280,7 +280,7 @@ def _traced(
         raise PlanError(
             f"scorer {score!r}",
             expected="a traceable function of the tensors it is given",
-            found=(str(error) or type(error).__name__).splitlines()[0],
+            found=first_sentence(error),
             fix="Let no shape and no branch depend on values, and make no tensor of "
             "numbers.",
         ) from error

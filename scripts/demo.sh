@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Install if needed, then run the demonstration. Arguments go to `vtprune demo`.
 set -euo pipefail
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-"$root/scripts/setup.sh"
-cd "$root"
-exec "${VTPRUNE_VENV:-.venv}/bin/vtprune" demo "$@"
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/lane.sh
+scripts/setup.sh
+exec "$VTPRUNE_VENV/bin/vtprune" demo "$@"

@@ -35,6 +35,7 @@ from vtprune_fx.errors import VtpruneError
 from vtprune_fx.export import export_onnx, prefill_inputs
 from vtprune_fx.export.tensorrt_profile import Sizes, Span
 from vtprune_fx.export.to_tensorrt import build_engines
+from vtprune_fx.models.arguments import cache_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -88,7 +89,7 @@ def prefill(name: str) -> str:
     with torch.no_grad():
         found: Any = vtprune_fx.compile(model, recipe)(**inputs)
     torch.testing.assert_close(found.logits[0], expected.logits, atol=1e-4, rtol=0)
-    held = [layer.held() for layer in found.past_key_values.layers]
+    held = [layer.held() for layer in cache_of(found).layers]
     assert held == [keys.shape[1] for keys in expected.keys], "tokens that layers hold"
     return "yes"
 

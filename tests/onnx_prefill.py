@@ -9,6 +9,7 @@ import onnxruntime
 import torch
 
 from tests.tiny import Inputs, counted_positions
+from vtprune_fx.export.graph_outputs import causal_output_of
 from vtprune_fx.planning.report import in_prompt
 from vtprune_fx.selection.recycling import keep_set
 
@@ -34,25 +35,12 @@ class Prefill:
         feed = inputs | {"position_ids": counted_positions(inputs)}
         arrays = session.run(None, {name: feed[name].numpy() for name in feed})
         values = {n: torch.from_numpy(a) for n, a in zip(names, arrays, strict=True)}
-        self.outputs = _Outputs(values, recipe.layers)
+        self.outputs = causal_output_of(values)
         found = {}
         for cut, name in zip(recipe.cuts, keep_names, strict=True):
             new = recipe.new_tokens(cut.drop)
             found[cut.layer] = keep_set(values[name], new) if new else values[name]
         self.keep_sets = in_prompt(found)
-
-
-class _Layer:
-    def __init__(self, values: dict[str, torch.Tensor], layer: int) -> None:
-        self.keys = values[f"past_key_values.layers.{layer}.keys"]
-        self.values = values[f"past_key_values.layers.{layer}.values"]
-
-
-class _Outputs:
-    def __init__(self, values: dict[str, torch.Tensor], layers: int) -> None:
-        self.logits = values["logits"]
-        self.past_key_values = self
-        self.layers = [_Layer(values, layer) for layer in range(layers)]
 
 
 def _show_keep_sets(model: onnx_ir.Model) -> list[str]:

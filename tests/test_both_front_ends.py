@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.tiny import (
+    CACHE,
     IMAGE,
     Compiled,
     Inner,
@@ -33,6 +34,7 @@ from vtprune_fx.api import PrunedProgram, prune
 from vtprune_fx.capture.aten import lower
 from vtprune_fx.graph.insert import STAMP
 from vtprune_fx.graph.values import value_at_full_length
+from vtprune_fx.models.arguments import cache_of
 from vtprune_fx.models.ragged_attention import mark_dynamic
 from vtprune_fx.passes import default_pipeline
 from vtprune_fx.planning.place import place
@@ -76,6 +78,7 @@ def exported() -> PrunedProgram:
     return prune(model, batch(model, (3, 6)), RECIPE)
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("case", list(PROMPTS))
 def test_exported_program_is_the_oracle(exported: PrunedProgram, case: str) -> None:
     model = tiny_llava()
@@ -157,6 +160,7 @@ def test_one_compiled_graph_serves_every_prompt_of_one_sample() -> None:
     assert_static(compiled.recorded.graphs[0])
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("positions", [False, True])
 def test_compiled_batch_is_the_oracle(positions: bool) -> None:
     """Rotary tables are shared by all samples, or one per sample with positions."""
@@ -218,6 +222,7 @@ def _heads(node: Node) -> int:
     return heads
 
 
+@pytest.mark.compat
 def test_text_alone_and_decode_steps_go_to_the_inner_backend_as_they_are(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -240,7 +245,7 @@ def test_text_alone_and_decode_steps_go_to_the_inner_backend_as_they_are(
     with torch.no_grad():
         torch.testing.assert_close(outputs.logits, model(**text).logits)
     step = {"input_ids": torch.tensor([[5]])}
-    stepped = compiled(**step, past_key_values=outputs.past_key_values)
+    stepped = compiled(**step, **{CACHE: cache_of(outputs)})
     assert compiled.recorded.graphs == given
     assert len(given) == 2
     longer = torch.cat([text["input_ids"], step["input_ids"]], dim=1)
@@ -316,6 +321,7 @@ def _run(program: ExportedProgram, inputs: Inputs) -> Any:
         return program.module()(**inputs)
 
 
+@pytest.mark.compat
 def test_exported_keep_all_is_bit_equal() -> None:
     inputs = batch(tiny_llava(layers=2), (5, 9), (2, 4), seed=1)
     kept_all = prune(exported_program(), recipe=KEEP_ALL)
@@ -325,6 +331,7 @@ def test_exported_keep_all_is_bit_equal() -> None:
     assert cache_lengths(ours) == cache_lengths(plain)
 
 
+@pytest.mark.compat
 def test_compiled_keep_all_is_bit_equal() -> None:
     model = tiny_llava(layers=2)
     inputs = batch(model, (5, 9), (2, 4), seed=1)

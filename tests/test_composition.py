@@ -130,10 +130,11 @@ def gradients(model: Any, loss: Callable[[], Tensor]) -> dict[str, Tensor]:
     model.zero_grad()
     differentiate: Any = loss().backward
     differentiate()
+    # Some compilers give zeros for what leads to no loss, instead of nothing.
     return {
         name: parameter.grad
         for name, parameter in model.named_parameters()
-        if parameter.grad is not None
+        if parameter.grad is not None and parameter.grad.any()
     }
 
 

@@ -11,6 +11,9 @@ from transformers.exporters.utils import get_leaf_tensors
 from tests.tiny import batch, recipe_for, tiny_llava
 from vtprune_fx import explain, prune
 from vtprune_fx.errors import PlanError
+from vtprune_fx.models.arguments import PAST, cache_of
+
+pytestmark = pytest.mark.compat
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -72,7 +75,9 @@ def test_what_a_graph_takes_and_returns_is_told(recipe: Recipe) -> None:
     assert found is not None
     samples, prompt = inputs["input_ids"].shape
     sizes = {"batch": samples, "prompt": prompt, "images": 2}
-    outputs = get_leaf_tensors(prune(model, inputs, recipe)(**inputs))
+    result = prune(model, inputs, recipe)(**inputs)
+    returned = {"logits": result.logits, PAST: cache_of(result)}
+    outputs = get_leaf_tensors(returned)
     assert _told(found.inputs, sizes) == _seen(inputs)
     assert _told(found.outputs, sizes) == _seen(outputs)
 

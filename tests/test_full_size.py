@@ -68,6 +68,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> str:
     return shrunk("llava-1.5-7b", tmp_path_factory.mktemp("config"))
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize(
     ("name", "positions"),
     [
@@ -139,6 +140,7 @@ def test_models_without_pictures_of_known_size_are_refused(tmp_path: Path) -> No
         build(load_config(tmp_path))
 
 
+@pytest.mark.compat
 def test_the_command_prints_tables_of_80_columns(
     small: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,9 +23,10 @@ from transformers import (
 )
 
 import vtprune_fx
-from tests.tiny import Inputs, batch, cache_lengths, recipe_for, tiny_llava
+from tests.tiny import CACHE, Inputs, batch, cache_lengths, recipe_for, tiny_llava
 from vtprune_fx import oracle
 from vtprune_fx.errors import InputError, PlanError, RecipeError
+from vtprune_fx.models.arguments import cache_of
 from vtprune_fx.oracle import pruner
 from vtprune_fx.recipes.counting import Geometry, cost
 from vtprune_fx.recipes.schema import Recipe
@@ -95,6 +96,7 @@ def split(model: LlavaForConditionalGeneration, inputs: Inputs) -> list[oracle.S
 # ------------------------------------------------------------------------- greedy
 
 
+@pytest.mark.compat
 @shares_graphs
 @pytest.mark.parametrize("case", list(PROMPTS))
 def test_generate_is_the_oracle(shared: Any, case: str) -> None:
@@ -120,7 +122,7 @@ def test_cache_is_as_large_as_predicted(shared: Any, case: str) -> None:
     inputs = batch(PLAIN, *PROMPTS[case])
     with torch.no_grad():
         outputs = shared(**inputs)
-    layers = outputs.past_key_values.layers
+    layers = cache_of(outputs).layers
     spent = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
     samples, length = inputs["input_ids"].shape
     visual = max((inputs["input_ids"] == 99).sum(1).tolist())
@@ -132,6 +134,7 @@ def test_cache_is_as_large_as_predicted(shared: Any, case: str) -> None:
 # ------------------------------------------------------------- other ways to generate
 
 
+@pytest.mark.compat
 @shares_graphs
 def test_a_static_cache_has_room_for_what_is_left_and_the_new_tokens(
     shared: Any,
@@ -148,7 +151,7 @@ def test_a_static_cache_has_room_for_what_is_left_and_the_new_tokens(
     )
     length = inputs["input_ids"].shape[1]
     assert outputs.sequences[:, length:].tolist() == expected
-    assert isinstance(outputs.past_key_values, StaticCache)
+    assert isinstance(cache_of(outputs), StaticCache)
     [whole, *_] = cache_lengths(outputs)
     assert length + NEW - 1 <= whole <= length + NEW
     assert cache_lengths(outputs) == [whole, whole - 3, whole - 9]
@@ -214,6 +217,7 @@ def test_prompt_lookup_is_greedy(model: LlavaForConditionalGeneration) -> None:
     assert found.tolist() == expected
 
 
+@pytest.mark.compat
 @shares_graphs
 def test_a_draft_model_changes_nothing(shared: Any) -> None:
     torch.manual_seed(0)
@@ -248,6 +252,7 @@ def test_streaming_tells_the_same_tokens(shared: Any) -> None:
 # -------------------------------------------------------------------------- turns
 
 
+@pytest.mark.compat
 @shares_graphs
 @pytest.mark.parametrize("own", [True, False], ids=["own cache", "returned cache"])
 def test_a_second_turn_goes_on_from_the_first(shared: Any, own: bool) -> None:
@@ -262,7 +267,7 @@ def assert_goes_on(model: Any, recipe: Recipe, *, own: bool) -> None:
     first = follow(PLAIN, state, state.logits[-1], 8)
     expected = follow(PLAIN, state, fed(PLAIN, state, more[0].tolist()), 8)
 
-    given: dict[str, Any] = {"past_key_values": DynamicCache()} if own else {}
+    given: dict[str, Any] = {CACHE: DynamicCache()} if own else {}
     turn = model.generate(
         **inputs,
         **given,
@@ -272,10 +277,10 @@ def assert_goes_on(model: Any, recipe: Recipe, *, own: bool) -> None:
         return_dict_in_generate=True,
     )
     assert turn.sequences[0, -8:].tolist() == first
-    cache = given.get("past_key_values", turn.past_key_values)
+    cache = given.get(CACHE, cache_of(turn))
     whole = torch.cat([turn.sequences, more], dim=1)
     again = {"input_ids": whole, "attention_mask": torch.ones_like(whole)}
-    found = generate(model, again, 8, past_key_values=cache)
+    found = generate(model, again, 8, **{CACHE: cache})
     assert found[0].tolist() == expected
 
 
@@ -302,9 +307,7 @@ def test_an_image_on_a_filled_cache_is_not_pruned(shared: Any) -> None:
         first = shared(**inputs)
         lengths = cache_lengths(first)
         both = torch.cat([inputs["attention_mask"], second["attention_mask"]], dim=1)
-        then = shared(
-            **second | {"attention_mask": both}, past_key_values=first.past_key_values
-        )
+        then = shared(**second | {"attention_mask": both}, **{CACHE: cache_of(first)})
     new = second["input_ids"].shape[1]
     assert cache_lengths(then) == [length + new for length in lengths]
     assert then.logits.shape[1] == new
@@ -497,9 +500,9 @@ def test_a_cache_from_elsewhere_is_refused(
 ) -> None:
     inputs = batch(model, (3, 6))
     with torch.no_grad():
-        filled = model(**inputs).past_key_values
+        filled = cache_of(model(**inputs))
         with pytest.raises(InputError, match="empty cache"):
-            compiled(model)(input_ids=torch.tensor([[5]]), past_key_values=filled)
+            compiled(model)(input_ids=torch.tensor([[5]]), **{CACHE: filled})
 
 
 @pytest.mark.slow

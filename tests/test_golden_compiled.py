@@ -12,8 +12,11 @@ from transformers.utils.output_capturing import (
 )
 
 from tests.golden_cases import CASES, GoldenCase, encoded, llava_from_golden, load_case
-from tests.tiny import Compiled, Inner, cache_lengths
+from tests.tiny import CACHE, Compiled, Inner, cache_lengths
+from vtprune_fx.models.arguments import cache_of
 from vtprune_fx.models.ragged_attention import use_ragged_attention
+
+pytestmark = pytest.mark.compat
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration
@@ -62,13 +65,13 @@ def _assert_same_tokens(inner: Inner, case: GoldenCase) -> None:
 def _assert_same_decode_steps(
     compiled: Compiled, prefilled: Any, case: GoldenCase
 ) -> None:
-    length, cache = case.input_ids.shape[1], prefilled.past_key_values
+    length, cache = case.input_ids.shape[1], cache_of(prefilled)
     for step, token in enumerate(case.tensor("dec_tokens").tolist()):
         outputs = compiled(
             input_ids=torch.tensor([[token]]),
             attention_mask=torch.ones(1, length + step + 1, dtype=torch.long),
             position_ids=torch.tensor([[length + step]]),
-            past_key_values=cache,
+            **{CACHE: cache},
         )
         recorded = case.tensor("dec_logits")[step]
         torch.testing.assert_close(

@@ -18,8 +18,9 @@ from tests.golden_cases import (
     llava_from_golden,
     load_sparse_case,
 )
-from tests.tiny import Compiled, cache_lengths
+from tests.tiny import CACHE, Compiled, cache_lengths
 from vtprune_fx import oracle
+from vtprune_fx.models.arguments import cache_of
 from vtprune_fx.models.ragged_attention import use_ragged_attention
 from vtprune_fx.recipes.loading import load_recipe
 
@@ -130,7 +131,7 @@ def test_compiled_run_is_the_recorded_one(name: str) -> None:
     assert cache_lengths(outputs) == case.tensor("kv_len").tolist()
     recorded = case.tensor("logits_last8")
     torch.testing.assert_close(outputs.logits[0, -8:], recorded, atol=LOGITS, rtol=0)
-    _assert_same_decode_steps(compiled, outputs.past_key_values, case)
+    _assert_same_decode_steps(compiled, cache_of(outputs), case)
 
 
 def _assert_same_decode_steps(
@@ -143,7 +144,7 @@ def _assert_same_decode_steps(
             input_ids=torch.tensor([[token]]),
             attention_mask=torch.ones(1, length + step + 1, dtype=torch.long),
             position_ids=torch.tensor([[length + step]]),
-            past_key_values=cache,
+            **{CACHE: cache},
         )
         recorded = case.tensor("dec_logits")[step]
         torch.testing.assert_close(

@@ -22,6 +22,7 @@ TABLE: dict[str, set[str]] = {
     "errors": set(),
     "optional": {"errors"},
     "files": {"errors"},
+    "bounds": set(),
     "graph": {"errors"},
     "ops": {"errors"},
     "scorers": {"errors", "ops"},

@@ -11,6 +11,7 @@ import torch
 import vtprune_fx
 from tests.onnx_prefill import Prefill
 from tests.tiny import (
+    CACHE,
     Compiled,
     Inputs,
     assert_matches_oracle,
@@ -25,6 +26,7 @@ from vtprune_fx.api import prune
 from vtprune_fx.errors import InputError, PlanError, RecipeError
 from vtprune_fx.evaluation.picture import sample_photo
 from vtprune_fx.export import export_onnx, load, write_onnx
+from vtprune_fx.models.arguments import cache_of
 from vtprune_fx.models.loading import open_checkpoint
 from vtprune_fx.models.prompts import batch_inputs
 from vtprune_fx.models.ragged_attention import use_ragged_attention
@@ -156,7 +158,7 @@ def test_compiled_is_the_oracle(name: str) -> None:
     assert_matches_oracle(outputs, kept, model, recipe, inputs)
     assert_static(compiled.recorded.graphs[0])
     if name in COMPACTED:
-        assert_goes_on(outputs.past_key_values, model, recipe, inputs)
+        assert_goes_on(cache_of(outputs), model, recipe, inputs)
 
 
 @pytest.mark.parametrize("name", _some("sparsevlm, recycled"))
@@ -183,7 +185,7 @@ def assert_goes_on(cache: Any, model: Any, recipe: Recipe, inputs: Inputs) -> No
                 input_ids=torch.full((len(samples), 1), token),
                 attention_mask=mask,
                 position_ids=position,
-                past_key_values=cache,
+                **{CACHE: cache},
             ).logits[:, -1]
         expected = torch.stack([oracle.step(model, state, token) for state in states])
         torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
@@ -279,7 +281,7 @@ def test_onnx_runtime_generates_behind_a_cut_ahead_of_all_layers(
     assert answer.sequences[:, -6:].tolist() == expected
     more = torch.cat([answer.sequences, answer.sequences[:, -3:]], dim=1)
     with pytest.raises(InputError, match=r"one new token at a time, found \d+, behind"):
-        exported.generate(more, past_key_values=answer.past_key_values, **options)
+        exported.generate(more, **{CACHE: cache_of(answer)}, **options)
 
 
 # ------------------------------------------------------------- a scorer of one's own

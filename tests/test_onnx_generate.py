@@ -14,6 +14,7 @@ from transformers.exporters.runners.runner_onnx import OnnxModelRunner
 from transformers.generation.streamers import BaseStreamer
 
 from tests.tiny import (
+    CACHE,
     IMAGE,
     Inputs,
     batch,
@@ -24,9 +25,12 @@ from tests.tiny import (
 from vtprune_fx import oracle
 from vtprune_fx.errors import InputError
 from vtprune_fx.export import load, write_onnx
+from vtprune_fx.models.arguments import cache_of
 from vtprune_fx.models.loading import open_checkpoint
 from vtprune_fx.recipes.schema import Recipe
 from vtprune_fx.reference.random_llava import CheckpointSpec, build_checkpoint
+
+pytestmark = pytest.mark.compat
 
 TEXT = torch.tensor([[0, 0, 1, 40, 41, 42], [1, 50, 51, 52, 53, 54]])
 """Two prompts of text, the first padded with two tokens."""
@@ -173,10 +177,8 @@ def test_a_second_turn_goes_on_from_a_pruned_cache(
     ids = torch.cat([first.sequences, turn], dim=1)
     more = torch.ones(2, ids.shape[1] - inputs["input_ids"].shape[1], dtype=torch.long)
     mask = torch.cat([inputs["attention_mask"], more], dim=1)
-    cache = first.past_key_values
-    second = exported.generate(
-        ids, attention_mask=mask, past_key_values=cache, **options
-    )
+    cache = cache_of(first)
+    second = exported.generate(ids, attention_mask=mask, **{CACHE: cache}, **options)
     found = second[:, inputs["input_ids"].shape[1] :].tolist()
     recipe = exported.manifest.recipe
     samples = samples_of(original, inputs)
@@ -191,9 +193,9 @@ def test_a_second_image_on_a_filled_cache_is_refused(
     exported: Any, original: Any
 ) -> None:
     inputs = pictures(original, (5, 9))
-    cache = exported(**inputs).past_key_values
+    cache = cache_of(exported(**inputs))
     with pytest.raises(InputError, match="images in the first prompt alone"):
-        exported(**inputs, past_key_values=cache)
+        exported(**inputs, **{CACHE: cache})
 
 
 # ------------------------------------------------------------------- interoperability
@@ -206,7 +208,7 @@ def test_transformers_alone_loads_and_runs_an_export(
     inputs = pictures(original, (5, 9), (2, 4))
     found = plain.runners["prefill"](**inputs, position_ids=counted_positions(inputs))
     outputs = exported(**inputs)
-    torch.testing.assert_close(found.logits, outputs.logits, rtol=0, atol=0)
+    torch.testing.assert_close(found["logits"], outputs.logits, rtol=0, atol=0)
     names = {spec.name for spec in plain.runners["prefill"].session.get_inputs()}
     assert names == {"input_ids", "attention_mask", "position_ids", "pixel_values"}
     names = {spec.name for spec in plain.runners["decode"].session.get_outputs()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,8 +22,10 @@ from tests.tiny import recipe_for
 from vtprune_fx.cli import app
 from vtprune_fx.errors import ExportError, InputError
 from vtprune_fx.export import OnnxOptions, load, manifest, write_onnx
+from vtprune_fx.export.onnx_model import OnnxModel
 from vtprune_fx.export.quantize import rounded
 from vtprune_fx.export.verify import Verification, verify
+from vtprune_fx.models.arguments import CACHE_NAMES
 from vtprune_fx.models.loading import open_checkpoint
 from vtprune_fx.recipes.schema import Recipe
 from vtprune_fx.reference.random_llava import CheckpointSpec, build_checkpoint
@@ -38,14 +41,19 @@ def test_a_good_export_passes(onnx_folder: Path) -> None:
     assert result.passed, told(result)
     cases = {outcome.case for outcome in result.outcomes}
     assert cases == {
-        *("one", "the shortest", "four, padded", "one more image", "text alone")
+        *("one", "the shortest", "four, padded", "one more image", "text alone"),
+        "two, answered",
     }
     # Every kind of value was looked at; cuts are in layers 0 and 1.
     seen = {difference.where for difference in result.outcomes[0].differences}
     layers = {f"layer {i}, {kind}" for i in range(3) for kind in ("keys", "values")}
     assert seen == {*layers, "layer 0, cut", "layer 1, cut", "logits", "next tokens"}
+    [answered] = [o for o in result.outcomes if o.case == "two, answered"]
+    chosen = [d for d in answered.differences if d.where == "answer"]
+    assert len(chosen) == 2 * 8
 
 
+@pytest.mark.compat
 def test_the_command_prints_a_table_and_returns_0(onnx_folder: Path) -> None:
     run = CliRunner().invoke(app, ["verify", str(onnx_folder)])
     assert run.exit_code == 0, run.output
@@ -87,6 +95,19 @@ def change_a_count(folder: Path) -> None:
     edit_graph(folder / "prefill.onnx", edit)
 
 
+def forget_the_cache(folder: Path) -> None:
+    """Let the decode graph attend to the new tokens alone."""
+
+    def edit(proto: onnx.ModelProto) -> None:
+        nodes = [n for n in proto.graph.node if n.op_type == "Concat"]
+        cached = [n for n in nodes if n.input[0].startswith("input.past_key_values")]
+        assert len(cached) == 2 * 3
+        for node in cached:
+            del node.input[0]
+
+    edit_graph(folder / "decode.onnx", edit)
+
+
 def swap_a_graph(folder: Path) -> None:
     model = onnx_ir.load(folder / "prefill.onnx")
     onnx_ir.external_data.load_to_model(model)
@@ -97,6 +118,7 @@ DAMAGE = {
     "one weight": (change_a_weight, "layer 1, values"),
     "one cut's count": (change_a_count, r"layer 1, cut|it does not run"),
     "one graph for another": (swap_a_graph, "it does not run"),
+    "a decode graph without its cache": (forget_the_cache, "next tokens|it does not"),
 }
 
 
@@ -110,6 +132,26 @@ def test_a_damaged_export_fails(
     assert not result.passed
     firsts = [outcome.first.where for outcome in result.outcomes if outcome.first]
     assert any(np.char.find(firsts[0], part) >= 0 for part in where.split("|")), firsts
+
+
+def test_an_answer_that_forgets_the_prompt_fails(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Graphs that are right do not help where ``generate`` loses the cache."""
+    prepare: Any = OnnxModel.prepare_inputs_for_generation
+
+    def losing(self: OnnxModel, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        prepared: dict[str, Any] = prepare(self, *args, **kwargs)
+        return {n: v for n, v in prepared.items() if n not in CACHE_NAMES}
+
+    monkeypatch.setattr(OnnxModel, "prepare_inputs_for_generation", losing)
+    result = verify(copy)
+    wrong = {outcome.case: outcome.first for outcome in result.outcomes}
+    assert {case for case, first in wrong.items() if first} == {"two, answered"}
+    first = wrong["two, answered"]
+    assert first is not None
+    assert first.where == "answer"
+    assert re.fullmatch(r"sample \d, token [1-7]: \d+, not \d+", first.note)
 
 
 def test_the_command_returns_1_and_names_the_layer(copy: Path) -> None:

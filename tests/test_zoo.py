@@ -45,6 +45,7 @@ def names(some: set[str]) -> list[object]:
     ]
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("name", names(SOME))
 def test_images_are_the_oracle(name: str) -> None:
     assert_generates_like_the_oracle(name, IMAGES, recipe_of(name))

@@ -14,6 +14,7 @@ from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from transformers import (
     AutoConfig,
     CLIPVisionConfig,
+    GenerationMixin,
     LlavaConfig,
     LlavaForConditionalGeneration,
 )
@@ -24,6 +25,7 @@ from vtprune_fx.api import KeepRecorder
 from vtprune_fx.backend import vtprune_backend
 from vtprune_fx.capture.aten import export
 from vtprune_fx.graph.values import value_at_full_length
+from vtprune_fx.models.arguments import PAST, cache_argument, cache_of
 from vtprune_fx.models.ragged_attention import mark_dynamic
 from vtprune_fx.planning.place import place
 from vtprune_fx.planning.plan import PrunePlan
@@ -40,6 +42,9 @@ IMAGE, PAD = 99, 0
 """Image and padding token of the tiny models."""
 PATCH = 14
 VOCABULARY = 100
+
+CACHE = cache_argument(GenerationMixin.prepare_inputs_for_generation) or PAST
+"""What the installed transformers calls the argument that takes a cache."""
 
 Inputs = dict[str, Tensor]
 KeepSets = dict[int, Tensor]
@@ -182,7 +187,7 @@ def recipe_for(
 
 def cache_lengths(outputs: Any) -> list[int]:
     """Length of each layer's key cache; values must be as long."""
-    layers = outputs.past_key_values.layers
+    layers = cache_of(outputs).layers
     assert all(layer.keys.shape == layer.values.shape for layer in layers)
     return [layer.keys.shape[2] for layer in layers]
 

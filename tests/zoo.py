@@ -20,6 +20,7 @@ import vtprune_fx
 from examples import llava_hr
 from tests.tiny import recipe_for
 from vtprune_fx import oracle
+from vtprune_fx.models.arguments import cache_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -168,7 +169,7 @@ def assert_generates_like_the_oracle(
     )
     report = vtprune_fx.report_of(model)
     assert report is not None
-    layers = made.past_key_values.layers
+    layers = cache_of(made).layers
     for row, sample in enumerate(samples):
         state = oracle.prefill(model, recipe, sample)
         padding = inputs["input_ids"].shape[1] - len(sample.input_ids)

@@ -11,6 +11,9 @@ import importlib.metadata
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
+from vtprune_fx.bounds import warn_if_untested
+from vtprune_fx.optional import lacking
+
 if TYPE_CHECKING:
     from vtprune_fx.api import PrunedProgram, explain, prune
     from vtprune_fx.backend import vtprune_backend
@@ -68,7 +71,13 @@ def __getattr__(name: str) -> Any:
         return importlib.metadata.version("vtprune-fx")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"vtprune_fx.{_HOMES[name]}"), name)
+    try:
+        home = importlib.import_module(f"vtprune_fx.{_HOMES[name]}")
+    except ImportError as error:
+        if missing := lacking(error, "importing transformers", "the installed torch"):
+            raise missing from error
+        raise
+    return getattr(home, name)
 
 
 def _check_complete() -> None:
@@ -88,3 +97,4 @@ def _check_complete() -> None:
 
 
 _check_complete()
+warn_if_untested()

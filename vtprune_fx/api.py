@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 
 from vtprune_fx.analysis.anatomy import read
 from vtprune_fx.capture.aten import export
-from vtprune_fx.errors import CaptureError, VtpruneError
+from vtprune_fx.errors import CaptureError, InputError, VtpruneError
+from vtprune_fx.models.arguments import refuse_unknown
 from vtprune_fx.passes import KEEP_PREFIX
 from vtprune_fx.planning.interface import interface
 from vtprune_fx.planning.place import place
@@ -43,7 +44,12 @@ class PrunedProgram:
     report: PruneReport
 
     def __call__(self, **inputs: Any) -> Any:
-        """Run it: what the model returns, with a ragged cache."""
+        """Run it: what the model returns, with a ragged cache.
+
+        Raises:
+            InputError: An input is missing, or unknown.
+        """
+        _flat(self.program, inputs)
         with torch.no_grad():
             return self._module(**inputs)
 
@@ -57,6 +63,9 @@ class PrunedProgram:
 
         Returns:
             For each layer with a cut, [B, K]: positions in the prompt as it came.
+
+        Raises:
+            InputError: An input is missing, or unknown.
         """
         recorder = KeepRecorder(self._module)
         with torch.no_grad():
@@ -85,10 +94,22 @@ class KeepRecorder(Interpreter):
 
 
 def _flat(program: ExportedProgram, inputs: Mapping[str, Any]) -> list[Any]:
-    """Keyword inputs as the flat arguments of the program's graph."""
+    """Keyword inputs as the flat arguments of the program's graph.
+
+    Raises:
+        InputError: An input is missing, or unknown.
+    """
     spec = program.call_spec.in_spec
     assert spec is not None
     names = spec.children()[1].context
+    refuse_unknown(inputs, names)
+    if missing := [name for name in names if name not in inputs]:
+        raise InputError(
+            "inputs",
+            expected=f"{', '.join(names)}, which the program was traced with",
+            found=f"no {missing[0]}",
+            fix="Pass what the processor returned, prepared as for the trace.",
+        )
     return pytree.tree_leaves([inputs[name] for name in names])
 
 

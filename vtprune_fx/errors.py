@@ -7,6 +7,9 @@ line prints the message alone and exits with status 1.
 
 from __future__ import annotations
 
+import re
+import textwrap
+
 __all__ = [
     "AnatomyError",
     "CaptureError",
@@ -64,4 +67,20 @@ class InputError(VtpruneError):
 
 
 class MissingDependencyError(VtpruneError):
-    """An optional package is not installed. The message names the install line."""
+    """An optional package is missing or does not load. The message has the remedy."""
+
+
+def first_sentence(error: BaseException) -> str:
+    """What a library's error says first, in one line and without a full stop.
+
+    Libraries wrap a sentence over several lines. A blank or an indented line ends it,
+    except after a colon.
+    """
+    first, *others = str(error).strip().splitlines() or [type(error).__name__]
+    for line in others:
+        ended = first.endswith((".", "!", "?")) or not line.strip() or line[0].isspace()
+        if ended and not first.endswith(":"):
+            break
+        first = f"{first} {line.strip()}".strip()
+    sentence = re.split(r"(?<=[.!?])\s+(?=[A-Z])", first)[0]
+    return textwrap.shorten(sentence.rstrip(".:"), 300)

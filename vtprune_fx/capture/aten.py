@@ -26,7 +26,7 @@ from transformers.exporters import DynamoConfig, DynamoExporter
 
 from vtprune_fx.capture.literal_length import EXAMPLE, free_length, literal_length
 from vtprune_fx.capture.subclasses import parts, rebuilt, replaced
-from vtprune_fx.errors import CaptureError
+from vtprune_fx.errors import CaptureError, first_sentence
 from vtprune_fx.models.encoding import FEATURES, encoded, token_axis
 from vtprune_fx.models.ragged_attention import check_rotary
 
@@ -56,7 +56,7 @@ def export(model: PreTrainedModel, inputs: Mapping[str, Any]) -> ExportedProgram
             raise CaptureError(
                 f"torch.export of {type(model).__name__}",
                 expected="a graph",
-                found=str(error).splitlines()[0],
+                found=first_sentence(error),
                 fix="Check that the model runs on the same inputs, and that it was "
                 "loaded with attn_implementation='sdpa' or 'eager'.",
             ) from error

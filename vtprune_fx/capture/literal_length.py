@@ -26,7 +26,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.fx.node import map_aggregate
 
 from vtprune_fx.capture.subclasses import replaced
-from vtprune_fx.errors import AnatomyError
+from vtprune_fx.errors import AnatomyError, first_sentence
 from vtprune_fx.graph.sizes import axes_of, size_expr, size_hint
 
 EXAMPLE = "example_value"
@@ -61,7 +61,7 @@ def free_length(module: GraphModule, length: int) -> FreedLength:
     try:
         suspects.learn()
     except Exception as error:  # whatever an operator says of sizes that do not fit
-        raise _ambiguous(length, str(error).splitlines()[0]) from error
+        raise _ambiguous(length, first_sentence(error)) from error
     if not isinstance(suspects.tokens, sympy.Symbol):
         raise _ambiguous(length, f"an operator needs it to be {suspects.tokens}")
     return FreedLength(suspects)

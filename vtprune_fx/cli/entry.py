@@ -7,13 +7,14 @@ Commands import what is slow to import (torch, transformers) when they run, so t
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
 import vtprune_fx
 from vtprune_fx.cli import cost, export, fit, recipes, run
 from vtprune_fx.errors import VtpruneError
+from vtprune_fx.optional import lacking
 
 app = typer.Typer(
     name="vtprune",
@@ -76,5 +77,14 @@ def main() -> None:
     try:
         app(prog_name="vtprune")
     except VtpruneError as error:
-        typer.echo(f"vtprune: {error}", err=True)
-        sys.exit(1)
+        _fail(error)
+    except ImportError as error:
+        missing = lacking(error, "importing transformers", "the installed torch")
+        if missing is None:
+            raise
+        _fail(missing)
+
+
+def _fail(error: VtpruneError) -> NoReturn:
+    typer.echo(f"vtprune: {error}", err=True)
+    sys.exit(1)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
-from vtprune_fx.errors import InputError
+from vtprune_fx.errors import InputError, first_sentence
 from vtprune_fx.files import replace_file
 from vtprune_fx.fitting.observe import Watch, unobservable, watching
 from vtprune_fx.scorers.roles import PADDING, VISUAL
@@ -170,7 +170,7 @@ def load_statistics(file: Path, origin: Mapping[str, str]) -> Statistics:
             names = [f.name for f in dataclasses.fields(Statistics)]
             values = {name: opened.get_tensor(name) for name in names}
     except (OSError, SafetensorError) as error:
-        raise _broken(file, str(error).splitlines()[0]) from error
+        raise _broken(file, first_sentence(error)) from error
     _check_origin(file, found, origin)
     if found.get(_CONTENTS) != _checksum(values):
         raise _broken(file, "other contents than its checksum tells of")

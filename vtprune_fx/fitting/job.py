@@ -27,7 +27,7 @@ from rich.progress import (
 from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
 
-from vtprune_fx.errors import InputError
+from vtprune_fx.errors import InputError, first_sentence
 from vtprune_fx.export import require_onnxruntime
 from vtprune_fx.fitting import distributed
 from vtprune_fx.fitting.attention_statistics import (
@@ -105,7 +105,7 @@ def _device(name: str | None) -> torch.device:
         raise InputError(
             f"device {named!r}",
             expected="a device of torch that this machine has",
-            found=str(error).splitlines()[0],
+            found=first_sentence(error),
             fix="Name cpu, or leave it out.",
         ) from error
 

@@ -16,11 +16,20 @@ from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed, Unsupported
 from torch.utils import _pytree as pytree
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
+from transformers.utils import TransformersKwargs
 
 from vtprune_fx.backend import vtprune_backend
 from vtprune_fx.capture.aten import images_as_one_sequence
 from vtprune_fx.errors import InputError, VtpruneError
 from vtprune_fx.models import ragged_cache as ragged
+from vtprune_fx.models.arguments import (
+    CACHE_NAMES,
+    PAST,
+    cache_argument,
+    cache_of,
+    given_cache,
+    refuse_unknown,
+)
 from vtprune_fx.models.encoding import (
     FEATURES,
     encoded,
@@ -90,6 +99,8 @@ class PrunedForward:
         self._encodes_ahead = False
         functools.update_wrapper(self, self._whole)
         self._signature = inspect.signature(self._whole)
+        self._cache = cache_argument(self._whole) or PAST
+        self._known = _known_arguments(model)
         recipe: Recipe | None = options["recipe"]
         self._sees_tower = recipe is not None and recipe.sees_tower
         if self._sees_tower:
@@ -120,11 +131,10 @@ class PrunedForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run a prompt, or what follows on a filled cache."""
-        given = self._signature.bind_partial(*args, **kwargs)
-        named = given.arguments | given.arguments.pop("kwargs", {})
+        named = self._named(*args, **kwargs)
         _refuse(named)
         try:
-            if ragged.length_of(named.get("past_key_values")):
+            if ragged.length_of(named.get(self._cache)):
                 return self._run_step(named)
             return self._run_prompt(named)
         except BackendCompilerFailed as error:
@@ -133,26 +143,36 @@ class PrunedForward:
                 raise error.inner_exception from None
             raise
 
+    def _named(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Arguments by the names that the model has for them."""
+        given = self._signature.bind_partial(*args, **kwargs)
+        named = given.arguments | given.arguments.pop("kwargs", {})
+        refuse_unknown(named, self._known)
+        cache = given_cache(named)
+        named = {n: value for n, value in named.items() if n not in CACHE_NAMES}
+        return named if cache is None else named | {self._cache: cache}
+
     def _run_prompt(self, named: dict[str, Any]) -> Any:
-        given: Cache | None = named.get("past_key_values")
+        given: Cache | None = named.get(self._cache)
         ragged.check_can_be_ragged(given)
         static = given if isinstance(given, StaticCache) else None
         if static is not None:
             # Its layers are allocated once it is known how long they become.
-            named["past_key_values"] = DynamicCache(config=self._text)
+            named[self._cache] = DynamicCache(config=self._text)
             named["attention_mask"] = _without_room(named)
         room = None if static is None else static.get_max_length()
         visual = self._visual(named.get("input_ids"))
         numbers = self._numbers(visual, named)
         outputs = self._run_encoded(named, numbers)
-        filled = getattr(outputs, "past_key_values", None)
+        filled: Cache | None = cache_of(outputs)
         if filled is not None:
             came, mask = named["input_ids"].shape[1], named.get("attention_mask")
             left = self._left_ahead(visual) if numbers.own else None
             ragged.make_ragged(filled, came, mask, visual, room, left)
         if static is not None:
-            static.layers = outputs.past_key_values.layers
-            outputs.past_key_values = static
+            assert filled is not None, "a cache that was passed is returned"
+            static.layers = filled.layers
+            setattr(outputs, self._cache, static)
         return outputs
 
     def _numbers(self, visual: Tensor, named: dict[str, Any]) -> _Numbers:
@@ -244,7 +264,7 @@ class PrunedForward:
         return self._compiled[key]
 
     def _run_step(self, named: dict[str, Any]) -> Any:
-        cache: Cache = named["past_key_values"]
+        cache: Cache = named[self._cache]
         new = _first_given(named, "input_ids", "inputs_embeds").shape[1]
         mask = ragged.attention_mask(cache, new)
         mark_dynamic(3, mask)
@@ -272,6 +292,17 @@ def visual_ids(model: PreTrainedModel) -> list[int]:
             "%s has no visual tokens: it is compiled, not pruned.", type(model).__name__
         )
     return found
+
+
+def _known_arguments(model: PreTrainedModel) -> frozenset[str]:
+    """What a model's ``forward`` takes, or hands on to its parts by ``**kwargs``."""
+    decoder: Any = model.get_decoder()
+    functions = (model.forward, model.base_model.forward, decoder.forward)
+    names = {name for f in functions for name in inspect.signature(f).parameters}
+    # Decorators of transformers take these off before ``forward`` sees them.
+    decorators = ("return_dict", "use_cache")
+    options = TransformersKwargs.__annotations__
+    return frozenset({*names, *CACHE_NAMES, *decorators, *options})
 
 
 def _refuse(named: Mapping[str, Any]) -> None:

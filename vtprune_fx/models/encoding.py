@@ -16,7 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
+
+from vtprune_fx.models.arguments import cache_argument, given_cache
 
 _PIXELS = frozenset({"pixel_values", "pixel_values_videos", "pixel_values_images"})
 
@@ -58,7 +60,7 @@ def own_positions(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor |
 
     Args:
         model: The model, which remembers how far positions have come.
-        inputs: What it is called with; ``past_key_values`` among them if not empty.
+        inputs: What it is called with; the cache among them if it is not empty.
     """
     base: Any = model.base_model
     count = getattr(base, "compute_3d_position_ids", None)
@@ -67,9 +69,11 @@ def own_positions(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor |
         return None
     given = {name: inputs.get(name) for name in inspect.signature(count).parameters}
     given["inputs_embeds"] = torch.empty(*ids.shape, 0, device=ids.device)
-    cache: Cache | None = inputs.get("past_key_values")
+    cache = given_cache(inputs)
     if cache is not None and int(cache.get_seq_length()) == 0:
-        given["past_key_values"] = None
+        cache = None
+    if (name := cache_argument(count)) is not None:
+        given[name] = cache
     found: Tensor | None = count(**given)
     return None if found is None else found[..., -ids.shape[1] :]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +21,13 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging as transformers_logging
 
-from vtprune_fx.errors import InputError
+from vtprune_fx.errors import (
+    InputError,
+    MissingDependencyError,
+    VtpruneError,
+    first_sentence,
+)
+from vtprune_fx.optional import lacking
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -46,6 +51,7 @@ def open_checkpoint(
     Raises:
         InputError: There is no such checkpoint, it cannot be read, or its model takes
             no images.
+        MissingDependencyError: A package that its processor needs does not load.
     """
     return load_model(model, dtype), load_processor(model)
 
@@ -166,21 +172,29 @@ def _check_sees_images(model: str | Path, config: PreTrainedConfig) -> None:
 
 @contextmanager
 def _reading(model: str | Path, what: str) -> Iterator[None]:
-    """Whatever goes wrong in the block becomes an InputError about ``model``."""
+    """Whatever goes wrong in the block becomes an error of ours about ``model``."""
     try:
         yield
     except Exception as error:  # many kinds: network, JSON, safetensors, imports
-        local = Path(model).is_dir()
-        raise InputError(
+        missing = lacking(error, _where(model), what)
+        raise missing or _unreadable(model, what, error) from error
+
+
+def _unreadable(model: str | Path, what: str, error: Exception) -> VtpruneError:
+    found = f"{type(error).__name__}: {first_sentence(error)}"
+    if isinstance(error, ImportError):
+        return MissingDependencyError(
             _where(model),
-            expected=f"{what} that can be read" if local else _EXPECTED,
-            found=f"{type(error).__name__}: {_first_line(error)}",
-            fix="Write the folder anew with save_pretrained()."
-            if local
-            else "Check the spelling, the network and, for a gated model, the login.",
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or ["no message"]
-    return textwrap.shorten(lines[0], 200, placeholder=" ...").rstrip(".")
+            expected=f"every package that {what} needs",
+            found=found,
+            fix="Install what the message names.",
+        )
+    local = Path(model).is_dir()
+    return InputError(
+        _where(model),
+        expected=f"{what} that can be read" if local else _EXPECTED,
+        found=found,
+        fix="Write the folder anew with save_pretrained()."
+        if local
+        else "Check the spelling, the network and, for a gated model, the login.",
+    )

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from vtprune_fx.errors import InputError
+from vtprune_fx.errors import InputError, first_sentence
 from vtprune_fx.models.encoding import FEATURES
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def load_config(source: str | Path) -> PreTrainedConfig:
             f"--config {source}",
             expected="a model folder or a config.json of transformers, or one of "
             f"{', '.join(config_names())}",
-            found=str(error).splitlines()[0],
+            found=first_sentence(error),
             fix="Pass a folder that save_pretrained() wrote.",
         ) from error
 

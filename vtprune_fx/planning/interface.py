@@ -1,7 +1,7 @@
 """What goes into a pruned graph and what comes out of it, without pruning it.
 
-Names are those of an ONNX export: both are the paths of the tensors in what the model
-takes and returns.
+Names are those of an ONNX export: paths of the tensors in what the model takes and
+returns. Only logits and the cache are shown of the latter.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from transformers.exporters.utils import get_leaf_tensors
 
 from vtprune_fx.graph.sizes import size_expr
+from vtprune_fx.models.arguments import CACHE_NAMES, PAST
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -98,12 +99,18 @@ def _outputs(
     """Name, value at full length, and tokens that have left, of each output."""
     place = {node.name: i for i, node in enumerate(program.graph.nodes)}
     named = {node.name: node for node in program.graph.nodes}
-    nodes = [named[str(name)] for name in program.graph_signature.user_outputs]
-    values = [node.meta["val"] for node in nodes]
+    # What a model does not return (features without images, say) has no node.
+    nodes = [named.get(str(name)) for name in program.graph_signature.user_outputs]
+    values = [None if node is None else node.meta["val"] for node in nodes]
     returned = pytree.tree_unflatten(values, program.call_spec.out_spec)
-    for name, node in zip(get_leaf_tensors(returned), nodes, strict=True):
-        behind = (c.dropped for c in plan.cuts if place[c.edge] < place[node.name])
-        yield name, node.meta["val"], max(behind, default=0)
+    tensors = [node for node in nodes if node is not None]
+    for name, node in zip(get_leaf_tensors(returned), tensors, strict=True):
+        field, _, rest = name.partition(".")
+        if field not in ("logits", *CACHE_NAMES):
+            continue
+        before = (c.dropped for c in plan.cuts if place[c.edge] < place[node.name])
+        shown = f"{PAST}.{rest}" if rest else field
+        yield shown, node.meta["val"], max(before, default=0)
 
 
 def _port(
