@@ -6,6 +6,8 @@ blocks of a page share their names, as a reader who types them in would.
 
 from __future__ import annotations
 
+import ast
+import importlib
 import re
 import shlex
 import subprocess
@@ -92,6 +94,21 @@ def test_commands_parse(page: str, line: str) -> None:
         assert name in command.commands, f"{page}: {line}"
         command = command.commands[name]
     command.make_context("vtprune", arguments)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_code_imports_public_names_alone(page: Path) -> None:
+    found = BLOCK.findall(page.read_text(encoding="utf-8"))
+    text = "\n".join(text for _, kind, text in found if kind == "python")
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            named = {alias.name for alias in node.names}
+            assert not any(name.startswith("vtprune_fx.") for name in named)
+        elif isinstance(node, ast.ImportFrom) and "vtprune_fx" in (node.module or ""):
+            public = set(importlib.import_module(str(node.module)).__all__)
+            folders = {"errors", "export", "passes", "recipes", "scorers"}
+            names = {alias.name for alias in node.names}
+            assert names <= public | folders, ast.unparse(node)
 
 
 def test_there_is_something_to_check() -> None:
