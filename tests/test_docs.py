@@ -111,6 +111,19 @@ def test_code_imports_public_names_alone(page: Path) -> None:
             assert names <= public | folders, ast.unparse(node)
 
 
+def test_the_tour_names_what_there_is() -> None:
+    """Each row of its tables names a file, and what that defines."""
+    text = (ROOT / "docs" / "tour.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([\w/]+\.py)` \| `(\w+)` \|", text, re.M)
+    assert len(rows) > 20
+    for path, name in rows:
+        tree = ast.parse((ROOT / "vtprune_fx" / path).read_text(encoding="utf-8"))
+        kinds = (ast.FunctionDef, ast.ClassDef)
+        assert name in {n.name for n in tree.body if isinstance(n, kinds)}, path
+    for path in re.findall(r"`([\w/]+\.py)`", text):
+        assert (ROOT / "vtprune_fx" / path).exists(), path
+
+
 def test_there_is_something_to_check() -> None:
     assert sum(len(commands(page)) for page in TEXTS) > 10
     assert sum(len(blocks(page, "python")) for page in PAGES) > 5
