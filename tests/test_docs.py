@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import typer
 
-from vtprune_fx import cli
+from vtprune_fx import cli, load_recipe
 from vtprune_fx.scorers import registry
 
 ROOT = Path(__file__).parents[1]
@@ -122,6 +122,18 @@ def test_the_tour_names_what_there_is() -> None:
         assert name in {n.name for n in tree.body if isinstance(n, kinds)}, path
     for path in re.findall(r"`([\w/]+\.py)`", text):
         assert (ROOT / "vtprune_fx" / path).exists(), path
+
+
+def test_the_picture_of_tokens_is_what_the_recipe_says() -> None:
+    picture = (ROOT / "docs" / "images" / "tokens-per-layer.svg").read_text("utf-8")
+    drawn = re.findall(r"layer (\d+): (\d+) visual", picture)
+    recipe = load_recipe("fitprune-llava-1.5-7b-60")
+    left = recipe.tokens_per_layer(recipe.visual_tokens, recipe.layers)
+    assert [(int(layer), int(kept)) for layer, kept in drawn] == list(enumerate(left))
+
+
+def test_the_readme_fits_on_two_screens() -> None:
+    assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 110
 
 
 def test_there_is_something_to_check() -> None:
