@@ -46,39 +46,42 @@ PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 
 HEAD = """# Models
 
-Written by `python -m tests.matrix`, which runs what it says: a **tiny model with random
-weights** of each family, in float32, on a CPU, with two cuts. Configurations are those of
-`tests/zoo.py`: three layers, width 32. No released checkpoint of these families was run.
+Written by `python -m tests.matrix`, which runs what it says: a **tiny model with
+random weights** of each family, in float32, on a CPU, with two cuts. Configurations
+are those of `tests/zoo.py`: three layers, width 32. No released checkpoint of these
+families was run.
 
 Configurations that differ from released ones:
 
-* **Gemma 3** and **Aya Vision** were run with all layers set to full attention. As released
-  they have sliding-window layers, and **are refused**, with the reason.
-* **Mistral** decoders (LLaVA-NeXT (Mistral), Mistral 3) were run with `sliding_window = None`.
-  A checkpoint with a window is refused.
-* **LLaVA-HR** is not in transformers: `examples/llava_hr.py` is a stand-in with two vision
-  towers.
+* **Gemma 3** and **Aya Vision** were run with all layers set to full attention. As
+  released they have sliding-window layers, and **are refused**, with the reason.
+* **Mistral** decoders (LLaVA-NeXT (Mistral), Mistral 3) were run with `sliding_window
+  = None`. A checkpoint with a window is refused.
+* **LLaVA-HR** is not in transformers: `examples/llava_hr.py` is a stand-in with two
+  vision towers.
 
 Columns:
 
 * *prefill*: a prompt with an image, compiled by inductor.
-* *generate*: two prompts in a batch; 8 new tokens, prompt and decode steps compiled by Dynamo
-  and run operator by operator. *several images*: one of the two has two. *padding*: the
-  other is shorter.
-* *video*: the same as *generate* with a video, beside an image. *-*: the family takes none.
-* *ONNX*: the batch of *generate* on ONNX Runtime's CPU provider, prefill and 8 decode steps.
+* *generate*: two prompts in a batch; 8 new tokens, prompt and decode steps compiled by
+  Dynamo and run operator by operator. *several images*: one of the two has two.
+  *padding*: the other is shorter.
+* *video*: the same as *generate* with a video, beside an image. *-*: the family takes
+  none.
+* *ONNX*: the batch of *generate* on ONNX Runtime's CPU provider, prefill and 8 decode
+  steps.
 * *TensorRT*: both engines built by TensorRT for RTX, without a GPU. None was run.
 
 Cells:
 
-* *yes*: agreement with [the oracle](glossary.md), the eager pruner: logits within 1e-4, after
-  the prompt and after each new token; in `torch.compile` also the same kept tokens at each
-  cut, and as many cached in each layer. For *TensorRT*: engines were built, of networks with
-  the sizes that the graphs have.
+* *yes*: agreement with [the oracle](glossary.md), the eager pruner: logits within
+  1e-4, after the prompt and after each new token; in `torch.compile` also the same
+  kept tokens at each cut, and as many cached in each layer. For *TensorRT*: engines
+  were built, of networks with the sizes that the graphs have.
 * *refused*: an error before any run, quoted below the table.
 * *fails*: what is quoted there went wrong.
-* *not run*: not tried. Exports take long, so they are made of the models that pruning papers
-  report on.
+* *not run*: not tried. Exports take long, so they are made of the models that pruning
+  papers report on.
 
 """
 

@@ -26,6 +26,11 @@ PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]
 TEXTS = [*PAGES, ROOT / "CONTRIBUTING.md"]
 BLOCK = re.compile(r"^(<!-- not run: .+ -->\n)?```(\w+)\n(.*?)^```$", re.M | re.S)
 FENCED = re.compile(r"^```.*?^```$", re.M | re.S)
+RETIRED = re.compile(
+    r"\bbehind\b|\bahead\b|\btold\b|\bwhoever\b|\bwho (?:stay|leave)s\b|\bnobody\b"
+    r"|\bof (?:its|their) own\b|\btokens (?:that )?(?:leave|stay)\b|\bas it came\b",
+    re.I,
+)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
@@ -58,6 +63,13 @@ def test_the_site_builds(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "errors" / "index.html").is_file()
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=lambda page: page.name)
+def test_no_page_uses_a_retired_word(page: Path) -> None:
+    """The glossary has the terms instead: after, before, dropped, kept, per-sample."""
+    text = FENCED.sub("", page.read_text(encoding="utf-8"))
+    assert RETIRED.findall(text) == []
 
 
 @pytest.mark.parametrize("page", TEXTS, ids=lambda page: page.name)
