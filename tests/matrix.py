@@ -55,8 +55,8 @@ Configurations that differ from released ones:
 
 * **Gemma 3** and **Aya Vision** were run with all layers set to full attention. As
   released they have sliding-window layers, and **are refused**, with the reason.
-* **Mistral** decoders (LLaVA-NeXT (Mistral), Mistral 3) were run with `sliding_window
-  = None`. A checkpoint with a window is refused.
+* **Mistral** decoders (LLaVA-NeXT (Mistral), Mistral 3) were run with
+  `sliding_window=None`. A checkpoint with a window is refused.
 * **LLaVA-HR** is not in transformers: `examples/llava_hr.py` is a stand-in with two
   vision towers.
 

@@ -1,10 +1,10 @@
 """Cluttered pictures: shapes and handwritten digits on photographs and textures.
 
 A picture is a square of ``SIDE`` pixels. Its things differ in noun, colour, size and
-place, never overlap, and are told apart by a patch or a few; the rest of the picture is
-background. Digits are scikit-learn's (1,797 scans of handwriting), photographs those
-that come with scikit-image and scikit-learn. Splits share no scan: what a digit looks
-like in the test split was never trained on.
+place, never overlap, and are distinguished by one or a few patches; the rest of the
+picture is background. Digits are scikit-learn's (1,797 scans of handwriting),
+photographs those that come with scikit-image and scikit-learn. Splits share no scan:
+what a digit looks like in the test split was never trained on.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def draw_picture(
 
     Args:
         rng: Decides everything.
-        split: Whose digits may appear, a key of ``SPLITS``.
+        split: The split of the digits, a key of ``SPLITS``.
         fewest: Things at least.
         most: Things at most.
     """

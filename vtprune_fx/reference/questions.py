@@ -310,9 +310,9 @@ def _name(
         rng: Chooses among the names that fit.
         thing: What is named.
         things: All that is there.
-        size: Whether the name may tell its size.
-        colour: Whether the name may tell its colour.
-        noun: Whether the name of a digit may tell which it is.
+        size: Whether the name may include its size.
+        colour: Whether the name may include its colour.
+        noun: Whether the name of a digit may include its value.
     """
     nouns = {_noun(thing), thing.noun} if noun else {_noun(thing)}
     forms = itertools.product(("", thing.size), ("", thing.colour), sorted(nouns))
@@ -346,7 +346,7 @@ def _place_of(thing: Thing) -> str | None:
 
 
 def _is_clear_of(place: str, thing: Thing) -> bool:
-    """Whether nobody could argue that the thing is, or is not, in the place."""
+    """Whether the thing is clearly in the place, or clearly not."""
     return _place_of(thing) is not None or place not in _places_near(thing)
 
 

@@ -1,9 +1,9 @@
-"""A small LLaVA checkpoint with random weights, made on the spot.
+"""Builds a small LLaVA checkpoint with random weights.
 
 The geometry is LLaVA-1.5's: a CLIP vision tower on 336 x 336 pixels in patches of 14
 (24 x 24 = 576 visual tokens), a two-layer projector, a Llama decoder of 32 layers. Only
 the widths are small. All classes are those of transformers, so what runs on this
-checkpoint runs on a real one. What the model writes means nothing: its weights are
+checkpoint runs on a real one. The answers are meaningless: its weights are
 random, drawn so that attention is as uneven as a trained model's.
 """
 
@@ -46,7 +46,7 @@ BRANCH_GAIN = 2.0
 """How much decoder layers add to the embeddings, so that context matters."""
 
 SELF_AVERSION = 0.4
-"""How far an output row leans away from its token's embedding, as a share of it."""
+"""Share of its token's embedding, over the root of the width, that an output row lacks."""
 
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>", "<image>")
 """Special tokens of the tokenizer. Their ids are their positions here."""
@@ -91,12 +91,12 @@ lean against a brick wall, flowers grow in boxes below every window, and nobody
 seems to be in a hurry. USER: Thank you. ASSISTANT: You are welcome, please ask if
 anything else in the picture is unclear.
 """
-"""What the tokenizer learns its words from."""
+"""Text that the tokenizer is trained on."""
 
 
 @dataclass(frozen=True)
 class CheckpointSpec:
-    """What the checkpoint looks like. The defaults are LLaVA-1.5's, narrowed.
+    """Sizes of the checkpoint. The defaults are LLaVA-1.5's, with smaller widths.
 
     Attributes:
         image_size: Side of the square that the vision tower sees, in pixels.
@@ -176,8 +176,8 @@ def _spec_error(name: str, expected: str, spec: CheckpointSpec) -> InputError:
 def build_checkpoint(folder: Path, spec: CheckpointSpec | None = None) -> Path:
     """Build the checkpoint in ``folder``, unless it is there already.
 
-    Everything is written to a new folder beside it, which is renamed at the end: a
-    build that is cut short leaves no half checkpoint behind.
+    Everything is written to a new folder beside it, which is renamed at the end: an
+    interrupted build leaves no partial checkpoint.
 
     Args:
         folder: Where the checkpoint goes. Must be missing, empty, or hold the

@@ -1,4 +1,4 @@
-"""A question that the reference model is shown with."""
+"""A question about a picture, for the reference model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Task:
 
     Attributes:
         prompt: The question.
-        image: What it is about.
+        image: The picture.
         answer: The right answer, where there is one.
     """
 
