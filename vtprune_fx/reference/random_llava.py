@@ -46,7 +46,7 @@ BRANCH_GAIN = 2.0
 """How much decoder layers add to the embeddings, so that context matters."""
 
 SELF_AVERSION = 0.4
-"""Share of its token's embedding, over the root of the width, that an output row lacks."""
+"""Share of its token's embedding over the root of the width that a row lacks."""
 
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>", "<image>")
 """Special tokens of the tokenizer. Their ids are their positions here."""
