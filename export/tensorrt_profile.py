@@ -58,7 +58,7 @@ _ONE, _FEW = Span(1, 1, 1), Span(1, 1, 4)
 
 
 @dataclass(frozen=True)
-class Sizes:
+class EngineSizes:
     """What an engine is asked to take.
 
     Attributes:
@@ -88,7 +88,7 @@ class Sizes:
                 fix="Name a smaller largest prompt.",
             )
 
-    def for_prompts(self, visual_tokens: int, dropped: int) -> Sizes:
+    def for_prompts(self, visual_tokens: int, dropped: int) -> EngineSizes:
         """The same sizes with the prompt filled in.
 
         Args:
@@ -109,14 +109,14 @@ class Sizes:
                 found=str(prompt.smallest),
                 fix="Name a larger smallest prompt.",
             )
-        return Sizes(self.batch, prompt, self.images, self.new_tokens)
+        return EngineSizes(self.batch, prompt, self.images, self.new_tokens)
 
     def fields(self) -> dict[str, object]:
         """As JSON has it."""
         return asdict(self)
 
 
-def prefill_points(graph: onnx_ir.Graph, sizes: Sizes) -> list[Point]:
+def prefill_points(graph: onnx_ir.Graph, sizes: EngineSizes) -> list[Point]:
     """The three points of a prefill graph.
 
     Sizes of inputs are the batch's, the prompt's, or a number of images in all.
@@ -137,7 +137,7 @@ def prefill_points(graph: onnx_ir.Graph, sizes: Sizes) -> list[Point]:
 
 
 def decode_points(
-    graph: onnx_ir.Graph, sizes: Sizes, filled: Mapping[str, Sequence[int]]
+    graph: onnx_ir.Graph, sizes: EngineSizes, filled: Mapping[str, Sequence[int]]
 ) -> list[Point]:
     """The three points of a decode graph, each layer's cache with a length of its own.
 

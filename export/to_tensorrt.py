@@ -30,8 +30,8 @@ from vtprune_fx.export.tensorrt_library import (
 )
 from vtprune_fx.export.tensorrt_model import FORMAT, OUTPUTS
 from vtprune_fx.export.tensorrt_profile import (
+    EngineSizes,
     Point,
-    Sizes,
     cache_lengths,
     decode_points,
     prefill_points,
@@ -39,9 +39,9 @@ from vtprune_fx.export.tensorrt_profile import (
 )
 from vtprune_fx.export.to_onnx import (
     check_encoders,
-    described,
     example_prompts,
     export_onnx,
+    manifest_fields,
 )
 from vtprune_fx.optional import optional
 from vtprune_fx.planning.report import PruneReport
@@ -111,7 +111,7 @@ def write_tensorrt(
     processor: ProcessorMixin,
     recipe: Recipe | None,
     folder: Path,
-    sizes: Sizes,
+    sizes: EngineSizes,
     capability: str | None = None,
 ) -> EngineReport:
     """Export a model with its processor as engines that ``load`` can run.
@@ -146,13 +146,13 @@ def write_tensorrt(
     sizes = sizes.for_prompts(report.plan.visual_tokens, report.plan.dropped)
     engines = build_engines(exported, sizes, capability)
     told = {"target": "tensorrt", "packages": versions() | version()}
-    told |= described(model, report)
+    told |= manifest_fields(model, report)
     write_export(folder, engines_of(exported, engines, sizes), processor, **told)
     return EngineReport(report, engines)
 
 
 def build_engines(
-    exported: ExportedModel, sizes: Sizes, capability: str | None = None
+    exported: ExportedModel, sizes: EngineSizes, capability: str | None = None
 ) -> dict[str, Built]:
     """Build what ``export_onnx`` exported.
 
@@ -292,7 +292,7 @@ def _in_precision(inputs: Mapping[str, Any], model: PreTrainedModel) -> dict[str
 
 
 def engines_of(
-    exported: ExportedModel, engines: Mapping[str, Built], sizes: Sizes
+    exported: ExportedModel, engines: Mapping[str, Built], sizes: EngineSizes
 ) -> ExportedModel:
     """The engines in place of the graphs, with all else that was recorded of them."""
     components = {}

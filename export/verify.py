@@ -26,11 +26,12 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, PreTrainedModel
 
 from vtprune_fx import oracle
-from vtprune_fx.errors import ExportError, InputError
+from vtprune_fx.errors import ExportError, InputError, first_sentence
+from vtprune_fx.export.graph_model import GraphModel
 from vtprune_fx.export.manifest import Manifest, read
-from vtprune_fx.export.onnx_model import OnnxModel
 from vtprune_fx.export.opening import load
 from vtprune_fx.export.quantize import rounded
+from vtprune_fx.export.target import target_of
 from vtprune_fx.export.verify_cases import Case, draw_cases
 from vtprune_fx.models.arguments import cache_of
 from vtprune_fx.models.loading import load_model
@@ -146,12 +147,13 @@ def verify(folder: Path, model: str | None = None, seed: int = 0) -> Verificatio
         ExportError: The folder is no whole export, or has no keep sets to look at.
         InputError: There is no such model, or the oracle does not know it.
     """
-    if read(folder).target != "onnx":
+    target = target_of(folder, read(folder))
+    if not target.shows_keep_sets:
         raise ExportError(
             f"export {folder}",
-            expected="graphs for ONNX Runtime",
-            found="engines, which do not tell their keep sets",
-            fix="Write the same with `vtprune export onnx`, and verify that.",
+            expected="graphs that show which tokens they keep, as ONNX exports do",
+            found=f"target {target.name!r}, whose graphs do not",
+            fix="Export the same model with `vtprune export onnx`, and verify that.",
         )
     exported = load(folder)
     contents = exported.manifest
@@ -197,7 +199,7 @@ def _original(contents: Manifest, model: str | None) -> LlavaForConditionalGener
 
 
 def _compared(
-    exported: OnnxModel, original: LlavaForConditionalGeneration, case: Case
+    exported: GraphModel, original: LlavaForConditionalGeneration, case: Case
 ) -> Iterator[Difference]:
     """All differences on one batch; what cannot run differs from the start."""
     try:
@@ -211,8 +213,7 @@ def _compared(
         if case.new_tokens:
             yield from _generated(exported, original, case)
     except Exception as error:
-        lines = str(error).splitlines() or [type(error).__name__]
-        yield Difference("it does not run", math.inf, lines[0])
+        yield Difference("it does not run", math.inf, first_sentence(error))
 
 
 def _samples(
@@ -225,7 +226,9 @@ def _samples(
 class _Found:
     """One sample in what an export returned."""
 
-    def __init__(self, exported: OnnxModel, outputs: Any, case: Case, row: int) -> None:
+    def __init__(
+        self, exported: GraphModel, outputs: Any, case: Case, row: int
+    ) -> None:
         self._contents = exported.manifest
         self._logits: Tensor = outputs.logits[row]
         self._layers = [
@@ -286,7 +289,7 @@ def _padding(case: Case, row: int) -> int:
     return int((case.inputs["attention_mask"][row] == 0).sum())
 
 
-def _kept(exported: OnnxModel, case: Case, row: int) -> dict[int, Tensor]:
+def _kept(exported: GraphModel, case: Case, row: int) -> dict[int, Tensor]:
     """What the last prompt kept of a sample at each cut, as indices into it."""
     kept: dict[int, Tensor] = {}
     if case.has_images:
@@ -322,7 +325,7 @@ def _difference(
 
 
 def _followed(
-    exported: OnnxModel,
+    exported: GraphModel,
     original: LlavaForConditionalGeneration,
     case: Case,
     outputs: Any,
@@ -344,7 +347,7 @@ def _followed(
 
 
 def _generated(
-    exported: OnnxModel, original: LlavaForConditionalGeneration, case: Case
+    exported: GraphModel, original: LlavaForConditionalGeneration, case: Case
 ) -> Iterator[Difference]:
     """What ``generate`` answers; the oracle goes on from each of its tokens."""
     model: Any = exported
