@@ -531,7 +531,6 @@ def test_engines_in_another_format_are_refused(engines: Path) -> None:
         (["--batch", "4:1:1"], "--batch"),
         (["--prompt", "600:700:4000"], "at most 3840 tokens"),
         (["--compute-capability", "1.0"], "--compute-capability"),
-        (["--via", "torch-tensorrt"], "no converter for the stable sort of a cut"),
     ],
 )
 def test_the_command_refuses_ahead_of_opening_the_model(
