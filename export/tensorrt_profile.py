@@ -66,7 +66,7 @@ class EngineSizes:
         prompt: Tokens of a prompt, visual ones included; None for a span that fits the
             visual tokens of the example.
         images: Images of a prompt.
-        new_tokens: Tokens that are generated behind a prompt at most.
+        new_tokens: Tokens that are generated after a prompt at most.
     """
 
     batch: Span = _FEW
@@ -75,7 +75,7 @@ class EngineSizes:
     new_tokens: int = 512
 
     def __post_init__(self) -> None:
-        """Refuse what no engine can be built for, ahead of anything slow.
+        """Refuse what no engine can be built for, before anything slow.
 
         Raises:
             InputError: Prompts are longer than a cut can sort.
@@ -93,7 +93,7 @@ class EngineSizes:
 
         Args:
             visual_tokens: Of one prompt.
-            dropped: Tokens of a prompt that leave in all.
+            dropped: Tokens of a prompt that are dropped in all.
 
         Raises:
             InputError: The smallest prompt has no token left, or the prompt that was
@@ -105,7 +105,7 @@ class EngineSizes:
         if prompt.smallest <= dropped:
             raise InputError(
                 "--prompt",
-                expected=f"more than {dropped} tokens, which leave",
+                expected=f"more than {dropped} tokens, which are dropped",
                 found=str(prompt.smallest),
                 fix="Name a larger smallest prompt.",
             )

@@ -90,9 +90,9 @@ class OnnxOptions:
 
 
 class _Pruning(DynamoExporter):
-    """Prunes what the exporter traced, ahead of the conversion.
+    """Prunes the traced program, before the conversion.
 
-    The program returns its keep sets too, behind what the model returns.
+    The program returns its keep sets too, after the model's outputs.
     """
 
     recipe: Recipe | None = None
@@ -143,8 +143,8 @@ class PrunedOnnxExporter(OnnxExporter, _Pruning):
 
     Args:
         recipe: What to cut, or None for the default that fits the model.
-        show: Whether keep sets are outputs, ahead of what the model returns: a runner
-            reads those from the back.
+        show: Whether keep sets are outputs, before the model's: a runner counts those
+            from the last one.
     """
 
     def __init__(self, recipe: Recipe | None, show: bool = False) -> None:
@@ -202,7 +202,7 @@ def export_onnx(
         visual = (inputs["input_ids"] == model.config.image_token_id).sum(dim=1)
         _check_prompt(options.prompt, int(visual.max()))
     inputs = prefill_inputs(model, inputs)
-    # Behind cuts nearly every symbolic size is new: remembering fakes doubles the time.
+    # After cuts nearly every symbolic size is new: remembering fakes doubles the time.
     with torch._dynamo.config.patch(fake_tensor_cache_enabled=False), _quietly():
         exporter = PrunedOnnxExporter(recipe, options.keep_sets)
         with images_as_one_sequence(model):
@@ -299,9 +299,9 @@ def write_onnx(
     inputs = example_prompts(processor) if example is None else example
     check_encoders(model, inputs)
     exported, report = export_onnx(model, inputs, recipe, options)
-    told = manifest_fields(model, report) | asdict(options)
+    fields = manifest_fields(model, report) | asdict(options)
     write_export(
-        folder, exported, processor, target="onnx", packages=versions(), **told
+        folder, exported, processor, target="onnx", packages=versions(), **fields
     )
     return report
 
@@ -323,7 +323,7 @@ def check_encoders(model: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
 
 
 def manifest_fields(model: PreTrainedModel, report: PruneReport) -> dict[str, Any]:
-    """What a manifest says of the model, and of what was cut.
+    """Fields of a manifest that describe the model and its cuts.
 
     Raises:
         ExportError: The model's weights are of a type that is not exported.

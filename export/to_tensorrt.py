@@ -3,7 +3,7 @@
 The graphs are those of ``to_onnx``. TensorRT's parser wants constants as such, so they
 are folded first; weights have the type that the model has, since networks are strongly
 typed. What the parser makes of a graph has to have the sizes that the graph has, at the
-smallest, most usual and largest inputs.
+smallest, usual and largest inputs.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Built:
         plan: The serialised engine.
         seconds: Parsing and building took.
         layers: Of the network that it was built from.
-        inputs: What it takes: smallest, most usual, largest.
+        inputs: What it takes: smallest, usual, largest.
         outputs: What it gives, in the order of the graph.
         types: Type of each, as ONNX names it.
     """
@@ -75,7 +75,7 @@ class Built:
     types: Mapping[str, str]
 
     def record(self) -> dict[str, Any]:
-        """What whoever runs the engine cannot read from it, or not without a GPU."""
+        """Inputs and outputs, which a runner cannot query without a GPU."""
         return {
             kind: {
                 name: {"type": self.types[name], "shapes": shapes[name]}
@@ -145,9 +145,9 @@ def write_tensorrt(
     assert report.plan is not None, "an exporter that does not prune raises"
     sizes = sizes.for_prompts(report.plan.visual_tokens, report.plan.dropped)
     engines = build_engines(exported, sizes, capability)
-    told = {"target": "tensorrt", "packages": versions() | version()}
-    told |= manifest_fields(model, report)
-    write_export(folder, engines_of(exported, engines, sizes), processor, **told)
+    fields = {"target": FORMAT, "packages": versions() | version()}
+    fields |= manifest_fields(model, report)
+    write_export(folder, engines_of(exported, engines, sizes), processor, **fields)
     return EngineReport(report, engines)
 
 
@@ -184,7 +184,7 @@ def build(
     Args:
         name: What errors call it.
         model: Its graph; constants in it are folded.
-        points: Smallest, most usual, largest sizes.
+        points: Smallest, usual, largest sizes.
         capability: As in ``write_tensorrt``.
 
     Raises:
