@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.exporters import ExportedModel
 
 from vtprune_fx.export.tensorrt_model import TensorRTRunner
-from vtprune_fx.export.tensorrt_profile import Sizes, Span
+from vtprune_fx.export.tensorrt_profile import EngineSizes, Span
 from vtprune_fx.export.to_onnx import export_onnx, prefill_inputs
 from vtprune_fx.export.to_tensorrt import build_engines, engines_of
 from vtprune_fx.models.encoding import FEATURES
@@ -47,7 +47,7 @@ def built(
     return engines_of(exported, build_engines(exported, sizes, capability), sizes)
 
 
-def sizes_of(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Sizes:
+def sizes_of(model: PreTrainedModel, inputs: Mapping[str, Any]) -> EngineSizes:
     """The sizes of these prompts, and no others."""
     ids, config = inputs["input_ids"], model.config
     batch, tokens = ids.shape
@@ -58,7 +58,7 @@ def sizes_of(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Sizes:
         else len(inputs["pixel_values"])
     )
     one, prompt, images = (Span(n, n, n) for n in (batch, tokens, rows // batch))
-    return Sizes(one, prompt, images, NEW_TOKENS)
+    return EngineSizes(one, prompt, images, NEW_TOKENS)
 
 
 def _run(run: TensorRTRunner, given: dict[str, Any]) -> None:

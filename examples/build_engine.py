@@ -14,12 +14,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-from vtprune_fx.export import Sizes, Span, write_tensorrt
+from vtprune_fx.export import EngineSizes, Span, write_tensorrt
 from vtprune_fx.models import open_checkpoint
 from vtprune_fx.reference import CheckpointSpec, build_checkpoint
 
 # Smallest, most usual, largest: an engine takes what lies between.
-SIZES = Sizes(batch=Span(1, 1, 4), prompt=Span(24, 48, 96), new_tokens=32)
+SIZES = EngineSizes(batch=Span(1, 1, 4), prompt=Span(24, 48, 96), new_tokens=32)
 
 
 def main(folder: str, capability: str | None = None) -> str:

@@ -1,11 +1,12 @@
-"""Check an installation: pruned answers against the oracle's, in a few minutes.
+"""Check an installation in a few minutes, on a small model that ships with vtprune_fx.
 
     python examples/check_installation.py           # torch.compile with inductor
     python examples/check_installation.py eager     # the same without a compiler
 
-The reference model answers a padded batch and prompts with two images, with growing and
-static caches, in torch.compile, and the padded batch on ONNX Runtime. Prints a line for
-each, and `same` at the end if every token is the oracle's. Needs
+The model answers questions about pictures, pruned, in torch.compile and on ONNX
+Runtime. Its answers are compared, token by token, with those of the oracle: a slow
+second implementation of pruning in plain PyTorch. Prints a line for each comparison and
+`same` at the end if all agree; else the exit status is 1. Needs
 `vtprune-fx[onnxruntime,demo]`.
 """
 
@@ -28,16 +29,23 @@ from vtprune_fx.recipes import Recipe, load_recipe
 from vtprune_fx.reference import CHECKPOINT
 from vtprune_fx.reference.questions import Sample, draw_samples
 
-NEW = 8
+NEW_TOKENS = 8
 PADDED, TWO_IMAGES = "8 padded prompts", "2 prompts of two images"
-GREEDY = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
+GREEDY = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None}
 
 Inputs = dict[str, Tensor]
+"""A processor's output for a batch of prompts."""
+
 Answers = list[list[int]]
+"""New token ids of each prompt."""
 
 
-def main(inner: str = "inductor") -> bool:
-    """Run all checks; returns whether every answer is the oracle's."""
+def main(backend: str = "inductor") -> bool:
+    """Run all checks; return whether every answer is the oracle's.
+
+    Args:
+        backend: Compiles the pruned graphs in ``torch.compile``.
+    """
     model, processor = open_checkpoint(CHECKPOINT)
     recipe = load_recipe("fitprune-reference-55")
     batches = {
@@ -48,14 +56,15 @@ def main(inner: str = "inductor") -> bool:
     }
     same = True
 
-    def check(name: str, answer: Callable[[Inputs], Answers], *asked: str) -> None:
+    def check(runtime: str, answer: Callable[[Inputs], Answers], *names: str) -> None:
+        """Compare answers to some batches, by default to all, with the oracle's."""
         nonlocal same
-        for batch in asked or batches:
-            agrees = answer(batches[batch]) == expected[batch]
+        for name in names or batches:
+            agrees = answer(batches[name]) == expected[name]
             same = same and agrees
-            print(f"{name}, {batch}: {'same' if agrees else 'OTHER TOKENS'}")
+            print(f"{runtime}, {name}: {'same' if agrees else 'DIFFERENT TOKENS'}")
 
-    with pruned(model, recipe, inner) as compiled:
+    with pruned(model, recipe, backend) as compiled:
         check("torch.compile", lambda inputs: by_generate(compiled, inputs))
         static = {"cache_implementation": "static"}
         check(
@@ -65,7 +74,8 @@ def main(inner: str = "inductor") -> bool:
     with tempfile.TemporaryDirectory() as scratch:
         write_onnx(model, processor, recipe, Path(scratch) / "onnx")
         exported = load(Path(scratch) / "onnx")
-        # The recipe takes shares, so an export is for one number of images.
+        # This recipe drops shares of the visual tokens, so an export is for prompts
+        # with one number of images.
         check("ONNX Runtime", lambda inputs: by_generate(exported, inputs), PADDED)
     print("same" if same else "not the same")
     return same
@@ -80,14 +90,14 @@ def prompts() -> dict[str, list[Sample]]:
 
 
 def by_oracle(model: Any, recipe: Recipe, inputs: Inputs) -> Answers:
-    """What the oracle answers to each prompt by itself."""
+    """The oracle's answers; it runs one prompt at a time."""
     positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
     samples = oracle.split_batch(model, **inputs, position_ids=positions)
-    return [oracle.generate(model, recipe, sample, NEW) for sample in samples]
+    return [oracle.generate(model, recipe, sample, NEW_TOKENS) for sample in samples]
 
 
 def by_generate(model: Any, inputs: Inputs, **options: Any) -> Answers:
-    """What ``generate`` answers to all of them at once."""
+    """A model's answers, by ``generate``, to all prompts in one batch."""
     ids = model.generate(**inputs, **GREEDY, **options)
     answers: Answers = ids[:, inputs["input_ids"].shape[1] :].tolist()
     return answers

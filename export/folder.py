@@ -7,10 +7,11 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vtprune_fx.errors import ExportError, InputError
 from vtprune_fx.export import manifest
+from vtprune_fx.export.target import find_target
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
@@ -53,23 +54,27 @@ def _foreign(folder: Path) -> str | None:
 
 
 def write_export(
-    folder: Path, exported: ExportedModel, processor: ProcessorMixin, **told: Any
+    folder: Path, exported: ExportedModel, processor: ProcessorMixin, **fields: object
 ) -> None:
-    """Write graphs, processor and manifest, all at once.
+    """Write graphs, processor and manifest, and replace ``folder`` at the end.
 
     Args:
-        folder: As ``check_free`` wants it.
+        folder: New, empty, or an earlier export.
         exported: The graphs, with the model's configurations.
         processor: The model's processor.
-        told: Fields of the manifest but ``files``.
+        fields: Fields of the manifest without ``files``; ``target`` is registered.
 
     Raises:
         InputError: ``folder`` holds something else.
+        ExportError: No target of this name is registered.
     """
+    find_target(str(fields.get("target")), f"export {folder}")
     with written_at_once(folder) as scratch:
         exported.save_pretrained(scratch)
         processor.save_pretrained(scratch)
-        contents = manifest.Manifest(**told, files=manifest.hashes(scratch))
+        contents = manifest.Manifest.model_validate(
+            fields | {"files": manifest.hashes(scratch)}
+        )
         contents.write(scratch)
 
 

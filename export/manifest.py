@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 
-from vtprune_fx.errors import ExportError
+from vtprune_fx.errors import ExportError, first_sentence
 from vtprune_fx.recipes.schema import Recipe
 
 FILE = "vtprune.json"
@@ -41,7 +41,7 @@ class Manifest(BaseModel):
 
     Attributes:
         schema_version: Version of this file's format.
-        target: What the graphs run on.
+        target: Name of the ``ExportTarget`` that runs the graphs.
         source: The model that was exported: a folder, a hub id, or nothing where it
             was made in memory.
         recipe: What was cut.
@@ -63,7 +63,7 @@ class Manifest(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     schema_version: Literal[2] = 2
-    target: Literal["onnx", "tensorrt"]
+    target: str
     source: str
     recipe: Recipe
     visual_tokens: int
@@ -100,13 +100,13 @@ def read(folder: Path) -> Manifest:
         fields = json.loads((folder / FILE).read_text(encoding="utf-8"))
         return Manifest.model_validate(fields)
     except (OSError, ValueError) as error:
-        raise refused(folder, f"a readable {FILE}", _told(error)) from error
+        raise refused(folder, f"a readable {FILE}", _reason(error)) from error
 
 
-def _told(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     """What is wrong with a manifest, in one line."""
     if not isinstance(error, ValidationError):
-        return str(error).splitlines()[0]
+        return first_sentence(error)
     first = error.errors(include_url=False, include_context=False)[0]
     return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
 

@@ -1,30 +1,23 @@
-"""Running an exported folder on ONNX Runtime, with transformers' own generation."""
+"""Running an exported folder on ONNX Runtime."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    Cache,
-    DynamicCache,
-    GenerationConfig,
-    GenerationMixin,
-    PreTrainedModel,
-)
 from transformers.exporters import ExportMetadata, OnnxExporter
-from transformers.exporters.runners.base import ModelRunner
 from transformers.exporters.runners.runner_onnx import OnnxModelRunner
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from vtprune_fx.errors import ExportError, InputError, MissingDependencyError
+from vtprune_fx.errors import ExportError, MissingDependencyError
 from vtprune_fx.export import manifest
+from vtprune_fx.export.graph_model import GraphModel
 from vtprune_fx.export.graph_outputs import (
     KEEP_SETS,
     bare_metadata,
@@ -33,16 +26,13 @@ from vtprune_fx.export.graph_outputs import (
 )
 from vtprune_fx.export.manifest import Manifest
 from vtprune_fx.export.trust import COMPONENTS
-from vtprune_fx.models.arguments import CACHE_NAMES, PAST, given_cache, refuse_unknown
-from vtprune_fx.planning.report import in_prompt
-from vtprune_fx.selection.attention_rank import check_alone
 
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 """ONNX Runtime's option for graphs that do not come from a file."""
 
 
 def require_onnxruntime() -> None:
-    """Check that ONNX Runtime and what reads its files are installed.
+    """Check that ONNX Runtime and the packages that read ONNX files are installed.
 
     Raises:
         MissingDependencyError: One of them is not.
@@ -59,43 +49,17 @@ def require_onnxruntime() -> None:
         )
 
 
-class OnnxModel(PreTrainedModel, GenerationMixin):
-    """A pruned model on ONNX Runtime: ``generate`` as of any transformers model.
-
-    It has no torch weights; torch tensors are what goes in and comes out.
-
-    Args:
-        folder: A folder that was found whole and safe.
-        contents: Its manifest.
-        runners: What runs the graphs ``prefill`` and ``decode``.
-    """
-
-    main_input_name = "input_ids"
-    _supports_sdpa = True
-
-    def __init__(
-        self, folder: Path, contents: Manifest, runners: Mapping[str, ModelRunner]
-    ) -> None:
-        super().__init__(
-            AutoConfig.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False
-            )
-        )
-        self.generation_config = GenerationConfig.from_pretrained(
-            folder, local_files_only=True
-        )
-        self.manifest = contents
-        self._prompts: Any = runners["prefill"]
-        self._steps: Any = runners["decode"]
+class OnnxModel(GraphModel):
+    """A pruned model on ONNX Runtime: ``generate`` as of any transformers model."""
 
     def show_keep_sets(self, folder: Path) -> None:
         """Make keep sets outputs of a prefill that was exported without ``keep_sets``.
 
         Args:
-            folder: Where the model was loaded from.
+            folder: The folder that the model was loaded from.
 
         Raises:
-            ExportError: The graph has none.
+            ExportError: The graph holds no keep sets.
         """
         if self.manifest.keep_sets:
             return
@@ -109,171 +73,24 @@ class OnnxModel(PreTrainedModel, GenerationMixin):
                     folder, f"a value {name} in prefill.onnx", "none"
                 )
         program.graph.outputs[:0] = [made[name] for name in names]
-        # Without a file of its own a session asks where the weights lie.
+        # The session gets no path of a file, so it is given the weights' folder below.
         del program.meta["path"]
         options = session_options()
         options.add_session_config_entry(_WEIGHTS_FOLDER, str(folder.resolve()))
-        self._prompts = OnnxGraph.from_program(
-            program, self._prompts.metadata, self.device, session_options=options
+        shown: Any = OnnxGraph.from_program(
+            program,
+            bare_metadata(self.manifest.precision),
+            self.device,
+            session_options=options,
         )
-
-    @property
-    def keep_sets(self) -> dict[int, Tensor]:
-        """What the last prompt with images kept at each cut, if the prefill tells.
-
-        For each layer with a cut, [B, K]: positions in the prompt as it came, -1 for
-        tokens made of dropped ones.
-        """
-        return in_prompt(self._prompts.keep_sets)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the graphs run."""
-        device: torch.device = self._steps.device
-        return device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The precision the graphs were exported in."""
-        dtype: torch.dtype = getattr(torch, self.manifest.precision)
-        return dtype
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        pixel_values: Tensor | None = None,
-        **options: Any,
-    ) -> Any:
-        """Run one step: a prompt with images, or what follows.
-
-        Args:
-            input_ids: [B, S].
-            attention_mask: [B, past + S], left padding; all ones if left out.
-            position_ids: [B, S]; counted from the mask if left out.
-            past_key_values: The ragged cache, or an empty one.
-            pixel_values: [I, 3, H, W], all images of the batch, of any float type.
-            options: ``cache``, another name of ``past_key_values``, and options that
-                ``generate`` passes, if they ask for what a graph gives.
-
-        Returns:
-            The model's output: logits [B, tokens kept, vocabulary], and the cache.
-
-        Raises:
-            InputError: A sample holds fewer visual tokens than the cuts take, a prompt
-                with an image follows another, a second prompt follows one that was cut
-                before the first layer, the export takes other sizes, or an argument
-                is unknown or asks for what a graph does not give.
-        """
-        _check_options(options)
-        cache = given_cache({PAST: past_key_values} | options)
-        self._check_sizes(input_ids, pixel_values)
-        past = int(cache.get_seq_length()) if cache is not None else 0
-        if attention_mask is None:
-            samples, new = input_ids.shape
-            attention_mask = input_ids.new_ones(samples, past + new)
-        if position_ids is None:
-            positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
-            position_ids = positions[:, -input_ids.shape[1] :]
-        if pixel_values is None:
-            return self._decode(input_ids, attention_mask, position_ids, cache)
-        if past:
-            raise InputError(
-                "pixel_values",
-                expected="images in the first prompt alone",
-                found="a prompt with images on a filled cache",
-                fix="Start from an empty cache, with the whole conversation.",
-            )
-        self._check_visual_tokens(input_ids)
-        return self._prompts(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            pixel_values=pixel_values.to(self.dtype),
-        )
-
-    def _decode(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        position_ids: Tensor,
-        cache: Cache | None,
-    ) -> Any:
-        """What is not pruned: a step, a further turn, a prompt of text alone."""
-        if (
-            _filled(cache)
-            and input_ids.shape[1] > 1
-            and self.manifest.recipe.cuts_ahead
-        ):
-            raise InputError(
-                "past_key_values",
-                expected="one new token at a time",
-                found=f"{input_ids.shape[1]}, behind a prompt that was cut ahead of "
-                "the first layer: the cache does not tell how long it was",
-                fix="Start from an empty cache, with the whole conversation.",
-            )
-        return self._steps(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=cache if _filled(cache) else self._empty_cache(input_ids),
-        )
-
-    def _empty_cache(self, input_ids: Tensor) -> DynamicCache:
-        text = self.config.get_text_config()
-        width = getattr(text, "head_dim", None)
-        width = width or text.hidden_size // text.num_attention_heads
-        shape = (input_ids.shape[0], text.num_key_value_heads, 0, width)
-        cache = DynamicCache()
-        for layer in range(text.num_hidden_layers):
-            keys, values = torch.zeros(2, *shape, dtype=self.dtype, device=self.device)
-            cache.update(keys, values, layer)
-        return cache
-
-    def _check_sizes(self, input_ids: Tensor, pixel_values: Tensor | None) -> None:
-        """Check the sizes that were fixed when the folder was written."""
-        batch, prompt = self.manifest.batch, self.manifest.prompt
-        expected = [
-            input_ids.shape[0] if batch is None else batch,
-            input_ids.shape[1] if prompt is None or pixel_values is None else prompt,
-        ]
-        if list(input_ids.shape) != expected:
-            raise InputError(
-                "input_ids",
-                expected=f"shape {expected}, which the folder was exported for",
-                found=str(list(input_ids.shape)),
-                fix="Pad in front (processor(..., padding='max_length', max_length=N)),"
-                " or export without --batch and --prompt.",
-            )
-
-    def _check_visual_tokens(self, input_ids: Tensor) -> None:
-        contents = self.manifest
-        recipe = contents.recipe
-        if recipe.adaptive:
-            check_alone(len(input_ids))
-            return
-        exact = recipe.of is not None
-        least = recipe.needed(contents.visual_tokens)
-        needed = contents.visual_tokens if exact else least
-        counts = (input_ids == contents.image_token_id).sum(dim=1).tolist()
-        if any(n != needed if exact else n < needed for n in counts):
-            raise InputError(
-                "prompts",
-                expected=f"{'exactly' if exact else 'at least'} {needed} visual tokens "
-                f"in each, on which recipe {recipe.name} counts",
-                found=", ".join(map(str, counts)),
-                fix="Run prompts without images by themselves.",
-            )
+        self._prefill_graph = shown  # typed as the base class
 
 
 class OnnxGraph(OnnxModelRunner):
-    """Runs one graph.
+    """Runs one graph on ONNX Runtime.
 
     Attributes:
-        keep_sets: For each layer with a cut, [B, K]: positions among what was left, if
-            the graph returns them.
+        keep_sets: As in ``GraphRunner``.
     """
 
     def __init__(self, metadata: ExportMetadata, session: Any) -> None:
@@ -281,52 +98,15 @@ class OnnxGraph(OnnxModelRunner):
         self._outputs = [str(output.name) for output in session.get_outputs()]
         self.keep_sets: dict[int, Tensor] = {}
 
-    def unflatten(self, outputs: list[Any]) -> Any:
-        """The model's output; keep sets are noted."""
+    def unflatten(self, outputs: list[Tensor]) -> CausalLMOutputWithPast:
+        """Build the model's output from the graph's; keep sets are stored."""
         values = dict(zip(self._outputs, outputs, strict=True))
         self.keep_sets = keep_sets_of(values)
         return causal_output_of(values)
 
 
-_OPTIONS: dict[str, tuple[object, ...]] = {
-    "use_cache": (None, True),
-    "return_dict": (None, True),
-    "output_attentions": (None, False),
-    "output_hidden_states": (None, False),
-    "labels": (None,),
-    "inputs_embeds": (None,),
-    "logits_to_keep": (None, 0),
-}
-"""Options of ``forward`` that ``generate`` or a caller may pass, and what a graph can
-honour of each."""
-
-_ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "pixel_values")
-
-
-def _check_options(options: Mapping[str, Any]) -> None:
-    """Refuse options that are unknown, or that no graph honours.
-
-    Raises:
-        InputError: There is one.
-    """
-    refuse_unknown(options, {*_ARGUMENTS, *CACHE_NAMES, *_OPTIONS})
-    for name, value in options.items():
-        if name in _OPTIONS and not any(value is fine for fine in _OPTIONS[name]):
-            raise InputError(
-                f"argument {name}",
-                expected=" or ".join(map(str, _OPTIONS[name])),
-                found="a tensor" if isinstance(value, Tensor) else str(value),
-                fix="A graph gives logits of all kept tokens and the cache. Run the "
-                "original model for anything else.",
-            )
-
-
-def _filled(cache: Cache | None) -> bool:
-    return cache is not None and int(cache.get_seq_length()) > 0
-
-
 def session_options() -> Any:
-    """Errors only: warnings about constants that stay unfolded help nobody."""
+    """Options for errors only: users can do nothing about unfolded constants."""
     import onnxruntime  # noqa: PLC0415 - an optional package
 
     options = onnxruntime.SessionOptions()
@@ -335,7 +115,7 @@ def session_options() -> Any:
 
 
 def open_onnx(folder: Path, contents: Manifest, device: str | None) -> OnnxModel:
-    """Open a folder that was found whole on ONNX Runtime.
+    """Open a folder whose files were checked on ONNX Runtime.
 
     Args:
         folder: The export.
@@ -343,8 +123,8 @@ def open_onnx(folder: Path, contents: Manifest, device: str | None) -> OnnxModel
         device: ``cpu`` or ``cuda``; left out, CUDA where it works.
 
     Raises:
-        ExportError: The folder holds what is not safe to load, or ONNX Runtime does not
-            run on ``device``, or not the graphs' operators in their precision.
+        ExportError: The graphs are not safe to load, or ONNX Runtime does not run on
+            ``device``, or lacks an operator of the graphs in their precision.
         MissingDependencyError: ONNX Runtime is not installed.
     """
     require_onnxruntime()
@@ -357,7 +137,7 @@ def open_onnx(folder: Path, contents: Manifest, device: str | None) -> OnnxModel
             name: _opened(folder / f"{name}.onnx", contents.precision, device)
             for name in COMPONENTS
         }
-    # ONNX Runtime falls back to the CPU in silence where CUDA does not load.
+    # ONNX Runtime falls back to the CPU without an error where CUDA does not load.
     runs_on = runners["decode"].device.type
     if device is not None and runs_on != torch.device(device).type:
         raise ExportError(
@@ -396,7 +176,7 @@ def _check_offered(device: str | None) -> None:
 
 @contextlib.contextmanager
 def refusing_operators(precision: str) -> Iterator[None]:
-    """Say which operator it is that a provider lacks in a precision."""
+    """Name the operator that a provider lacks in a precision."""
     from onnxruntime.capi import onnxruntime_pybind11_state as states  # noqa: PLC0415 - optional
 
     try:
@@ -407,5 +187,5 @@ def refusing_operators(precision: str) -> Iterator[None]:
             f"ONNX Runtime in {precision}",
             expected="every operator of the graphs",
             found=f"none for {found[1]}" if found else str(error),
-            fix="Run it on another device, or export with --precision float32.",
+            fix="Run it on another device, or export with --dtype float32.",
         ) from error

@@ -1,36 +1,54 @@
-"""Running an exported folder, whatever its graphs run on."""
+"""Loading an exported folder, and the records of the two targets of this package."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
-from vtprune_fx.export.manifest import Manifest
-from vtprune_fx.export.onnx_model import OnnxModel, open_onnx
-from vtprune_fx.export.tensorrt_model import open_tensorrt
+from vtprune_fx.export.graph_model import GraphModel
+from vtprune_fx.export.onnx_model import open_onnx
+from vtprune_fx.export.target import (
+    ExportTarget,
+    TritonSupport,
+    register_target,
+    target_of,
+)
+from vtprune_fx.export.tensorrt_model import FORMAT, open_tensorrt
+from vtprune_fx.export.triton_inputs import read_engines, read_onnx
 from vtprune_fx.export.trust import trusted
 
-_OPENERS: dict[str, Callable[[Path, Manifest, str | None], OnnxModel]] = {
-    "onnx": open_onnx,
-    "tensorrt": open_tensorrt,
-}
-"""What opens a folder that was found whole and safe, by the manifest's target."""
+register_target(
+    ExportTarget(
+        name="onnx",
+        suffix=".onnx",
+        open=open_onnx,
+        shows_keep_sets=True,
+        triton=TritonSupport("onnxruntime", read_onnx),
+    )
+)
+register_target(
+    ExportTarget(
+        name=FORMAT,
+        suffix=".engine",
+        open=open_tensorrt,
+        triton=TritonSupport("tensorrt", read_engines),
+    )
+)
 
 
-def load(folder: Path, device: str | None = None) -> OnnxModel:
+def load(folder: Path, device: str | None = None) -> GraphModel:
     """Load an exported folder: an object with ``generate``.
 
-    No code in the folder runs, and no path leads out of it.
+    No code in the folder runs, and no file outside of it is read.
 
     Args:
-        folder: What ``vtprune export`` wrote.
-        device: ``cpu`` or ``cuda``; left out, CUDA where it works. TensorRT's engines
+        folder: A folder that ``vtprune export`` wrote.
+        device: ``cpu`` or ``cuda``; left out, CUDA where it works. TensorRT engines
             run on CUDA alone.
 
     Raises:
-        ExportError: The folder is no whole export, holds what is not safe to load, or
-            does not run on ``device``.
+        ExportError: The folder is incomplete or was changed, is not safe to load, is of
+            a target that is not registered, or does not run on ``device``.
         MissingDependencyError: The runtime is not installed.
     """
     contents = trusted(folder)
-    return _OPENERS[contents.target](folder, contents, device)
+    return target_of(folder, contents).open(folder, contents, device)

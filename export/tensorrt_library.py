@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import functools
 import importlib
-from typing import Any, NoReturn
+from typing import Any
 
-from vtprune_fx.errors import ExportError, InputError, MissingDependencyError
+from vtprune_fx.errors import InputError, MissingDependencyError
 
 _NAMES = ("tensorrt", "tensorrt_rtx")
 
@@ -89,19 +89,3 @@ def compute_capability(text: str | None) -> Any:
             fix="Leave it out, or name another one.",
         )
     return known[text]
-
-
-def refuse_torch_tensorrt() -> NoReturn:
-    """Say why Torch-TensorRT is no second way to engines.
-
-    Raises:
-        ExportError: Always.
-    """
-    raise ExportError(
-        "--via torch-tensorrt",
-        expected="a compiler that makes one engine of a pruned graph",
-        found="Torch-TensorRT, which has no converter for the stable sort of a cut: it "
-        "makes an engine up to each cut and another behind it, and torch runs between",
-        fix="Leave --via out: TensorRT's own ONNX parser takes the whole graph. "
-        "docs/serving.md has what was tried.",
-    )

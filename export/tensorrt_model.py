@@ -25,9 +25,9 @@ from transformers.exporters.runners.base import ModelRunner
 from transformers.exporters.utils import onnx_inputs
 
 from vtprune_fx.errors import ExportError, InputError
+from vtprune_fx.export.graph_model import GraphModel
 from vtprune_fx.export.graph_outputs import bare_metadata, causal_output_of
 from vtprune_fx.export.manifest import Manifest, refused
-from vtprune_fx.export.onnx_model import OnnxModel
 from vtprune_fx.export.tensorrt_library import library, log, version
 from vtprune_fx.export.trust import COMPONENTS
 
@@ -47,11 +47,10 @@ _TYPES = {
 }
 
 
-class TensorRTModel(OnnxModel):
+class TensorRTModel(GraphModel):
     """A pruned model on TensorRT: ``generate`` as of any transformers model.
 
-    The graphs, and so what they take and give, are those of an ONNX export; engines do
-    not tell their keep sets.
+    Inputs and outputs of its graphs are those of an ONNX export, without keep sets.
     """
 
 

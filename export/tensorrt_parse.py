@@ -1,4 +1,4 @@
-"""What TensorRT's parser refuses in a graph, ahead of anything slow.
+"""What TensorRT's parser refuses in a graph, before anything slow.
 
 The parser stops at the first node that it refuses. To name them all, what such a node
 gives is made an input of the graph, and the rest is parsed again.

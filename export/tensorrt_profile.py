@@ -58,7 +58,7 @@ _ONE, _FEW = Span(1, 1, 1), Span(1, 1, 4)
 
 
 @dataclass(frozen=True)
-class Sizes:
+class EngineSizes:
     """What an engine is asked to take.
 
     Attributes:
@@ -66,7 +66,7 @@ class Sizes:
         prompt: Tokens of a prompt, visual ones included; None for a span that fits the
             visual tokens of the example.
         images: Images of a prompt.
-        new_tokens: Tokens that are generated behind a prompt at most.
+        new_tokens: Tokens that are generated after a prompt at most.
     """
 
     batch: Span = _FEW
@@ -75,7 +75,7 @@ class Sizes:
     new_tokens: int = 512
 
     def __post_init__(self) -> None:
-        """Refuse what no engine can be built for, ahead of anything slow.
+        """Refuse what no engine can be built for, before anything slow.
 
         Raises:
             InputError: Prompts are longer than a cut can sort.
@@ -88,12 +88,12 @@ class Sizes:
                 fix="Name a smaller largest prompt.",
             )
 
-    def for_prompts(self, visual_tokens: int, dropped: int) -> Sizes:
+    def for_prompts(self, visual_tokens: int, dropped: int) -> EngineSizes:
         """The same sizes with the prompt filled in.
 
         Args:
             visual_tokens: Of one prompt.
-            dropped: Tokens of a prompt that leave in all.
+            dropped: Tokens of a prompt that are dropped in all.
 
         Raises:
             InputError: The smallest prompt has no token left, or the prompt that was
@@ -105,18 +105,18 @@ class Sizes:
         if prompt.smallest <= dropped:
             raise InputError(
                 "--prompt",
-                expected=f"more than {dropped} tokens, which leave",
+                expected=f"more than {dropped} tokens, which are dropped",
                 found=str(prompt.smallest),
                 fix="Name a larger smallest prompt.",
             )
-        return Sizes(self.batch, prompt, self.images, self.new_tokens)
+        return EngineSizes(self.batch, prompt, self.images, self.new_tokens)
 
     def fields(self) -> dict[str, object]:
         """As JSON has it."""
         return asdict(self)
 
 
-def prefill_points(graph: onnx_ir.Graph, sizes: Sizes) -> list[Point]:
+def prefill_points(graph: onnx_ir.Graph, sizes: EngineSizes) -> list[Point]:
     """The three points of a prefill graph.
 
     Sizes of inputs are the batch's, the prompt's, or a number of images in all.
@@ -137,7 +137,7 @@ def prefill_points(graph: onnx_ir.Graph, sizes: Sizes) -> list[Point]:
 
 
 def decode_points(
-    graph: onnx_ir.Graph, sizes: Sizes, filled: Mapping[str, Sequence[int]]
+    graph: onnx_ir.Graph, sizes: EngineSizes, filled: Mapping[str, Sequence[int]]
 ) -> list[Point]:
     """The three points of a decode graph, each layer's cache with a length of its own.
 

@@ -20,7 +20,7 @@ from PIL import Image
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import OutputKind, OutputSpec, TensorArgument
 from torch.utils import _pytree as pytree
-from transformers import DynamicCache, PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel, ProcessorMixin
 from transformers.exporters import (
     DynamoExporter,
     ExportedComponent,
@@ -39,6 +39,7 @@ from vtprune_fx.capture.aten import (
 from vtprune_fx.errors import ExportError, InputError
 from vtprune_fx.export.folder import check_free, write_export
 from vtprune_fx.export.graph_forward import graph_forward
+from vtprune_fx.export.graph_model import zero_cache
 from vtprune_fx.export.graph_outputs import KEEP_SETS
 from vtprune_fx.export.manifest import Precision, versions
 from vtprune_fx.export.onnx_model import require_onnxruntime
@@ -89,9 +90,9 @@ class OnnxOptions:
 
 
 class _Pruning(DynamoExporter):
-    """Prunes what the exporter traced, ahead of the conversion.
+    """Prunes the traced program, before the conversion.
 
-    The program returns its keep sets too, behind what the model returns.
+    The program returns its keep sets too, after the model's outputs.
     """
 
     recipe: Recipe | None = None
@@ -142,8 +143,8 @@ class PrunedOnnxExporter(OnnxExporter, _Pruning):
 
     Args:
         recipe: What to cut, or None for the default that fits the model.
-        show: Whether keep sets are outputs, ahead of what the model returns: a runner
-            reads those from the back.
+        show: Whether keep sets are outputs, before the model's: a runner counts those
+            from the last one.
     """
 
     def __init__(self, recipe: Recipe | None, show: bool = False) -> None:
@@ -201,7 +202,7 @@ def export_onnx(
         visual = (inputs["input_ids"] == model.config.image_token_id).sum(dim=1)
         _check_prompt(options.prompt, int(visual.max()))
     inputs = prefill_inputs(model, inputs)
-    # Behind cuts nearly every symbolic size is new: remembering fakes doubles the time.
+    # After cuts nearly every symbolic size is new: remembering fakes doubles the time.
     with torch._dynamo.config.patch(fake_tensor_cache_enabled=False), _quietly():
         exporter = PrunedOnnxExporter(recipe, options.keep_sets)
         with images_as_one_sequence(model):
@@ -298,9 +299,9 @@ def write_onnx(
     inputs = example_prompts(processor) if example is None else example
     check_encoders(model, inputs)
     exported, report = export_onnx(model, inputs, recipe, options)
-    told = described(model, report) | asdict(options)
+    fields = manifest_fields(model, report) | asdict(options)
     write_export(
-        folder, exported, processor, target="onnx", packages=versions(), **told
+        folder, exported, processor, target="onnx", packages=versions(), **fields
     )
     return report
 
@@ -321,8 +322,8 @@ def check_encoders(model: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
         )
 
 
-def described(model: PreTrainedModel, report: PruneReport) -> dict[str, Any]:
-    """What a manifest says of the model, and of what was cut.
+def manifest_fields(model: PreTrainedModel, report: PruneReport) -> dict[str, Any]:
+    """Fields of a manifest that describe the model and its cuts.
 
     Raises:
         ExportError: The model's weights are of a type that is not exported.
@@ -407,21 +408,13 @@ def _decode_example(
     model: PreTrainedModel, inputs: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """New tokens on a ragged cache, and which of the dimensions vary."""
-    text = model.config.get_text_config()
-    width = (
-        getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    )
+    layers = model.config.get_text_config().num_hidden_layers
     samples, prompt = inputs["input_ids"].shape
-    cache = DynamicCache()
-    for layer in range(text.num_hidden_layers):
-        # Only the first layer is as long as the mask: it stays so, the others vary.
-        length = prompt - min(layer, 1)
-        shape = (samples, text.num_key_value_heads, length, width)
-        keys, values = torch.zeros(2, *shape, dtype=model.dtype, device=model.device)
-        cache.update(keys, values, layer)
+    # Only the first layer's cache is as long as the mask: in any graph it is.
+    cache = zero_cache(model, [prompt, *[prompt - 1] * (layers - 1)], samples)
     # The cache and the new tokens are two at least, or tracing takes them for one.
     batch, new, total = Dim("batch"), Dim("new"), Dim("total", min=4)
-    lengths = [Dim(f"cached_{layer}") for layer in range(text.num_hidden_layers)]
+    lengths = [Dim(f"cached_{layer}") for layer in range(layers)]
     tokens = torch.zeros(samples, _NEW, dtype=torch.long, device=model.device)
     mask = torch.ones(samples, prompt + _NEW, dtype=torch.long, device=model.device)
     return (

@@ -3,7 +3,7 @@
 The graphs are those of ``to_onnx``. TensorRT's parser wants constants as such, so they
 are folded first; weights have the type that the model has, since networks are strongly
 typed. What the parser makes of a graph has to have the sizes that the graph has, at the
-smallest, most usual and largest inputs.
+smallest, usual and largest inputs.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from vtprune_fx.export.tensorrt_library import (
 )
 from vtprune_fx.export.tensorrt_model import FORMAT, OUTPUTS
 from vtprune_fx.export.tensorrt_profile import (
+    EngineSizes,
     Point,
-    Sizes,
     cache_lengths,
     decode_points,
     prefill_points,
@@ -39,9 +39,9 @@ from vtprune_fx.export.tensorrt_profile import (
 )
 from vtprune_fx.export.to_onnx import (
     check_encoders,
-    described,
     example_prompts,
     export_onnx,
+    manifest_fields,
 )
 from vtprune_fx.optional import optional
 from vtprune_fx.planning.report import PruneReport
@@ -62,7 +62,7 @@ class Built:
         plan: The serialised engine.
         seconds: Parsing and building took.
         layers: Of the network that it was built from.
-        inputs: What it takes: smallest, most usual, largest.
+        inputs: What it takes: smallest, usual, largest.
         outputs: What it gives, in the order of the graph.
         types: Type of each, as ONNX names it.
     """
@@ -75,7 +75,7 @@ class Built:
     types: Mapping[str, str]
 
     def record(self) -> dict[str, Any]:
-        """What whoever runs the engine cannot read from it, or not without a GPU."""
+        """Inputs and outputs, which a runner cannot query without a GPU."""
         return {
             kind: {
                 name: {"type": self.types[name], "shapes": shapes[name]}
@@ -111,7 +111,7 @@ def write_tensorrt(
     processor: ProcessorMixin,
     recipe: Recipe | None,
     folder: Path,
-    sizes: Sizes,
+    sizes: EngineSizes,
     capability: str | None = None,
 ) -> EngineReport:
     """Export a model with its processor as engines that ``load`` can run.
@@ -145,14 +145,14 @@ def write_tensorrt(
     assert report.plan is not None, "an exporter that does not prune raises"
     sizes = sizes.for_prompts(report.plan.visual_tokens, report.plan.dropped)
     engines = build_engines(exported, sizes, capability)
-    told = {"target": "tensorrt", "packages": versions() | version()}
-    told |= described(model, report)
-    write_export(folder, engines_of(exported, engines, sizes), processor, **told)
+    fields = {"target": FORMAT, "packages": versions() | version()}
+    fields |= manifest_fields(model, report)
+    write_export(folder, engines_of(exported, engines, sizes), processor, **fields)
     return EngineReport(report, engines)
 
 
 def build_engines(
-    exported: ExportedModel, sizes: Sizes, capability: str | None = None
+    exported: ExportedModel, sizes: EngineSizes, capability: str | None = None
 ) -> dict[str, Built]:
     """Build what ``export_onnx`` exported.
 
@@ -184,7 +184,7 @@ def build(
     Args:
         name: What errors call it.
         model: Its graph; constants in it are folded.
-        points: Smallest, most usual, largest sizes.
+        points: Smallest, usual, largest sizes.
         capability: As in ``write_tensorrt``.
 
     Raises:
@@ -292,7 +292,7 @@ def _in_precision(inputs: Mapping[str, Any], model: PreTrainedModel) -> dict[str
 
 
 def engines_of(
-    exported: ExportedModel, engines: Mapping[str, Built], sizes: Sizes
+    exported: ExportedModel, engines: Mapping[str, Built], sizes: EngineSizes
 ) -> ExportedModel:
     """The engines in place of the graphs, with all else that was recorded of them."""
     components = {}

@@ -13,14 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from vtprune_fx.export.manifest import Manifest, check_whole, read, refused
+from vtprune_fx.export.target import target_of
 
 COMPONENTS = ("prefill", "decode")
 """The graphs of an export, and what the files with them are called."""
 
 DISTRUST = "Load it only where you trust who wrote it, with their own code."
-
-_SUFFIXES = {"onnx": ".onnx", "tensorrt": ".engine"}
-"""Of a graph's file, by the manifest's target, which is transformers' format too."""
 
 
 def trusted(folder: Path) -> Manifest:
@@ -30,9 +28,10 @@ def trusted(folder: Path) -> Manifest:
         ExportError: The folder is no whole export, or might do otherwise.
     """
     contents = read(folder)
+    suffix = target_of(folder, contents).suffix
     check_whole(folder, contents)
     _check_code(folder)
-    graphs = {name: f"{name}{_SUFFIXES[contents.target]}" for name in COMPONENTS}
+    graphs = {name: f"{name}{suffix}" for name in COMPONENTS}
     for name in ("config.json", "generation_config.json", *graphs.values()):
         if name not in contents.files:
             raise refused(folder, name, "no such file")

@@ -1,14 +1,15 @@
 """``vtprune verify``: an export on ONNX Runtime against the oracle.
 
 Prompts are drawn at random, and at the limits of what the export takes. On each the
-prefill is compared layer by layer (keys, values, who stays at a cut), then the logits
+prefill is compared layer by layer (keys, values, tokens kept at a cut), then the logits
 of every position kept, then those of a few tokens that follow on the cache. One batch
 is answered with ``generate``, whose tokens have to be the oracle's.
 
 The oracle runs in float32 on the weights that the export is supposed to have: the
-original model's, in the export's precision, rounded as it rounds them. Who stays is
-judged first, by the oracle's scores; then the oracle goes on with the export's own
-choice, so that two tokens with all but the same score, exchanged, end no comparison.
+original model's, in the export's precision, rounded as it rounds them. The tokens kept
+are judged first, by the oracle's scores; then the oracle goes on with the tokens that
+the export kept, so that swapping two tokens with almost equal scores does not end the
+comparison.
 """
 
 from __future__ import annotations
@@ -26,11 +27,12 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, PreTrainedModel
 
 from vtprune_fx import oracle
-from vtprune_fx.errors import ExportError, InputError
+from vtprune_fx.errors import ExportError, InputError, first_sentence
+from vtprune_fx.export.graph_model import GraphModel
 from vtprune_fx.export.manifest import Manifest, read
-from vtprune_fx.export.onnx_model import OnnxModel
 from vtprune_fx.export.opening import load
 from vtprune_fx.export.quantize import rounded
+from vtprune_fx.export.target import target_of
 from vtprune_fx.export.verify_cases import Case, draw_cases
 from vtprune_fx.models.arguments import cache_of
 from vtprune_fx.models.loading import load_model
@@ -47,8 +49,8 @@ class Difference:
     Attributes:
         where: ``layer 3, keys``, ``logits``, ...
         found: The largest deviation as a share of the largest value, infinite where
-            sizes differ; for a cut, by what share of the largest score a token that
-            left should have stayed.
+            sizes differ; for a cut, how much better a dropped token's score was
+            than a kept one's, as a share of the largest score.
         note: What differs, where it is not a number.
     """
 
@@ -58,8 +60,8 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What came of one case.
+class CaseResult:
+    """The result of one case.
 
     Attributes:
         case: Its name.
@@ -85,7 +87,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Verification:
-    """What came of all cases.
+    """The results of all cases.
 
     Attributes:
         folder: The export.
@@ -95,7 +97,7 @@ class Verification:
 
     folder: Path
     precision: str
-    outcomes: tuple[Outcome, ...]
+    outcomes: tuple[CaseResult, ...]
 
     @property
     def passed(self) -> bool:
@@ -146,19 +148,20 @@ def verify(folder: Path, model: str | None = None, seed: int = 0) -> Verificatio
         ExportError: The folder is no whole export, or has no keep sets to look at.
         InputError: There is no such model, or the oracle does not know it.
     """
-    if read(folder).target != "onnx":
+    target = target_of(folder, read(folder))
+    if not target.shows_keep_sets:
         raise ExportError(
             f"export {folder}",
-            expected="graphs for ONNX Runtime",
-            found="engines, which do not tell their keep sets",
-            fix="Write the same with `vtprune export onnx`, and verify that.",
+            expected="graphs that show which tokens they keep, as ONNX exports do",
+            found=f"target {target.name!r}, whose graphs do not",
+            fix="Export the same model with `vtprune export onnx`, and verify that.",
         )
     exported = load(folder)
     contents = exported.manifest
     original = _original(contents, model)
     exported.show_keep_sets(folder)
     outcomes = tuple(
-        Outcome(
+        CaseResult(
             case.name, tuple(_compared(exported, original, case)), contents.tolerance
         )
         for case in draw_cases(original, contents, seed)
@@ -197,7 +200,7 @@ def _original(contents: Manifest, model: str | None) -> LlavaForConditionalGener
 
 
 def _compared(
-    exported: OnnxModel, original: LlavaForConditionalGeneration, case: Case
+    exported: GraphModel, original: LlavaForConditionalGeneration, case: Case
 ) -> Iterator[Difference]:
     """All differences on one batch; what cannot run differs from the start."""
     try:
@@ -211,8 +214,7 @@ def _compared(
         if case.new_tokens:
             yield from _generated(exported, original, case)
     except Exception as error:
-        lines = str(error).splitlines() or [type(error).__name__]
-        yield Difference("it does not run", math.inf, lines[0])
+        yield Difference("it does not run", math.inf, first_sentence(error))
 
 
 def _samples(
@@ -225,7 +227,9 @@ def _samples(
 class _Found:
     """One sample in what an export returned."""
 
-    def __init__(self, exported: OnnxModel, outputs: Any, case: Case, row: int) -> None:
+    def __init__(
+        self, exported: GraphModel, outputs: Any, case: Case, row: int
+    ) -> None:
         self._contents = exported.manifest
         self._logits: Tensor = outputs.logits[row]
         self._layers = [
@@ -238,7 +242,7 @@ class _Found:
     def run(
         self, original: LlavaForConditionalGeneration, sample: oracle.Sample
     ) -> oracle.Prefill:
-        """The oracle's run, with the export's choice of who stays."""
+        """The oracle's run, with the tokens that the export kept."""
         return _prefill(original, self._contents.recipe, sample, self._kept)
 
     def differences(
@@ -259,21 +263,21 @@ class _Found:
     def _excess(
         self, index: int, run: oracle.Prefill, sample: oracle.Sample
     ) -> tuple[float, str]:
-        """By how much one that left a cut was better than one that stayed, and why."""
+        """By how much a dropped token was better than a kept one, and a reason."""
         kept, recipe = self._kept[index], self._contents.recipe
         if recipe.recycle is not None:
             expected = run.kept[index][run.kept[index] >= 0]
             same = torch.equal(kept, expected)
-            return (0.0, "") if same else (math.inf, "others stay")
+            return (0.0, "") if same else (math.inf, "other tokens kept")
         before = run.kept[index - 1] if index else torch.arange(len(sample.input_ids))
         stays = torch.isin(before, kept)
         visual = sample.input_ids[before] == self._contents.image_token_id
-        leave = int((~stays).sum())
+        dropped = int((~stays).sum())
         drop = recipe.drops(len(sample.features))[index]
-        if leave != drop:
-            return math.inf, f"{leave} leave, not {drop}"
+        if dropped != drop:
+            return math.inf, f"{dropped} dropped, not {drop}"
         if not bool(stays[~visual].all()):
-            return math.inf, "text leaves"
+            return math.inf, "text dropped"
         scores, stay = run.scores[index], stays[visual]
         if bool(stay.all()) or not bool(stay.any()):
             return 0.0, ""
@@ -286,7 +290,7 @@ def _padding(case: Case, row: int) -> int:
     return int((case.inputs["attention_mask"][row] == 0).sum())
 
 
-def _kept(exported: OnnxModel, case: Case, row: int) -> dict[int, Tensor]:
+def _kept(exported: GraphModel, case: Case, row: int) -> dict[int, Tensor]:
     """What the last prompt kept of a sample at each cut, as indices into it."""
     kept: dict[int, Tensor] = {}
     if case.has_images:
@@ -322,14 +326,14 @@ def _difference(
 
 
 def _followed(
-    exported: OnnxModel,
+    exported: GraphModel,
     original: LlavaForConditionalGeneration,
     case: Case,
     outputs: Any,
     states: list[oracle.Prefill],
 ) -> Iterator[Difference]:
     """The logits of tokens that follow on the cache: several at once, then one."""
-    # A cache does not tell how long a prompt was that was cut ahead of all layers.
+    # A cache does not tell how long a prompt was that was cut before all layers.
     new = case.following.shape[1]
     sizes = [1] * new if exported.manifest.recipe.cuts_ahead else [new - 1, 1]
     mask = case.inputs["attention_mask"]
@@ -344,7 +348,7 @@ def _followed(
 
 
 def _generated(
-    exported: OnnxModel, original: LlavaForConditionalGeneration, case: Case
+    exported: GraphModel, original: LlavaForConditionalGeneration, case: Case
 ) -> Iterator[Difference]:
     """What ``generate`` answers; the oracle goes on from each of its tokens."""
     model: Any = exported

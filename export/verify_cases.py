@@ -22,7 +22,7 @@ ANSWERED = "two, answered"
 """The case whose prompts are answered too."""
 
 Shape = tuple[int, ...]
-"""Text tokens of a prompt ahead of, between and behind its images."""
+"""Text tokens of a prompt before, between and after its images."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +68,7 @@ def _shapes(contents: Manifest, per_image: int) -> dict[str, list[Shape]]:
     recipe, visual = contents.recipe, contents.visual_tokens
     # As many images as the example had; between two stands one token of text.
     more = (1,) * (visual // per_image - 1)
-    # Two tokens must be left, and text must stand behind the images.
+    # Two tokens must be left, and text must follow the images.
     least = max(1, recipe.needed(visual) + 2 - visual - len(more))
     cases: dict[str, list[Shape]] = {
         "one": [(5, *more, 9)],

@@ -33,7 +33,7 @@ from tests.zoo import (
 from vtprune_fx import oracle
 from vtprune_fx.errors import VtpruneError
 from vtprune_fx.export import export_onnx, prefill_inputs
-from vtprune_fx.export.tensorrt_profile import Sizes, Span
+from vtprune_fx.export.tensorrt_profile import EngineSizes, Span
 from vtprune_fx.export.to_tensorrt import build_engines
 from vtprune_fx.models.arguments import cache_of
 
@@ -144,7 +144,7 @@ def tensorrt(name: str) -> str:
     each = 2 if features is None else int(placeholders(inputs).sum(1).max())
     build_engines(
         exported(name),
-        Sizes(
+        EngineSizes(
             Span(1, 1, 2), Span(tokens, tokens, 2 * tokens), Span(each, each, each), NEW
         ),
         "8.9",

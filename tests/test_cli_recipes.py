@@ -7,9 +7,10 @@ import json
 import re
 import subprocess
 import sys
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import pytest
+import typer
 from transformers import LlavaConfig
 
 from vtprune_fx import cli
@@ -18,6 +19,7 @@ from vtprune_fx.recipes.methods import METHODS
 from vtprune_fx.recipes.schema import Method
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 STYLE = re.compile(r"\x1b\[[0-9;]*m")  # some CI systems make rich print colours
@@ -169,7 +171,11 @@ def test_rules_are_shown_and_have_no_cost(io: Run) -> None:
     assert err.count("\n") == 1
 
 
-COMMANDS = [[], ["recipes"], ["recipes", "show"], ["cost"], ["calibrate"]]
+COMMANDS = [
+    *([], ["recipes"], ["recipes", "show"], ["cost"], ["explain"]),
+    *(["export"], ["export", "onnx"], ["export", "tensorrt"], ["export", "triton"]),
+    *(["verify"], ["generate"], ["eval"], ["fit"], ["calibrate"], ["demo"]),
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -177,6 +183,39 @@ def test_help_gives_an_example(io: Run, command: list[str]) -> None:
     status, out, _ = run(*io, *command, "--help")
     assert status == 0
     assert "Example: vtprune" in out
+
+
+def subcommands(command: Any, path: tuple[str, ...] = ()) -> Iterator[list[str]]:
+    yield list(path)
+    for name, below in getattr(command, "commands", {}).items():
+        yield from subcommands(below, (*path, name))
+
+
+def test_every_command_is_in_the_list_above() -> None:
+    found = subcommands(typer.main.get_command(cli.app))
+    assert sorted(found) == sorted(COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("command", "default"),
+    [
+        (["export", "onnx"], "float32"),
+        (["export", "tensorrt"], "float16"),
+        (["fit"], "float32"),
+        (["calibrate"], "float32"),
+    ],
+)
+def test_a_type_of_weights_has_the_same_words_everywhere(
+    io: Run, command: list[str], default: str
+) -> None:
+    status, _, err = run(*io, *command, "--dtype", "fp16")
+    assert status == 2
+    assert re.findall(r"'(\w+)'", err)[-3:] == ["float32", "float16", "bfloat16"]
+    found: Any = typer.main.get_command(cli.app)
+    for name in command:
+        found = found.commands[name]
+    [option] = [option for option in found.params if option.name == "dtype"]
+    assert option.default == default
 
 
 def test_help_does_not_wait_for_torch() -> None:

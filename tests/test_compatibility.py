@@ -172,7 +172,7 @@ def test_a_folder_of_another_release_runs(onnx_folder: Path, tmp_path: Path) -> 
 
 def test_a_folder_says_past_key_values_whatever_wrote_it(onnx_folder: Path) -> None:
     model: Any = load(onnx_folder)
-    names = [spec.name for spec in model._prompts.session.get_outputs()]
+    names = [spec.name for spec in model._prefill_graph.session.get_outputs()]
     layers = manifest.read(onnx_folder).recipe.layers
     cached = [
         f"past_key_values.layers.{layer}.{kind}"

@@ -12,6 +12,8 @@ from vtprune_fx.scorers import registry
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SERVING = EXAMPLES / "ray_serve.py"
+CHECK = EXAMPLES / "check_installation.py"
+"""Run by tests/test_compatibility.py."""
 
 # What main() is called with; a folder is one of the test's own.
 ARGUMENTS = {
@@ -34,9 +36,7 @@ SAYS = {
 
 def test_every_example_is_here() -> None:
     there = {path.stem for path in EXAMPLES.glob("*.py")}
-    assert there == {SERVING.stem, *ARGUMENTS, "check_installation"}, (
-        "the last is run by tests/test_compatibility.py"
-    )
+    assert there == {SERVING.stem, CHECK.stem, *ARGUMENTS}
 
 
 @pytest.mark.parametrize(

@@ -285,7 +285,7 @@ def test_a_graph_of_another_recipe_fails(tmp_path: Path) -> None:
     result = verify(folder)
     first = result.outcomes[0].first
     assert first is not None
-    assert (first.where, first.note) == ("layer 1, cut", "4 leave, not 3")
+    assert (first.where, first.note) == ("layer 1, cut", "4 dropped, not 3")
 
 
 @pytest.mark.parametrize(("to", "steps"), [("int8", 127), ("int4", 7)])

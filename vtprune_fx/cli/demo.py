@@ -45,7 +45,7 @@ PANELS = 3
 
 
 @dataclass
-class Outcome:
+class RuntimeResult:
     """What the demo measured on one runtime.
 
     Attributes:
@@ -96,7 +96,7 @@ def run_demo(
     recipe: Recipe,
     task: Task,
     inner: str = "inductor",
-) -> list[Outcome]:
+) -> list[RuntimeResult]:
     """Prune, compile, export, run, compare, draw; print a report.
 
     Args:
@@ -164,7 +164,7 @@ def _ask_oracle(
 
 def _on_torch(
     job: _Job, checkpoint: Path, expected: oracle.Prefill, inner: str
-) -> Outcome:
+) -> RuntimeResult:
     # A model of its own for each: both stay compiled while they are timed in turn.
     whole, _ = _open(checkpoint)
     with (
@@ -175,10 +175,10 @@ def _on_torch(
             answer = _generate(model, job.inputs, NEW_TOKENS)
         with job.step("torch.compile, dense prefill"):
             _generate(dense, job.inputs, 1)
-        return _outcome("torch.compile", job, answer, expected, dense, model)
+        return _result("torch.compile", job, answer, expected, dense, model)
 
 
-def _on_onnx(job: _Job, expected: oracle.Prefill) -> Outcome:
+def _on_onnx(job: _Job, expected: oracle.Prefill) -> RuntimeResult:
     folder = job.folder / "onnx"
     with job.step("ONNX export, pruned prefill and decode"):
         write_onnx(job.model, job.processor, job.recipe, folder)
@@ -188,7 +188,7 @@ def _on_onnx(job: _Job, expected: oracle.Prefill) -> Outcome:
     with job.step("ONNX Runtime"):
         model, dense = load(folder), load(job.folder / "onnx-dense")
         answer = _generate(model, job.inputs, NEW_TOKENS)
-        return _outcome("ONNX Runtime", job, answer, expected, dense, model)
+        return _result("ONNX Runtime", job, answer, expected, dense, model)
 
 
 def _generate(
@@ -206,23 +206,23 @@ def _generate(
     return new.tolist(), answer.logits[0][0]
 
 
-def _outcome(
+def _result(
     runtime: str,
     job: _Job,
     answer: tuple[list[int], Tensor],
     expected: oracle.Prefill,
     dense: Any,
     model: Any,
-) -> Outcome:
+) -> RuntimeResult:
     tokens, logits = answer
     difference = float((logits - expected.logits[-1]).abs().max())
     timed = {"dense": dense, "pruned": model}
     seconds = first_token_seconds(timed, job.inputs, ROUNDS)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    return Outcome(runtime, tokens, difference, **medians, seconds=seconds)
+    return RuntimeResult(runtime, tokens, difference, **medians, seconds=seconds)
 
 
-def _check(outcome: Outcome, answer: list[int]) -> None:
+def _check(outcome: RuntimeResult, answer: list[int]) -> None:
     """Hold a runtime against the oracle."""
     fix = "This is a defect of vtprune_fx; please report it with the folder's report."
     if outcome.tokens != answer:
@@ -260,7 +260,7 @@ def _draw(job: _Job, sample: oracle.Sample, expected: oracle.Prefill) -> Path:
     )
 
 
-def _report(job: _Job, outcomes: list[Outcome], picture: Path) -> None:
+def _report(job: _Job, outcomes: list[RuntimeResult], picture: Path) -> None:
     """Print what was found, and write it down."""
     ids = job.inputs["input_ids"][0]
     visual = int((ids == job.model.config.image_token_id).sum())
@@ -291,7 +291,7 @@ def _report(job: _Job, outcomes: list[Outcome], picture: Path) -> None:
         console.print(f"{what:>12}: {where}")
 
 
-def _table(outcomes: list[Outcome]) -> Table:
+def _table(outcomes: list[RuntimeResult]) -> Table:
     table = Table(
         title="Prefill, up to the first token, vision tower included",
         caption=f"Medians of {ROUNDS} runs in turn. Difference: of the first token's "

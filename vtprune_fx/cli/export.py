@@ -2,42 +2,31 @@
 
 from __future__ import annotations
 
-import enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
 
-from vtprune_fx.cli.options import Dtype, ModelArgument, OptionalRecipe
+from vtprune_fx.cli.options import DtypeOption, ModelArgument, OptionalRecipe
 from vtprune_fx.recipes.loading import load_recipe
 
-
-class Quantized(enum.StrEnum):
-    """What ``vtprune export onnx`` rounds weight matrices to."""
-
-    int8 = "int8"
-    int4 = "int4"
-
-
-class Opset(enum.StrEnum):
-    """Versions of ONNX's operators that ``vtprune export onnx`` writes."""
-
-    v20 = "20"
-    v23 = "23"
+OutputOption = Annotated[Path, typer.Option(help="New folder, or an earlier export.")]
 
 
 def export_to_onnx(
     model: ModelArgument,
-    output: Annotated[Path, typer.Option(help="New folder, or an earlier export.")],
+    output: OutputOption,
     recipe: OptionalRecipe = None,
-    precision: Annotated[Dtype, typer.Option(help="Type of weights.")] = Dtype.float32,
+    dtype: DtypeOption = "float32",
     quantize: Annotated[
-        Quantized | None, typer.Option(help="Round weight matrices, in blocks of 32.")
+        Literal["int8", "int4"] | None,
+        typer.Option(help="Round weight matrices, in blocks of 32."),
     ] = None,
     opset: Annotated[
-        Opset, typer.Option(help="Of the operators; from 23 on attention is one.")
-    ] = Opset.v20,
+        Literal["20", "23"],
+        typer.Option(help="Version of ONNX; in 23 attention is one operator."),
+    ] = "20",
     batch: Annotated[
         int | None, typer.Option(min=1, help="Fix the number of samples.")
     ] = None,
@@ -46,10 +35,10 @@ def export_to_onnx(
     ] = None,
     keep_sets: Annotated[
         bool,
-        typer.Option("--keep-sets", help="Let the prefill return who stays at cuts."),
+        typer.Option("--keep-sets", help="Make the tokens kept at each cut outputs."),
     ] = False,
 ) -> None:
-    """Write prefill and decode graphs, processor, configuration and a manifest.
+    """Export a pruned model to ONNX: prefill and decode graphs, processor, manifest.
 
     Example: [bold]vtprune export onnx llava-hf/llava-1.5-7b-hf
     --recipe fitprune-llava-1.5-7b-60 --output llava-60[/bold]
@@ -60,19 +49,19 @@ def export_to_onnx(
     from vtprune_fx.export.folder import check_free
     from vtprune_fx.models.loading import open_checkpoint
 
-    # What can be refused is refused before anything slow.
+    # Cheap checks first: loading a model takes minutes.
     require_onnxruntime()
     check_free(output)
     loaded = load_recipe(recipe) if recipe else None
     options = OnnxOptions(
-        opset=int(opset.value),
-        quantize=None if quantize is None else quantize.value,
+        opset=int(opset),
+        quantize=quantize,
         batch=batch,
         prompt=prompt,
         keep_sets=keep_sets,
     )
     with Console(stderr=True).status(f"Exporting {model} (minutes for a deep model)"):
-        parts = open_checkpoint(model, getattr(torch, precision.value))
+        parts = open_checkpoint(model, getattr(torch, dtype))
         report = write_onnx(*parts, loaded, output, options=options)
     typer.echo(report)
     typer.echo(
@@ -84,14 +73,16 @@ def verify_export(
     folder: Annotated[Path, typer.Argument(help="An exported folder.")],
     model: Annotated[
         str | None,
-        typer.Option(help="The model that was exported. Default: the manifest's."),
+        typer.Option(
+            help="The exported model. Default: the one that the manifest names."
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of prompts and images.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of prompts and images.")] = 0,
 ) -> None:
     """Compare an export with the oracle; exit with status 1 where they differ.
 
-    Caches layer by layer, who stays at each cut, logits, and tokens that follow: on
-    prompts drawn at random and at the limits of what the export takes.
+    Compares each layer's cache, the tokens kept at each cut, logits, and the next
+    tokens, on random prompts and on the shortest and longest that the export takes.
 
     Example: [bold]vtprune verify llava-60[/bold]
     """
@@ -102,26 +93,6 @@ def verify_export(
     Console().print(result.table())
     if not result.passed:
         raise typer.Exit(1)
-
-
-class Precision(enum.StrEnum):
-    """Types of an engine's weights."""
-
-    fp16 = "fp16"
-    bf16 = "bf16"
-    fp32 = "fp32"
-
-    @property
-    def dtype(self) -> str:
-        """What torch calls it."""
-        return {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}[self]
-
-
-class Via(enum.StrEnum):
-    """Who makes a TensorRT network of a graph."""
-
-    onnx = "onnx"
-    torch_tensorrt = "torch-tensorrt"
 
 
 BatchSpan = Annotated[
@@ -142,52 +113,40 @@ CapabilityOption = Annotated[
     str | None,
     typer.Option(
         help="Of the GPU, as 8.9. Default: TensorRT for RTX builds for all from "
-        "8.0 on, full TensorRT for the one at hand."
-    ),
-]
-
-
-ViaOption = Annotated[
-    Via,
-    typer.Option(
-        help="TensorRT's ONNX parser. Torch-TensorRT is refused, with the reason."
+        "8.0 on, full TensorRT for this machine's."
     ),
 ]
 
 
 def export_to_tensorrt(
     model: ModelArgument,
-    output: Annotated[Path, typer.Option(help="New folder, or an earlier export.")],
+    output: OutputOption,
     recipe: OptionalRecipe = None,
     batch: BatchSpan = "1:1:4",
     prompt: PromptSpan = None,
     images: Annotated[str, typer.Option(help="Images of a prompt.")] = "1",
     new_tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens to generate at most.")
+        int, typer.Option(min=1, help="Most tokens to generate.")
     ] = 512,
-    precision: Annotated[Precision, typer.Option(help="Of weights.")] = Precision.fp16,
+    dtype: DtypeOption = "float16",
     compute_capability: CapabilityOption = None,
-    via: ViaOption = Via.onnx,
 ) -> None:
-    """Build a prefill and a decode engine; for TensorRT for RTX that needs no GPU.
+    """Export a pruned model to TensorRT; for TensorRT for RTX that needs no GPU.
 
     Example: [bold]vtprune export tensorrt llava-hf/llava-1.5-7b-hf
     --recipe fitprune-llava-1.5-7b-60 --prompt 600:700:1024 --output llava-60[/bold]
     """
     import torch
 
-    from vtprune_fx.export import Sizes, Span, write_tensorrt
+    from vtprune_fx.export import EngineSizes, Span, write_tensorrt
     from vtprune_fx.export.folder import check_free
     from vtprune_fx.export.tensorrt_library import (
         compute_capability as check_capability,
     )
-    from vtprune_fx.export.tensorrt_library import refuse_torch_tensorrt
     from vtprune_fx.models.loading import open_checkpoint
 
-    # What can be refused is refused before anything slow.
-    if via is Via.torch_tensorrt:
-        refuse_torch_tensorrt()
-    sizes = Sizes(
+    # Cheap checks first: loading a model takes minutes.
+    sizes = EngineSizes(
         batch=Span.parse(batch, "--batch"),
         prompt=None if prompt is None else Span.parse(prompt, "--prompt"),
         images=Span.parse(images, "--images"),
@@ -196,7 +155,7 @@ def export_to_tensorrt(
     check_capability(compute_capability)
     check_free(output)
     loaded = load_recipe(recipe) if recipe else None
-    checkpoint = open_checkpoint(model, getattr(torch, precision.dtype))
+    checkpoint = open_checkpoint(model, getattr(torch, dtype))
     with Console(stderr=True).status(f"Building {model} (minutes for a deep model)"):
         report = write_tensorrt(*checkpoint, loaded, output, sizes, compute_capability)
     typer.echo(report)
@@ -212,8 +171,8 @@ def export_to_triton(
         int,
         typer.Option(
             min=0,
-            help="Prompts that Triton may join, of one image each. With 0, requests "
-            "bring batches of their own.",
+            help="Prompts of one image each that Triton may join. With 0, none: "
+            "a request is a batch.",
         ),
     ] = 4,
 ) -> None:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import enum
 import shlex
 import sys
 from pathlib import Path
 from statistics import fmean, median
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from vtprune_fx.cli.options import Dtype, ModelArgument, RecipeOption
+from vtprune_fx.cli.options import DtypeOption, ModelArgument, RecipeOption
 from vtprune_fx.cli.recipes import draw
 from vtprune_fx.recipes.loading import load_recipe
 
@@ -23,20 +22,6 @@ if TYPE_CHECKING:
 
     from vtprune_fx.fitting.options import Fitted
     from vtprune_fx.fitting.rank_counts import Counted
-
-
-class Count(enum.StrEnum):
-    """Whose MACs the budget of ``vtprune fit`` is a share of."""
-
-    all = "all"
-    visual = "visual"
-
-
-class Target(enum.StrEnum):
-    """Where ``vtprune fit`` measures time."""
-
-    torch = "torch"
-    onnx = "onnx"
 
 
 DataOption = Annotated[
@@ -52,7 +37,7 @@ BudgetOption = Annotated[
     list[float],
     typer.Option(
         help="Share of the language model's prefill MACs to save, what `vtprune cost` "
-        "prints as saved: 0.6. As often as you like. With --latency, share of the time."
+        "prints as saved: 0.6. May be repeated. With --latency, share of the time."
     ),
 ]
 
@@ -60,25 +45,25 @@ BudgetOption = Annotated[
 ExactOption = Annotated[
     bool,
     typer.Option(
-        "--exact", help="As the published code: recompute attention on what is left."
+        "--exact", help="As the published code: recompute attention on the tokens kept."
     ),
 ]
 
 
 CountOption = Annotated[
-    Count,
+    Literal["all", "visual"],
     typer.Option(help="MACs of all tokens, or of visual ones as the paper counts."),
 ]
 
 
 MaxCutsOption = Annotated[
     int | None,
-    typer.Option(min=1, help="Merge cuts until there are at most so many."),
+    typer.Option(min=1, help="Merge cuts until at most this many are left."),
 ]
 
 
 LatencyOption = Annotated[
-    Target | None,
+    Literal["torch", "onnx"] | None,
     typer.Option(
         help="Budgets are shares of the time to the first token, measured here."
     ),
@@ -97,20 +82,20 @@ def fit(
     output: Annotated[Path, typer.Option(help="New folder, or an earlier fit's.")],
     limit: Annotated[int, typer.Option(min=1, help="Samples at most.")] = 64,
     exact: ExactOption = False,
-    count: CountOption = Count.all,
+    count: CountOption = "all",
     max_cuts: MaxCutsOption = None,
     latency: LatencyOption = None,
     statistics: Annotated[
-        Path | None, typer.Option(help="Statistics of an earlier fit to use.")
+        Path | None, typer.Option(help="File with the statistics of an earlier fit.")
     ] = None,
     device: DeviceOption = None,
-    dtype: Annotated[Dtype, typer.Option(help="Type of weights.")] = Dtype.float32,
+    dtype: DtypeOption = "float32",
 ) -> None:
     """Find FitPrune recipes for a model: how many tokens each layer drops.
 
-    From attention statistics of the unpruned model on a few prompts. They are kept in
-    the folder: a run that is cut short goes on where it was, and further budgets take
-    seconds. Under torchrun, processes share the samples.
+    Fits on attention statistics of the unpruned model on a few prompts. They are saved
+    in the folder: an interrupted run resumes, and further budgets take seconds. Under
+    torchrun, processes share the samples.
 
     Example: [bold]vtprune fit llava-hf/llava-1.5-7b-hf --data photos
     --budget 0.6 --budget 0.5 --output llava-recipes[/bold]
@@ -120,14 +105,14 @@ def fit(
 
     options = Options(
         budgets=tuple(dict.fromkeys(budget)),
-        count=count.value,
+        count=count,
         exact=exact,
         max_cuts=max_cuts,
-        latency=None if latency is None else latency.value,
+        latency=latency,
         statistics=statistics,
         command=shlex.join(["vtprune", *sys.argv[1:]]),
     )
-    request = Request(model, data, limit, device, dtype.value)
+    request = Request(model, data, limit, device, dtype)
     _show_fitted(output, fit_request(request, output, options))
 
 
@@ -177,12 +162,12 @@ def calibrate(
     output: Annotated[Path, typer.Option(help="Recipe file to write.")],
     limit: Annotated[int, typer.Option(min=1, help="Samples at most.")] = 64,
     device: DeviceOption = None,
-    dtype: Annotated[Dtype, typer.Option(help="Type of weights.")] = Dtype.float32,
+    dtype: DtypeOption = "float32",
 ) -> None:
-    """Fix the counts of a recipe whose counts follow the rank of attention.
+    """Make a recipe with fixed counts of one whose counts follow attention's rank.
 
-    Each prompt is pruned by its own ranks. A layer of the new recipe keeps the mean of
-    what stayed there, rounded.
+    Each prompt is pruned by its ranks. A layer of the new recipe keeps the mean number
+    of tokens that were kept there, rounded.
 
     Example: [bold]vtprune calibrate llava-hf/llava-1.5-7b-hf --data photos
     --recipe sparsevlm-rank-llava-1.5-7b-64 --output rank-64.json[/bold]
@@ -195,11 +180,11 @@ def calibrate(
     from vtprune_fx.models.loading import open_checkpoint
     from vtprune_fx.recipes.schema import Provenance
 
-    # What can be refused is refused before anything slow.
+    # Cheap checks first: loading a model takes minutes.
     loaded = load_recipe(recipe)
     rank_counts.check_adaptive(loaded, output)
     calibration = open_calibration(data, limit)
-    opened, processor = open_checkpoint(model, getattr(torch, dtype.value))
+    opened, processor = open_checkpoint(model, getattr(torch, dtype))
     on = device or ("cuda" if torch.cuda.is_available() else "cpu")
     opened.to(torch.device(on))  # type: ignore[arg-type] # transformers' wrapper
     provenance = Provenance(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import enum
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -31,12 +30,10 @@ OptionalRecipe = Annotated[
 ]
 
 
-class Dtype(enum.StrEnum):
-    """Types of weights."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
+DtypeOption = Annotated[
+    Literal["float32", "float16", "bfloat16"],
+    typer.Option("--dtype", help="Type of weights."),
+]
 
 
 ModelArgument = Annotated[

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import enum
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -19,17 +18,20 @@ def generate(
     model: Annotated[
         str, typer.Argument(help="An exported folder, a checkpoint folder or a hub id.")
     ],
-    prompt: Annotated[str, typer.Option(help="What to ask.")],
-    image: Annotated[Path | None, typer.Option(help="What it is about.")] = None,
+    prompt: Annotated[str, typer.Option(help="The question.")],
+    image: Annotated[Path | None, typer.Option(help="Image file to ask about.")] = None,
     recipe: OptionalRecipe = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens at most.")] = 32,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="Most tokens to generate.")
+    ] = 32,
     inner: Annotated[
         str, typer.Option(help="torch.compile backend for a checkpoint.")
     ] = "inductor",
 ) -> None:
     """Answer a question about an image, pruned.
 
-    An exported folder runs on ONNX Runtime alone; a checkpoint through torch.compile.
+    An exported folder runs on the runtime that it was exported for, a checkpoint
+    through torch.compile.
 
     Example: [bold]vtprune generate llava-60 --image cat.jpg
     --prompt "What is it?"[/bold]
@@ -39,20 +41,15 @@ def generate(
     typer.echo(answer(model, prompt, image, recipe, max_new_tokens, inner))
 
 
-class Backend(enum.StrEnum):
-    """Where ``vtprune eval`` runs a model."""
-
-    torch = "torch"
-    compile = "compile"
-    onnx = "onnx"
+SplitOption = Annotated[
+    Literal["train", "validation", "test"], typer.Option(help="Which questions.")
+]
 
 
-class Split(enum.StrEnum):
-    """Which questions ``vtprune eval`` asks."""
-
-    train = "train"
-    validation = "validation"
-    test = "test"
+BackendOption = Annotated[
+    Literal["torch", "compile", "onnx"],
+    typer.Option(help="Eager oracle, torch.compile, or ONNX Runtime."),
+]
 
 
 def evaluate(
@@ -61,19 +58,20 @@ def evaluate(
     ] = CHECKPOINT,
     recipe: Annotated[
         list[str] | None,
-        typer.Option(help="Shipped name or file; as often as you like."),
+        typer.Option(help="Shipped name or file; may be repeated."),
     ] = None,
     baselines: Annotated[
-        bool, typer.Option(help="Drop as many random, evenly spaced, and best tokens.")
+        bool,
+        typer.Option(
+            help="Compare with dropping random, evenly spaced, and best tokens."
+        ),
     ] = False,
-    split: Annotated[Split, typer.Option(help="Which questions.")] = Split.test,
+    split: SplitOption = "test",
     seed: Annotated[int, typer.Option(min=0, help="Seed of the questions.")] = 0,
     limit: Annotated[int, typer.Option(min=1, help="How many questions.")] = 500,
-    backend: Annotated[
-        Backend, typer.Option(help="Eager oracle, torch.compile, or ONNX Runtime.")
-    ] = Backend.torch,
+    backend: BackendOption = "torch",
     output: Annotated[
-        Path | None, typer.Option(help="JSON file for all results and answers.")
+        Path | None, typer.Option(help="JSON file to write all results and answers to.")
     ] = None,
     plot: Annotated[
         Path | None,
@@ -97,14 +95,12 @@ def evaluate(
     for name in recipe or [REFERENCE]:
         loaded = load_recipe(name)
         recipes += [loaded, *loaded.baselines()] if baselines else [loaded]
-    samples = list(draw_samples(split.value, seed, limit))
-    result = evaluation.evaluate(
-        *open_checkpoint(model), recipes, samples, backend.value
-    )
+    samples = list(draw_samples(split, seed, limit))
+    result = evaluation.evaluate(*open_checkpoint(model), recipes, samples, backend)
     Console().print(*result.tables())
     if output is not None:
-        asked = {"model": str(model), "split": split.value, "seed": seed}
-        asked |= {"backend": backend.value}
+        asked = {"model": str(model), "split": split, "seed": seed}
+        asked |= {"backend": backend}
         text = json.dumps(asked | result.fields(), indent=1) + "\n"
         replace_file(output, text.encode())
     if plot is not None:
@@ -112,7 +108,7 @@ def evaluate(
 
 
 def demo(
-    output: Annotated[Path, typer.Option(help="Where files go.")] = Path(
+    output: Annotated[Path, typer.Option(help="Folder to write to.")] = Path(
         "vtprune-demo"
     ),
     recipe: RecipeOption = REFERENCE,
@@ -120,7 +116,7 @@ def demo(
 ) -> None:
     """Ask the reference model a question, before and after pruning, on every runtime.
 
-    A few minutes on two CPU cores, nearly all of it in the compilers.
+    Takes a few minutes on two CPU cores, nearly all of it in the compilers.
 
     Example: [bold]vtprune demo --seed 7 --output vtprune-demo[/bold]
     """
