@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tests.graphs import Spec, as_text
-from tests.hand_passes import ATEN, CUT_OP, PASSES, SCORE_OP, Case
+from tests.hand_passes import ATEN, CUT_OP, PASSES, SCORE_OP, Case, earlier
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -119,8 +119,7 @@ CASES: dict[str, tuple[str, Case]] = {
 def before_and_after(name: str) -> tuple[str, str]:
     """The graph before a case's pass, and the one after it."""
     pass_name, case = CASES[name]
-    earlier = list(PASSES)[: list(PASSES).index(pass_name)]
-    module, plan = case.run(*earlier)
+    module, plan = case.run(*earlier(pass_name))
     before = as_text(module)
     PASSES[pass_name](plan, case.form)(module)
     return before, as_text(module)

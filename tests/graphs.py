@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -294,7 +295,14 @@ def as_text(module: GraphModule) -> str:
             if isinstance(size, torch.SymInt) and str(size) not in names:
                 names[str(size)] = next(letters)
     lines = [_line(node, names) for node in module.graph.nodes]
-    return "\n".join(lines) + "\n"
+    return _counted_from_zero("\n".join(lines) + "\n")
+
+
+def _counted_from_zero(text: str) -> str:
+    """Symbols of sizes that are read from the data: u0, u1, ... in their order."""
+    found = dict.fromkeys(re.findall(r"\bu\d+\b", text))
+    numbers = {symbol: f"u{number}" for number, symbol in enumerate(found)}
+    return re.sub(r"\bu\d+\b", lambda match: numbers[match[0]], text)
 
 
 def _line(node: Node, names: Mapping[str, str]) -> str:

@@ -35,6 +35,7 @@ from tests.hand_passes import (
     SCORE_OP,
     Case,
     calls,
+    earlier,
     keep_node,
     keep_sets,
     new_node,
@@ -200,24 +201,8 @@ def test_a_graph_serves_batches_and_prompts_of_other_sizes(
     images: tuple[int, ...], tokens: int
 ) -> None:
     case = Case(drops={0: 4}, score="last-token")
-    assert SAMPLES, TOKENS not in [(len(images), tokens)]
-    assert_as_plain(case, PRUNED_ONCE(case), inputs_for(case.spec, images, tokens))
-
-
-class _Once:
-    """Pruned graphs, each made once; for tests that do not write to them."""
-
-    def __init__(self) -> None:
-        self._made: dict[str, GraphModule] = {}
-
-    def __call__(self, case: Case) -> GraphModule:
-        key = repr(case)
-        if key not in self._made:
-            self._made[key] = case.pruned()
-        return self._made[key]
-
-
-PRUNED_ONCE = _Once()
+    assert (len(images), tokens) != (SAMPLES, TOKENS)
+    assert_as_plain(case, case.pruned(), inputs_for(case.spec, images, tokens))
 
 
 def test_float64_is_the_loops_to_its_own_precision() -> None:
@@ -730,7 +715,7 @@ NOTHING: list[tuple[str, str, Case]] = [
 
 def ready(name: str, case: Case) -> tuple[GraphModule, Any]:
     """A graph that all passes before ``name`` have written to, and the plan."""
-    return case.run(*list(PASSES)[: list(PASSES).index(name)])
+    return case.run(*earlier(name))
 
 
 @pytest.mark.parametrize("name", list(PASSES))
