@@ -125,7 +125,7 @@ class Spec:
     dtype: torch.dtype = torch.float32
 
 
-def decoder(spec: Spec = Spec()) -> GraphModule:  # noqa: B008 - it is frozen
+def decoder(spec: Spec = Spec()) -> GraphModule:
     """The graph of a decoder with an image placed into its prompt."""
     b = Builder()
     samples, tokens = b.size("B", SAMPLES), b.size("S", TOKENS)
@@ -238,7 +238,9 @@ class _Layer:
         )
         if self._spec.rotary:
             tables = [
-                b.call(aten.unsqueeze.default, self._named[table], 1, name=f"{table}{i}")
+                b.call(
+                    aten.unsqueeze.default, self._named[table], 1, name=f"{table}{i}"
+                )
                 for table in ("cos", "sin")
             ]
             query = self._rotate(query, tables, "q")

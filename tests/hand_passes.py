@@ -44,9 +44,9 @@ FORMS: tuple[Form, ...] = (ATEN, SCORE_OP, CUT_OP)
 
 PASSES: dict[str, Callable[[PrunePlan, Form], Pass]] = {
     "AsyncChecks": lambda _plan, _form: AsyncChecks(),
-    "InsertScores": lambda plan, form: InsertScores(plan, form),
+    "InsertScores": InsertScores,
     "CheckTokens": lambda plan, _form: CheckTokens(plan),
-    "GatherTokens": lambda plan, form: GatherTokens(plan, form),
+    "GatherTokens": GatherTokens,
     "ShiftKeys": lambda plan, _form: ShiftKeys(plan),
     "ReadRows": lambda plan, _form: ReadRows(plan),
     "ShareAttention": lambda plan, _form: ShareAttention(plan),

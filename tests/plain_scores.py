@@ -17,7 +17,8 @@ TEXT, VISUAL, INSTRUCTION, PADDING = range(4)
 
 def uniform(at: Sample) -> list[float]:
     """The i-th visual token scores i * 40503 mod 65536."""
-    scores, count = [], 0
+    scores: list[float] = []
+    count = 0
     for role in at.roles.tolist():
         scores.append(count * 40503 % 65536 if role == VISUAL else 0)
         count += role == VISUAL

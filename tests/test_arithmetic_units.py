@@ -1,4 +1,4 @@
-"""Recipes, schedules, costs and the search: arithmetic done by hand or by brute force."""
+"""Recipes, schedules, costs, the search: arithmetic by hand or by brute force."""
 
 from __future__ import annotations
 
@@ -128,9 +128,7 @@ def test_a_cut_in_the_last_layer_is_seen_by_no_attention() -> None:
     assert dropped_before(recipe({0: 2, 3: 7}), 100, 4) == [0, 2, 2, 2]
 
 
-def largest_count(
-    made: Recipe, visual: Sequence[int], padding: Sequence[int]
-) -> int:
+def largest_count(made: Recipe, visual: Sequence[int], padding: Sequence[int]) -> int:
     """The largest count that every row affords: all are tried, the largest first."""
     least = min(count for count in visual if count)
     for count in range(max(visual), least, -1):
@@ -187,6 +185,10 @@ def test_new_tokens_and_tiles_are_refused_together() -> None:
         aligned_to_tiles(made, 32, 0)
 
 
+def dropping(factor: float) -> DropByRank:
+    return DropByRank.model_validate({"lambda": factor})
+
+
 @pytest.mark.parametrize(
     ("rule", "rank", "visual", "drop"),
     [
@@ -194,9 +196,9 @@ def test_new_tokens_and_tiles_are_refused_together() -> None:
         (KeepByRank(scale=1.0), 30, 20, 1),
         (KeepByRank(scale=0.0, bias=-3.0), 4, 20, 20),
         (KeepByRank(scale=0.9), 5, 20, 16),
-        (DropByRank(**{"lambda": 0.5}), 5, 20, 7),
-        (DropByRank(**{"lambda": 1.0}), 20, 20, 0),
-        (DropByRank(**{"lambda": 1.0}), 0, 20, 20),
+        (dropping(0.5), 5, 20, 7),
+        (dropping(1.0), 20, 20, 0),
+        (dropping(1.0), 0, 20, 20),
     ],
     ids=str,
 )
@@ -335,8 +337,8 @@ def trial(tolerance: float) -> Iterator[Tensor]:
 def drops_until(tolerance: float, budget: float) -> tuple[int, ...] | None:
     """What layers drop up to the one at which a budget is met."""
     drops: list[int] = []
-    for counts in trial(tolerance):
-        drops.append(PROMPTS.drop(counts))
+    for dropped in trial(tolerance):
+        drops.append(PROMPTS.drop(dropped))
         if saved_by(drops) >= budget:
             return tuple(drops)
     return None
@@ -424,10 +426,10 @@ def test_merged_cuts_keep_what_the_best_priced_merge_keeps(
             (1 - mean_kept(KEPT, m), 1 - saved_by(m)) for m in all_merges(drops, cuts)
         ]
         cheapest = {
-            min(known, key=lambda each, price=price: each[0] + price * each[1])
-            for price in (0.01 * 1.05**n for n in range(300))
+            min((lost + 0.01 * 1.05**n * spent, lost, spent) for lost, spent in known)
+            for n in range(300)
         }
-        lost = min(lost for lost, spent in cheapest if 1 - spent >= budget)
+        lost = min(lost for _, lost, spent in cheapest if 1 - spent >= budget)
         assert mean_kept(KEPT, found) >= 1 - lost - 1e-9
     else:
         assert found == drops
@@ -449,7 +451,9 @@ def test_attention_kept_by_loops() -> None:
         wanted = 0.0
         for sample, count in enumerate(visual.tolist()):
             c, e = cross[sample, layer].tolist(), own[sample, layer].tolist()
-            best = sorted(range(5), key=lambda n, c=c, e=e: -c[n] * e[n])
+            pairs = zip(c, e, strict=True)
+            products = [(-one * other, n) for n, (one, other) in enumerate(pairs)]
+            best = [n for _, n in sorted(products)]
             stay = best[: count - (5 - left) * count // 5]
             wanted += sum(c[n] / sum(c) + e[n] / sum(e) for n in stay) / 4
         assert float(kept[layer, left]) == pytest.approx(wanted, abs=1e-6)

@@ -1,4 +1,4 @@
-"""Passes on hand-built graphs: what pruned graphs compute, and when a pass changes none.
+"""Passes on hand-built graphs: what they compute, and when a pass changes nothing.
 
 Expected values come from ``tests.plain_scores``: loops over one sample, no fx.
 """
@@ -122,9 +122,7 @@ def test_the_hand_built_graph_computes_what_the_loops_do(spec: Spec) -> None:
     given = inputs_for(spec, padding=2 if spec.mask else 0)
     outputs, _ = run(decoder(spec), given)
     for sample in range(len(given["embeds"])):
-        assert_outputs(
-            spec, outputs, plain_run(spec, given, {}, sample), given, sample
-        )
+        assert_outputs(spec, outputs, plain_run(spec, given, {}, sample), given, sample)
 
 
 def test_loops_and_torch_agree_on_attention() -> None:
@@ -134,9 +132,9 @@ def test_loops_and_torch_agree_on_attention() -> None:
     ran = plain_run(spec, given, {}, 0)
     entered = given["embeds"][0].clone()
     entered[given["is_image"][0]] = given["features"]
-    heads = [entered @ given[f"w_{name}0"] for name in ("q", "k", "v")]
+    query, key, value = (entered @ given[f"w_{name}0"] for name in ("q", "k", "v"))
     attended = torch.nn.functional.scaled_dot_product_attention(
-        *(each[None] for each in heads), is_causal=True
+        query[None], key[None], value[None], is_causal=True
     )[0]
     joined = attended.transpose(0, 1).reshape(-1, HEADS * HEAD)
     added = entered + joined @ given["w_o0"].T
@@ -596,7 +594,7 @@ def test_refreshed_values_are_the_shapes_that_a_run_gives() -> None:
     _, values = run(module, given)
     compared = 0
     for node, value in values.items():
-        recorded = node.meta.get("val")
+        recorded: Any = node.meta.get("val")
         assert SHORTER not in node.meta, node.name
         if isinstance(value, torch.Tensor):
             sizes = [hint(size) for size in recorded.shape]
@@ -689,9 +687,7 @@ NOTHING: list[tuple[str, str, Case]] = [
     (
         "ShareAttention",
         "a cut after the layer",
-        Case(
-            Spec(layers=2), {0: 2}, score="fitprune", site="after_layer", form=CUT_OP
-        ),
+        Case(Spec(layers=2), {0: 2}, score="fitprune", site="after_layer", form=CUT_OP),
     ),
     (
         "ShareAttention",

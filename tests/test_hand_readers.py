@@ -1,4 +1,4 @@
-"""What the analysis reads of hand-built graphs, and what it refuses with which words."""
+"""What the analysis reads of hand-built graphs, and what it refuses in which words."""
 
 from __future__ import annotations
 
@@ -128,7 +128,8 @@ def test_repeated_keys_come_out_as_they_were_made() -> None:
 
 
 def test_rotary_tables_are_what_queries_are_turned_by() -> None:
-    streams = [l.stream for l in anatomy_of(decoder(Spec(2, rotary=True))).layers]
+    layers = anatomy_of(decoder(Spec(2, rotary=True))).layers
+    streams = [layer.stream for layer in layers]
     assert [(each.cos, each.sin) for each in streams] == [("cos", "sin")] * 2
     [layer] = anatomy_of(decoder(Spec())).layers
     assert (layer.stream.cos, layer.stream.sin) == (None, None)
@@ -142,7 +143,7 @@ def query_of(change: str) -> Node:
     """A rotated query in which one thing is not as it should be."""
     module = decoder(Spec(rotary=True))
     query = node_named(module, "q0_rotated")
-    straight, crossed = query.args
+    straight, crossed = query.all_input_nodes
     with module.graph.inserting_before(query):
         if change == "subtracted":
             query.target = aten.sub.Tensor
@@ -195,14 +196,15 @@ def written_out(change: str) -> GraphModule:
     """Attention written out, with one step that is not attention's."""
     module = decoder(Spec(attention="eager", mask="float"))
     [shares] = calls(module, aten.softmax.int)
-    logits = shares.args[0]
+    [logits] = shares.all_input_nodes
     with module.graph.inserting_before(shares):
         if change == "no softmax":
             shares.target, shares.args = aten.relu.default, (logits,)
         elif change == "no product":
             call = module.graph.call_function
-            shares.args = (call(aten.neg.default, (logits,)), -1)
-            shares.args[0].meta["val"] = logits.meta["val"]
+            negated = call(aten.neg.default, (logits,))
+            negated.meta["val"] = logits.meta["val"]
+            shares.args = (negated, -1)
         elif change == "dropout":
             with module.graph.inserting_after(shares):
                 dropped = module.graph.call_function(
@@ -273,7 +275,7 @@ def placement(mask: str = "per token", *, static: bool = False) -> GraphModule:
 @pytest.mark.parametrize(
     ("module", "message"),
     [
-        (lambda: placement(), "attention over the prompt's tokens, fused or written"),
+        (placement, "attention over the prompt's tokens, fused or written"),
         (lambda: placement("per number"), r"\[batch, prompt\] or \[batch, prompt, 1\]"),
         (lambda: placement(static=True), f"found the constant {TOKENS}"),
     ],
@@ -325,9 +327,7 @@ def test_a_sliding_window_is_refused() -> None:
     module = decoder()
     key = node_named(module, "k0")
     with module.graph.inserting_after(key):
-        last = module.graph.call_function(
-            aten.slice.Tensor, (key, 2, -8, sys.maxsize)
-        )
+        last = module.graph.call_function(aten.slice.Tensor, (key, 2, -8, sys.maxsize))
     last.meta["val"] = key.meta["val"]
     with pytest.raises(AnatomyError, match="a sliding window: only the last keys"):
         read(module.graph)
