@@ -16,6 +16,8 @@ by a mask, the token axis as a symbol, attention in a module of a numbered layer
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 import math
 import re
 import sys
@@ -126,7 +128,15 @@ class Spec:
 
 
 def decoder(spec: Spec = Spec()) -> GraphModule:
-    """The graph of a decoder with an image placed into its prompt."""
+    """The graph of a decoder with an image placed into its prompt.
+
+    Each is made once and then copied; copies share their symbols.
+    """
+    return copy.deepcopy(_made(spec))
+
+
+@functools.cache
+def _made(spec: Spec) -> GraphModule:
     b = Builder()
     samples, tokens = b.size("B", SAMPLES), b.size("S", TOKENS)
     rows = b.size("V", SAMPLES * IMAGE)
