@@ -178,6 +178,13 @@ def test_every_kind_of_graph_is_the_loops(spec: Spec, form: Form) -> None:
     assert_as_plain(case, case.pruned(), given)
 
 
+@pytest.mark.parametrize("form", [ATEN, CUT_OP])
+def test_after_two_cuts_tokens_still_have_the_prompts_positions(form: Form) -> None:
+    """Rotary tables and roles at a later cut are those of the tokens left."""
+    case = Case(Spec(layers=3, rotary=True), {0: 2, 1: 1, 2: 2}, form=form)
+    assert_as_plain(case, case.pruned(), inputs_for(case.spec, padding=2))
+
+
 def test_all_visual_tokens_may_leave() -> None:
     case = Case(Spec(layers=2), {0: IMAGE - 1, 1: 1})
     assert_as_plain(case, case.pruned(), inputs_for(case.spec))
