@@ -110,7 +110,7 @@ class Spec:
         rotary: Whether queries and keys are rotated.
         video: Whether there are features of a second kind.
         checked: Whether the model checks that there is an image, by a number read back.
-        last_row: Whether only the last row comes out, behind a linear head.
+        last_row: Whether only the last row comes out, after a linear head.
         cached: Whether keys and values come out.
         dtype: Of all that is computed.
     """
@@ -443,8 +443,8 @@ class Sample:
 
     Attributes:
         layer: The layer of the cut.
-        stream: [n, E], the residual stream ahead of the layer.
-        roles: [n], 0 text, 1 visual, 2 text behind the image, 3 padding.
+        stream: [n, E], the residual stream before the layer.
+        roles: [n], 0 text, 1 visual, 2 text after the image, 3 padding.
         places: [n], where the tokens stood in the prompt.
         shares: [H, n, n], the layer's attention probabilities.
         new: [C, E], new tokens made at the cut, which a keep set calls -C to -1.

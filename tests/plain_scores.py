@@ -54,7 +54,7 @@ SCORES: dict[str, Callable[[Sample], list[float]]] = {
 
 
 def stays(at: Sample, scores: list[float], drop: int) -> list[int]:
-    """Who stays when the ``drop`` visual tokens with the lowest scores leave.
+    """Tokens that stay when the ``drop`` visual tokens with the lowest scores leave.
 
     In a sample of text alone as much padding leaves, the first of it first.
     """

@@ -270,7 +270,7 @@ def test_negative_numbers_are_refused(
         cost(recipe({}), GEOMETRY, visual, text)
 
 
-def test_a_cut_behind_the_last_layer_is_refused() -> None:
+def test_a_cut_after_the_last_layer_is_refused() -> None:
     with pytest.raises(PlanError, match="a cut in layer 5"):
         cost(recipe({5: 1}, layers=6), GEOMETRY, 100, 0)
 

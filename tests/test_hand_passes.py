@@ -61,7 +61,7 @@ BY_ATTENTION = ("last-token", "fitprune")
 def assert_as_plain(case: Case, module: GraphModule, given: Inputs) -> None:
     """A pruned graph gives what plain loops give, and keeps what they keep.
 
-    Rows of padding are not compared: nobody attends to them.
+    Rows of padding are not compared: no token attends to them.
     """
     outputs, _ = run(module, given)
     kept = keep_sets(module, given)
@@ -275,7 +275,7 @@ def test_roles_say_what_each_token_is_there_for() -> None:
     module, _ = Case(drops={0: 2}).run("InsertScores")
     given = inputs_for(Spec(), tokens=13, padding=3)
     _, values = run(module, given)
-    # 0 text, 1 visual, 2 text behind the image, 3 padding.
+    # 0 text, 1 visual, 2 text after the image, 3 padding.
     assert values[roles_node(module)].tolist() == [
         [0, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2],
         [0, 0, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2],
@@ -344,7 +344,7 @@ RECYCLED = Case(
 )
 
 
-def test_two_new_tokens_stand_behind_the_last_visual_one() -> None:
+def test_two_new_tokens_stand_after_the_last_visual_one() -> None:
     """4 leave, int(2) + 1 = 3 are clustered into int(1.5) + 1 = 2."""
     module, _ = RECYCLED.run("InsertScores")
     given = inputs_for(RECYCLED.spec, images=(IMAGE,), tokens=9)

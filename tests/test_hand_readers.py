@@ -105,7 +105,7 @@ def test_residual_streams_enter_and_leave_layers() -> None:
     streams = [layer.stream for layer in anatomy_of(decoder(spec)).layers]
     assert [each.entry for each in streams] == ["image_placed", "out0", "out1"]
     assert [each.output for each in streams] == ["out0", "out1", "out2"]
-    # The last node before a layer: a cut before it goes behind that node.
+    # The last node before a layer: a cut before it goes after that node.
     assert [each.start for each in streams] == ["length", "out0", "out1"]
 
 
@@ -367,7 +367,7 @@ def test_a_cut_is_placed_at_its_site(site: Site, edge: str, hidden: str) -> None
 @pytest.mark.parametrize(
     ("spec", "live"),
     [
-        # Behind the last attention nobody reads the mask.
+        # After the last attention nothing reads the mask.
         (Spec(), {"attended0": (2,), "image_placed": (1,)}),
         (
             Spec(layers=2),
@@ -482,7 +482,7 @@ def test_a_recipe_for_another_model_is_refused(recipe: Case, message: str) -> No
         place(recipe.recipe, anatomy, module.graph)
 
 
-def test_features_placed_behind_a_cut_are_refused() -> None:
+def test_features_placed_after_a_cut_are_refused() -> None:
     """As models do that add features of several depths to the stream."""
     module = decoder(Spec(layers=2))
     late = node_named(module, "out0")
@@ -516,7 +516,7 @@ def test_two_prompts_in_a_row_cannot_be_gathered() -> None:
         place(recipe, anatomy, module.graph)
 
 
-def test_what_crosses_an_edge_is_made_before_and_read_behind_it() -> None:
+def test_what_crosses_an_edge_is_made_before_and_read_after_it() -> None:
     """Weights of the second half cross too; only values with tokens are gathered."""
     module = decoder(Spec())
     across = {str(node) for node in Uses(module.graph).across("attended0")}
@@ -563,7 +563,7 @@ def tower(leading: int = 1, *, mask: bool = False, twice: bool = False) -> Graph
 
 
 @pytest.mark.parametrize("leading", [0, 1, 3])
-def test_the_towers_attention_is_found_behind_the_projector(leading: int) -> None:
+def test_the_towers_attention_is_found_after_the_projector(leading: int) -> None:
     module = tower(leading)
     found = read_tower(module.graph, node_named(module, "rows"))
     assert found is not None

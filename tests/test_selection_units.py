@@ -169,7 +169,7 @@ def test_a_sample_loses_its_share_then_padding(
         ([5, 2, 0], [1, 0, 1], [-1, -1, 2], [0, 5, 2]),
     ],
 )
-def test_who_left_in_place_stands_in_front(
+def test_tokens_dropped_in_place_stand_in_front(
     staying: list[int], leaving: list[int], keep: list[int], stand_in: list[int]
 ) -> None:
     gone = torch.tensor([leaving], dtype=torch.bool)
@@ -189,7 +189,7 @@ def test_places_begin_with_a_samples_first_token() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.float16])
-def test_nobody_attends_to_who_left(dtype: torch.dtype) -> None:
+def test_no_token_attends_to_dropped_ones(dtype: torch.dtype) -> None:
     keep = torch.tensor([[-1, 3, 7]])
     mask = torch.ones(1, 1, 3, 3, dtype=dtype)
     found = per_sample.mask_without(mask, keep)
@@ -294,14 +294,14 @@ def test_the_best_of_those_that_leave(drop: int, chosen: int, best: list[int]) -
 @pytest.mark.parametrize(
     ("row", "staying", "new", "keep", "stand_in"),
     [
-        # New tokens stand behind the last visual one, whether that stays or not.
+        # New tokens stand after the last visual one, whether that stays or not.
         ("tvvvii", [0, 2, 4, 5], 2, [0, 2, -2, -1, 4, 5], [0, 2, 3, 3, 4, 5]),
         ("tvvvii", [0, 3, 4, 5], 1, [0, 3, -1, 4, 5], [0, 3, 3, 4, 5]),
         # In text alone they stand where the first of the padding left.
         ("ppttii", [2, 3, 4, 5], 1, [-1, 2, 3, 4, 5], [0, 2, 3, 4, 5]),
     ],
 )
-def test_new_tokens_stand_behind_the_last_image(
+def test_new_tokens_stand_after_the_last_image(
     row: str, staying: list[int], new: int, keep: list[int], stand_in: list[int]
 ) -> None:
     marks = roles(row)
