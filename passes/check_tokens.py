@@ -40,6 +40,8 @@ class CheckTokens(Pass):
     5. No cuts, or counts that follow the rank: nothing to assert.
     """
 
+    requires = frozenset({"InsertScores"})
+
     def __init__(self, plan: PrunePlan) -> None:
         self._plan = plan
 

@@ -90,6 +90,8 @@ class GatherTokens(Pass):
     8. No cuts: unchanged.
     """
 
+    requires = frozenset({"InsertScores"})
+
     def __init__(self, plan: PrunePlan, form: Form = "plain") -> None:
         self._plan = plan
         self._form = form

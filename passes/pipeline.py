@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
+from typing import Literal, TypeAlias
 
 import sympy
 from torch.fx import GraphModule
 
+from vtprune_fx.errors import InputError
 from vtprune_fx.passes.async_checks import AsyncChecks
 from vtprune_fx.passes.base import Form, Pass
 from vtprune_fx.passes.check_tokens import CheckTokens
 from vtprune_fx.passes.gather_tokens import GatherTokens
 from vtprune_fx.passes.insert_scores import InsertScores
+from vtprune_fx.passes.own_lengths import OwnLengths
 from vtprune_fx.passes.read_rows import ReadRows
+from vtprune_fx.passes.refresh_values import RefreshValues
 from vtprune_fx.passes.share_attention import ShareAttention
 from vtprune_fx.passes.shift_keys import ShiftKeys
 from vtprune_fx.passes.verify import Verifier
@@ -22,27 +27,43 @@ from vtprune_fx.planning.report import PassRecord
 
 logger = logging.getLogger(__name__)
 
+Target: TypeAlias = Literal["trace", "compile", "export"]
+"""What happens to a pruned graph.
 
-def default_pipeline(plan: PrunePlan, form: Form = "plain") -> Pipeline:
+* ``trace``: a compiler traces it once more, with the lengths after cuts as they are.
+* ``compile``: the same, and each length after a cut becomes a new symbol.
+* ``export``: it is part of an ``ExportedProgram``, which needs plain fake tensors.
+"""
+
+
+def default_pipeline(
+    plan: PrunePlan, form: Form = "plain", target: Target = "trace"
+) -> Pipeline:
     """The passes that carry out a plan.
-
-    Scores stand ahead of gathers, since a gather reads the keep set of its cut.
 
     Args:
         plan: The plan.
         form: How cuts are written.
+        target: What happens to the graph.
     """
-    passes = (
+    passes: list[Pass] = [
         AsyncChecks(),
         InsertScores(plan, form),
         CheckTokens(plan),
         GatherTokens(plan, form),
         ShiftKeys(plan),
         ReadRows(plan),
-    )
+    ]
     if form == "whole":
-        return Pipeline(plan, *passes, ShareAttention(plan))
-    return Pipeline(plan, *passes)
+        passes.append(ShareAttention(plan))
+    return Pipeline(plan, *passes, *_finishing(plan, target))
+
+
+def _finishing(plan: PrunePlan, target: Target) -> list[Pass]:
+    """Passes that prepare a pruned graph for what happens to it."""
+    if target == "compile":
+        return [OwnLengths(plan)]
+    return [RefreshValues()] if target == "export" else []
 
 
 class Pipeline:
@@ -51,9 +72,13 @@ class Pipeline:
     Args:
         plan: What the passes carry out.
         passes: The passes.
+
+    Raises:
+        InputError: A pass comes before one that it requires or has to follow.
     """
 
     def __init__(self, plan: PrunePlan, *passes: Pass) -> None:
+        _check_order(passes)
         self._plan = plan
         self.passes = passes
 
@@ -72,6 +97,21 @@ class Pipeline:
         return records
 
 
+def _check_order(passes: Sequence[Pass]) -> None:
+    names = [pass_.name for pass_ in passes]
+    for place, pass_ in enumerate(passes):
+        before, after = set(names[:place]), set(names[place + 1 :])
+        missing = pass_.requires - before
+        late = (pass_.runs_after & after) - before
+        for wanted in sorted(missing | late):
+            raise InputError(
+                f"pass {pass_.name}",
+                expected=f"{wanted} before it",
+                found=f"{wanted} after it" if wanted in after else f"no {wanted}",
+                fix=f"Put {wanted} before {pass_.name} in the pipeline.",
+            )
+
+
 def _numbers(plan: PrunePlan) -> dict[sympy.Symbol, int]:
     """Numbers to verify with, for counts that follow the rank."""
     counts: dict[sympy.Symbol, int] = {}
@@ -85,8 +125,7 @@ def _numbers(plan: PrunePlan) -> dict[sympy.Symbol, int]:
 
 def _run_one(pass_: Pass, module: GraphModule, verifier: Verifier) -> PassRecord:
     start = time.perf_counter()
-    # Not the pass itself: that would write the module's code anew after each.
-    modified = pass_.edit(module)
+    modified = pass_(module, recompile=False).modified
     passed = time.perf_counter()
     if modified:
         verifier.check(module, pass_.name)

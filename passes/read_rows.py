@@ -60,6 +60,8 @@ class ReadRows(Pass):
         plan: The cuts.
     """
 
+    runs_after = frozenset({"GatherTokens", "ShiftKeys"})
+
     def __init__(self, plan: PrunePlan) -> None:
         self._plan = plan
 

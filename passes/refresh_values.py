@@ -1,6 +1,6 @@
-"""Give every node behind a cut a plain ``val`` again.
+"""Give every node after a cut a plain ``val`` again.
 
-Passes keep a value behind a cut as "what it was, less n tokens", which costs nothing::
+Passes keep a value after a cut as "what it was, less n tokens", which costs nothing::
 
     add.meta: {"vtprune_shorter": Shorter(full="f32[B, S, E]", dropped=36)}
 
@@ -8,7 +8,7 @@ Serialising a program needs fake tensors instead::
 
     add.meta: {"val": "f32[B, S - 36, E]"}
 
-A fake tensor with a length of its own costs milliseconds, so this runs for exported
+A fake tensor with a new length costs milliseconds, so this runs for exported
 programs and not on the way to a compiler, which traces the graph once more anyway.
 """
 
@@ -23,11 +23,15 @@ from vtprune_fx.passes.base import Pass
 
 
 class RefreshValues(Pass):
-    """Run what stands behind a cut on fake tensors.
+    """Run what comes after a cut on fake tensors.
 
     1. A node without a plain ``val``: run.
     2. No such node: unchanged.
     """
+
+    runs_after = frozenset(
+        {"GatherTokens", "ShiftKeys", "ReadRows", "ShareAttention", "OwnLengths"}
+    )
 
     def edit(self, module: GraphModule) -> bool:
         """Fill in the missing values."""

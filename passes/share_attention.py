@@ -43,6 +43,9 @@ class ShareAttention(Pass):
         plan: The cuts.
     """
 
+    requires = frozenset({"InsertScores"})
+    runs_after = frozenset({"GatherTokens"})
+
     def __init__(self, plan: PrunePlan) -> None:
         self._plan = plan
 

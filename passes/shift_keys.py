@@ -38,6 +38,8 @@ class ShiftKeys(Pass):
     2. Layers ahead of all cuts, positions kept, no keys handed out: unchanged.
     """
 
+    requires = frozenset({"GatherTokens"})
+
     def __init__(self, plan: PrunePlan) -> None:
         self._plan = plan
 

@@ -27,6 +27,7 @@ from vtprune_fx.errors import VerifyError
 from vtprune_fx.graph.insert import STAMP
 from vtprune_fx.graph.sizes import Count, size_expr
 from vtprune_fx.graph.values import READ, dropped_tokens, value_at_full_length
+from vtprune_fx.ops.lengths import own_length
 
 aten = torch.ops.aten
 
@@ -93,7 +94,6 @@ class Verifier:
                 data, an operator cannot run on its inputs, or a recorded value is not
                 what the operator gives.
         """
-        module.graph.lint()
         _check_interface(module, self._before, pass_name)
         _check_inserted(module, self._own, pass_name)
         with torch.no_grad(), self._fakes if _autocasts(module) else nullcontext():
@@ -104,7 +104,9 @@ class Verifier:
     def _check_value(self, module: GraphModule, node: Node, pass_name: str) -> None:
         """Run one node, unless it, its inputs and its record are what they were."""
         if READ in node.meta:
-            self._seen[node] = _Seen((), self._read(*node.meta[READ]), ())
+            number = self._read(*node.meta[READ])
+            self._sizes.know(node.meta["val"], number)
+            self._seen[node] = _Seen((), number, ())
             return
         inputs = [self._seen[n].value for n in node.all_input_nodes]
         recorded = value_at_full_length(node), dropped_tokens(node)
@@ -204,6 +206,11 @@ def _run(
     if node.target in _PUTS and _indexes_by_mask(node):
         # Whatever is put there, the result is like what it is put into.
         return values[cast("Node", node.args[0])]
+    if node.target == own_length:
+        # A compiler may not know the length; the record says it.
+        like = values[cast("Node", node.args[0])]
+        _compare(node, like, sizes.concrete(node), pass_name)
+        return like
     if _depends_on_data(node) or not _is_computable(node, values):
         return None
     args, kwargs = map_aggregate(
@@ -287,6 +294,11 @@ class Sizes:
         if isinstance(count, int):
             return count
         return int(count.subs(self._counts))
+
+    def know(self, value: torch.SymInt, number: int) -> None:
+        """Take ``number`` for a count that the graph reads, in plain values too."""
+        if isinstance(symbol := size_expr(value), sympy.Symbol):
+            self._numbers[symbol] = number
 
     def concrete(self, node: Node) -> Any:
         """The node's value with numbers for symbols, and without data."""

@@ -230,10 +230,10 @@ def test_text_alone_and_decode_steps_go_to_the_inner_backend_as_they_are(
     whole = backend._prune
 
     def spy(
-        module: GraphModule, recipe: Recipe | None, visual: int | None, *, own: bool
+        module: GraphModule, *how: Any, **named: Any
     ) -> tuple[GraphModule, PruneReport] | None:
         given.append(module)
-        return whole(module, recipe, visual, own=own)
+        return whole(module, *how, **named)
 
     monkeypatch.setattr(backend, "_prune", spy)
     model = tiny_llava(layers=2)

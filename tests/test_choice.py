@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import vtprune_fx
-from vtprune_fx.passes.own_lengths import own_length
+from vtprune_fx.ops.lengths import own_length
 from vtprune_fx.scorers import registry
 from vtprune_fx.scorers.evidence import Evidence, strongest_from
 from vtprune_fx.scorers.roles import VISUAL

@@ -22,6 +22,7 @@ from tests.tiny import (
 )
 from vtprune_fx import backend, oracle
 from vtprune_fx.api import prune
+from vtprune_fx.errors import InputError
 from vtprune_fx.graph.insert import STAMP
 from vtprune_fx.graph.nodes import readable
 from vtprune_fx.graph.values import (
@@ -38,9 +39,12 @@ from vtprune_fx.passes import (
     Form,
     GatherTokens,
     InsertScores,
+    OwnLengths,
     Pass,
+    Pipeline,
     RefreshValues,
     ShareAttention,
+    Target,
     default_pipeline,
 )
 from vtprune_fx.passes.gather_tokens import IN_PROMPT_PREFIX
@@ -60,6 +64,7 @@ PASSES: dict[str, Callable[[PrunePlan], Pass]] = {
     "InsertScores": InsertScores,
     "CheckTokens": CheckTokens,
     "GatherTokens": GatherTokens,
+    "OwnLengths": OwnLengths,
     "RefreshValues": lambda plan: RefreshValues(),
 }
 """In the order in which they run."""
@@ -71,7 +76,9 @@ def ready_for(name: str) -> tuple[GraphModule, Pass, PrunePlan]:
     for earlier, make in PASSES.items():
         if earlier == name:
             return module, make(plan), plan
-        make(plan)(module)
+        # A graph that is exported keeps the lengths that it has.
+        if earlier != "OwnLengths":
+            make(plan)(module)
     raise AssertionError(name)
 
 
@@ -145,6 +152,80 @@ def test_pass_without_cuts_or_run_again_changes_nothing(name: str) -> None:
     assert not result.modified
     assert readable(module) == text
     assert list(module.graph.nodes) == nodes
+
+
+@pytest.mark.parametrize("name", ["OwnLengths", "RefreshValues"])
+def test_a_pass_that_finishes_a_graph_changes_nothing_the_second_time(
+    name: str,
+) -> None:
+    module, pass_, _ = ready_for(name)
+    assert pass_(module).modified
+    text = readable(module)
+    assert not pass_(module).modified
+    assert readable(module) == text
+
+
+# -------------------------------------------------------------------------- the order
+
+
+class First(Pass):
+    """A pass that changes nothing."""
+
+    def edit(self, module: GraphModule) -> bool:
+        return False
+
+
+class Second(First):
+    requires = frozenset({"First"})
+
+
+class Later(First):
+    runs_after = frozenset({"First"})
+
+
+@pytest.mark.parametrize(
+    ("passes", "message"),
+    [
+        ([Second()], "pass Second: expected First before it, found no First"),
+        (
+            [Second(), First()],
+            "pass Second: expected First before it, found First after it",
+        ),
+        ([Later(), First()], "pass Later: expected First before it, found First after"),
+    ],
+)
+def test_a_pipeline_in_the_wrong_order_is_refused(
+    passes: list[Pass], message: str
+) -> None:
+    _, plan = planned({})
+    with pytest.raises(InputError, match=message):
+        Pipeline(plan, *passes)
+
+
+@pytest.mark.parametrize(
+    "passes", [[First(), Second()], [Later()], [First(), Later()], [First(), First()]]
+)
+def test_a_pipeline_in_order_is_made(passes: list[Pass]) -> None:
+    _, plan = planned({})
+    assert Pipeline(plan, *passes).passes == tuple(passes)
+
+
+@pytest.mark.parametrize(
+    ("form", "target", "last"),
+    [
+        ("plain", "export", "RefreshValues"),
+        ("whole", "compile", "OwnLengths"),
+        ("whole", "trace", "ShareAttention"),
+    ],
+)
+def test_every_pass_of_a_target_is_verified_and_in_the_report(
+    form: Form, target: Target, last: str
+) -> None:
+    module, plan = planned(DROPS)
+    records = default_pipeline(plan, form, target).run(module)
+    assert records[-1].name == last
+    assert records[-1].modified
+    assert records[-1].verify_seconds > 0
 
 
 def test_assertions_change_no_recorded_length() -> None:

@@ -7,13 +7,24 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from tests.tiny import calls, planned
 from vtprune_fx.errors import VerifyError
 from vtprune_fx.graph.insert import STAMP, Stamp
-from vtprune_fx.graph.values import set_value, value_at_full_length
-from vtprune_fx.passes import KEEP_PREFIX, Pass, Pipeline, default_pipeline
+from vtprune_fx.graph.values import dropped_tokens, set_value, value_at_full_length
+from vtprune_fx.ops.lengths import own_length
+from vtprune_fx.passes import (
+    KEEP_PREFIX,
+    Form,
+    OwnLengths,
+    Pass,
+    Pipeline,
+    RefreshValues,
+    Target,
+    default_pipeline,
+)
 from vtprune_fx.passes.insert_scores import ROLES
 
 if TYPE_CHECKING:
@@ -346,3 +357,63 @@ def _pruned() -> tuple[GraphModule, PrunePlan]:
     module, plan = planned({0: 3})
     default_pipeline(plan).run(module)
     return module, plan
+
+
+# --------------------------------------------------------------- what passes end with
+
+
+ENDS = [("plain", "export"), ("whole", "compile")]
+
+
+@pytest.mark.parametrize(("form", "target"), ENDS)
+def test_a_wrong_value_after_the_end_is_caught(form: Form, target: Target) -> None:
+    """Plain fakes, and lengths that are symbols, are compared as values before."""
+    module, plan = planned({0: 3, 1: 5})
+
+    def edit(module: GraphModule) -> Node:
+        node: Node = next(
+            n
+            for n in reversed(module.graph.nodes)
+            if isinstance(value_at_full_length(n), Tensor)
+        )
+        wrong = value_at_full_length(node).transpose(0, 1)
+        set_value(node, wrong, dropped_tokens(node))
+        return node
+
+    passes = default_pipeline(plan, form, target).passes
+    with pytest.raises(VerifyError, match=r"pass WrongEdit.* its recorded value"):
+        Pipeline(plan, *passes, WrongEdit(edit)).run(module)
+
+
+def test_a_wrong_length_of_a_new_symbol_is_caught() -> None:
+    module, plan = planned({0: 3, 1: 5})
+
+    def edit(module: GraphModule) -> Node:
+        [first, _] = calls(module, own_length)
+        set_value(first, value_at_full_length(first), 4)
+        return first
+
+    passes = default_pipeline(plan, "whole", "compile").passes
+    with pytest.raises(VerifyError, match=r"pass WrongEdit.* its recorded value"):
+        Pipeline(plan, *passes, WrongEdit(edit)).run(module)
+
+
+@pytest.mark.parametrize("name", ["OwnLengths", "RefreshValues"])
+def test_what_a_finishing_pass_writes_wrongly_is_caught(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the pass's name: the verifier runs after it."""
+    pass_: Any = {"OwnLengths": OwnLengths, "RefreshValues": RefreshValues}[name]
+    edit: Callable[..., bool] = pass_.edit
+
+    def wrong(self: Any, module: GraphModule) -> bool:
+        modified = edit(self, module)
+        node = named(module, ROLES)
+        set_value(node, value_at_full_length(node).float(), 0)
+        return modified
+
+    monkeypatch.setattr(pass_, "edit", wrong)
+    module, plan = planned({0: 3, 1: 5})
+    target: Target = "compile" if name == "OwnLengths" else "export"
+    with pytest.raises(VerifyError, match=f"pass {name}"):
+        default_pipeline(plan, target=target).run(module)

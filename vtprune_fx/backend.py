@@ -39,7 +39,7 @@ from vtprune_fx.capture.subclasses import has_any, parts
 from vtprune_fx.capture.weights import hold, lifted
 from vtprune_fx.errors import InputError
 from vtprune_fx.graph.fakes import fake_mode_of, lengths_from_data, uncached_fakes
-from vtprune_fx.passes import KEEP_PREFIX, Form, OwnLengths
+from vtprune_fx.passes import KEEP_PREFIX, Form, Target
 from vtprune_fx.planning.plan import PrunePlan
 from vtprune_fx.planning.report import PruneReport
 from vtprune_fx.pruning import prune_graph
@@ -94,14 +94,13 @@ def vtprune_backend(
         load_recipe(options["recipe"]) if options.get("recipe") is not None else None
     )
     own = bool(options.get("own"))
-    found = _prune(module, recipe, options.get("visual_tokens"), own=own)
+    # A mode may ask for CUDA graphs, which record no length that is a symbol.
+    target: Target = "compile" if mode is None else "trace"
+    found = _prune(module, recipe, options.get("visual_tokens"), target, own=own)
     if found is None:
         return inner(module, example_inputs, **kwargs)
     pruned, report = found
     assert report.plan is not None, "what was found is a pruned graph"
-    if mode is None:
-        # A mode may ask for CUDA graphs, which record no length that is a symbol.
-        OwnLengths(report.plan)(pruned)
     with _tracing(pruned, report.plan, example_inputs), _inductor_settings():
         compiled = inner(pruned, parts(example_inputs), **kwargs)
     recorded = _recording(compiled, report, options.get("tell"))
@@ -218,6 +217,7 @@ def _prune(
     module: GraphModule,
     recipe: Recipe | None,
     visual_tokens: int | None,
+    target: Target,
     *,
     own: bool,
 ) -> tuple[GraphModule, PruneReport] | None:
@@ -227,7 +227,9 @@ def _prune(
     given, weights = lifted(module)
     lowered = lower(given)
     form = _form_for(lowered)
-    report = prune_graph(lowered, recipe, visual_tokens, own=own, form=form)
+    report = prune_graph(
+        lowered, recipe, visual_tokens, own=own, form=form, target=target
+    )
     logger.info("%s", report)
     if report.plan is None:
         return None

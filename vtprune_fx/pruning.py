@@ -19,8 +19,7 @@ from vtprune_fx.graph.fakes import fake_mode_of, uncached_fakes
 from vtprune_fx.graph.sizes import assume_at_least, size_hint
 from vtprune_fx.graph.values import READ
 from vtprune_fx.passes.base import Form
-from vtprune_fx.passes.pipeline import default_pipeline
-from vtprune_fx.passes.refresh_values import RefreshValues
+from vtprune_fx.passes.pipeline import Target, default_pipeline
 from vtprune_fx.planning.place import place
 from vtprune_fx.planning.plan import PrunePlan
 from vtprune_fx.planning.report import PruneReport
@@ -49,6 +48,7 @@ def prune_graph(
     *,
     own: bool = False,
     form: Form = "plain",
+    target: Target = "trace",
 ) -> PruneReport:
     """Prune a graph, in place.
 
@@ -59,6 +59,7 @@ def prune_graph(
             the sizes in the graph.
         own: Let each sample lose its own share, as ``place`` takes it.
         form: How cuts are written.
+        target: What happens to the graph.
 
     Returns:
         What was done; nothing, where the graph places no image.
@@ -80,7 +81,7 @@ def prune_graph(
     if plan.cuts:
         _check_leaves_two(module.graph, plan)
     with uncached_fakes(fake_mode_of(module.graph)):
-        records = default_pipeline(plan, form).run(module)
+        records = default_pipeline(plan, form, target).run(module)
     return PruneReport(plan, records, before, len(module.graph.nodes))
 
 
@@ -94,7 +95,7 @@ def prune_program(
         PlanError: The recipe does not fit the program.
     """
     module = copy.deepcopy(program.graph_module)
-    report = prune_graph(module, recipe)
+    report = prune_graph(module, recipe, target="export")
     if report.plan is None:
         raise AnatomyError(
             "exported program",
@@ -102,7 +103,6 @@ def prune_program(
             found="no visual tokens",
             fix="Export with an image among the inputs.",
         )
-    RefreshValues()(module)
     pruned = ExportedProgram(
         root=module,
         graph=module.graph,
