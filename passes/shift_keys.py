@@ -55,9 +55,9 @@ class ShiftKeys(Pass):
             if stream.cached is None:
                 continue
             keys, came = named[stream.cached], named[str(stream.cos)]
-            cos, sin = rotary(named[layer.query])
-            assert cos is not None, "placing the recipe saw to it"
-            assert sin is not None, "placing the recipe saw to it"
+            found = rotary(named[layer.query])
+            assert isinstance(found, tuple), "placing the recipe saw to it"
+            cos, sin = found
             if cos is came:
                 continue
             stamp, gone = Stamp("shift", layer.layer), dropped_tokens(keys)

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from vtprune_fx.analysis.attention import Logits, attentions
+from vtprune_fx.analysis.attention import Logits, attentions, failed_matches
+from vtprune_fx.analysis.no_match import NoMatch
 from vtprune_fx.analysis.residual import Stream, module_path, read_streams
 from vtprune_fx.analysis.vision_tower import Tower, read_tower
 from vtprune_fx.errors import AnatomyError
@@ -85,7 +86,7 @@ class Attention:
         key: [B, G, S, D], rotated.
         mask: [B or 1, 1, S, S], or None where the attention is plainly causal.
         scale: What logits are multiplied by.
-        stream: What enters and leaves the layer, and its rotary tables.
+        stream: The layer's input and output, and its rotary tables.
     """
 
     layer: int
@@ -110,8 +111,9 @@ class Anatomy:
         visual_tokens: Visual tokens of a sample that has any, in the example the graph
             was traced with; those of all samples where they cannot be alike.
         layers: The decoder layers' attentions, in order.
-        tower: The attention behind which image features leave the vision tower, or None
+        tower: The vision tower's last attention before the image features, or None
             where the graph does not show it.
+        no_tower: Why ``tower`` is None.
     """
 
     tokens: sympy.Symbol
@@ -120,6 +122,20 @@ class Anatomy:
     visual_tokens: int
     layers: tuple[Attention, ...]
     tower: Tower | None = None
+    no_tower: NoMatch | None = None
+
+    @property
+    def not_found(self) -> dict[str, NoMatch]:
+        """What recipes may need and the graph does not show, and why, by its name."""
+        failed = [("vision tower", self.no_tower)]
+        for layer in self.layers:
+            stream, at = layer.stream, f"of layer {layer.layer}"
+            failed += [
+                (f"input {at}", stream.no_entry),
+                (f"output {at}", stream.no_output),
+                (f"rotary tables {at}", stream.no_rotary),
+            ]
+        return {name: reason for name, reason in failed if reason is not None}
 
 
 def read(graph: Graph) -> Anatomy | None:
@@ -140,17 +156,19 @@ def read(graph: Graph) -> Anatomy | None:
     batch, tokens = (size_expr(size) for size in _shape(visual)[:2])
     _check_symbols(visual, batch, tokens)
     if any(not _has_axis(found.key, tokens) for found in _attentions(graph, tokens)):
-        # Keys of earlier tokens stand ahead of the prompt's own.
+        # There are keys of earlier tokens before the prompt's.
         return None
     for found in _attentions(graph, tokens):
         _check_sees_all(found)
+    tower = _tower(graph, placements)
     return Anatomy(
         tokens=tokens,
         batch=batch,
         visual=tuple(mask.name for mask in masks),
         visual_tokens=_visual_tokens(placements, size_hint(_shape(visual)[0])),
         layers=tuple(_decoder(graph, tokens)),
-        tower=_tower(graph, placements),
+        tower=None if isinstance(tower, NoMatch) else tower,
+        no_tower=tower if isinstance(tower, NoMatch) else None,
     )
 
 
@@ -171,10 +189,11 @@ class _Placement:
         return elements // size_hint(_shape(source)[-1])
 
 
-def _tower(graph: Graph, placements: list[_Placement]) -> Tower | None:
+def _tower(graph: Graph, placements: list[_Placement]) -> Tower | NoMatch:
     """Where all visual tokens come from, if they are of one kind."""
     if len(placements) > 1:
-        return None
+        second = placements[1].mask.name
+        return NoMatch("images and videos", second, "one kind of visual tokens")
     return read_tower(graph, placements[0].features)
 
 
@@ -207,9 +226,9 @@ def _spelled_out(where: Node) -> _Placement | None:
 
 
 def _token_mask(mask: Node) -> Node:
-    """The mask of tokens behind the one that covers the embeddings' width too.
+    """The mask of tokens, found from the one that covers the embeddings' width too.
 
-    Where Dynamo broke the graph ahead of the placement, an input [B, S, 1].
+    An input [B, S, 1] where Dynamo broke the graph before the placement.
     """
     for node in walk_back(mask, _VIEWS_OF_A_MASK):
         value = tensor_of(node)
@@ -217,7 +236,7 @@ def _token_mask(mask: Node) -> Node:
             return node
     raise AnatomyError(
         f"mask of the image placeholders, node {mask.name}",
-        expected="a boolean mask behind it, [batch, prompt] or [batch, prompt, 1]",
+        expected="a view of a boolean mask [batch, prompt] or [batch, prompt, 1]",
         found="none",
         fix="If the graph was broken into parts, compile with fullgraph=True.",
     )
@@ -239,7 +258,7 @@ def _check_symbols(visual: Node, batch: sympy.Expr, tokens: sympy.Expr) -> None:
     if batch == tokens:
         raise AnatomyError(
             f"prompt length, node {visual.name}",
-            expected="symbols of their own for batch and prompt length",
+            expected="one symbol for the batch, another for the prompt length",
             found=f"{tokens} for both",
             fix="Mark the prompt length dynamic, and not the batch.",
         )
@@ -283,7 +302,7 @@ def _decoder(graph: Graph, tokens: sympy.Symbol) -> list[Attention]:
         raise AnatomyError(
             "decoder",
             expected="attention over the prompt's tokens, fused or written out",
-            found="none",
+            found=_why_none(graph, tokens),
             fix="Load the model with attn_implementation='sdpa' or 'eager'.",
         )
     paths = [_layer_path(each.output, layer) for layer, each in enumerate(found)]
@@ -302,6 +321,15 @@ def _decoder(graph: Graph, tokens: sympy.Symbol) -> list[Attention]:
         )
         for layer, each in enumerate(found)
     ]
+
+
+def _why_none(graph: Graph, tokens: sympy.Symbol) -> str:
+    """Where each reason first applied to a product over the prompt's tokens."""
+    failed: dict[str, NoMatch] = {}
+    for node, found in failed_matches(graph):
+        if _has_axis(node, tokens):
+            failed.setdefault(found.reason, found)
+    return "; ".join(map(str, failed.values())) or "none"
 
 
 def _attentions(graph: Graph, tokens: sympy.Symbol) -> Iterator[Logits]:

@@ -15,15 +15,16 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Graph, Node
 
+from vtprune_fx.analysis.no_match import NoMatch
 from vtprune_fx.graph.nodes import walk_back
 from vtprune_fx.graph.sizes import size_hint
 from vtprune_fx.graph.values import tensor_of
 
 aten = torch.ops.aten
 
-_BEHIND_SOFTMAX: frozenset[object] = frozenset(
+_AFTER_SOFTMAX: frozenset[object] = frozenset(
     {
-        # What leaves probabilities what they are, outside of training.
+        # What does not change probabilities, outside of training.
         aten.dropout.default,
         aten.to.dtype,
     }
@@ -51,9 +52,20 @@ class Logits:
 
 def attentions(graph: Graph) -> Iterator[Logits]:
     """Every attention of a graph, in order."""
+    return (found for _, found in _matched(graph) if isinstance(found, Logits))
+
+
+def failed_matches(graph: Graph) -> Iterator[tuple[Node, NoMatch]]:
+    """Every product of matrices that is no attention, and why not."""
+    for node, found in _matched(graph):
+        if isinstance(found, NoMatch):
+            yield node, found
+
+
+def _matched(graph: Graph) -> Iterator[tuple[Node, Logits | NoMatch]]:
     for node in graph.nodes:
-        if (found := _FORMS.get(node.target)) and (logits := found(node)):
-            yield logits
+        if match := _FORMS.get(node.target):
+            yield node, match(node)
 
 
 def _fused(node: Node) -> Logits:
@@ -66,10 +78,10 @@ def _fused(node: Node) -> Logits:
     return Logits(node, query, key, None if mask is None else _node(mask), scale)
 
 
-def _written_out(node: Node) -> Logits | None:
-    *_, softmax = walk_back(_node(node.args[0]), _BEHIND_SOFTMAX)
+def _written_out(node: Node) -> Logits | NoMatch:
+    *_, softmax = walk_back(_node(node.args[0]), _AFTER_SOFTMAX)
     if softmax.target != aten.softmax.int:
-        return None
+        return NoMatch("a product of other values", node.name, "probabilities @ value")
     logits, mask, scale = _node(softmax.args[0]), None, 1.0
     if logits.target == aten.add.Tensor:
         logits, mask = map(_node, logits.args)
@@ -77,14 +89,14 @@ def _written_out(node: Node) -> Logits | None:
     if logits.target == aten.mul.Tensor and isinstance(factor, float):
         logits, scale = _node(logits.args[0]), factor
     if logits.target != aten.matmul.default:
-        return None
+        return NoMatch("a softmax of other values", logits.name, "query @ key^T")
     query, turned = map(_node, logits.args)
     if turned.target != aten.transpose.int:
-        return None
+        return NoMatch("a query times other values", turned.name, "a transposed key")
     return Logits(node, query, _node(turned.args[0]), mask, scale)
 
 
-_FORMS: dict[object, Callable[[Node], Logits | None]] = {
+_FORMS: dict[object, Callable[[Node], Logits | NoMatch]] = {
     aten.scaled_dot_product_attention.default: _fused,
     aten.matmul.default: _written_out,
 }

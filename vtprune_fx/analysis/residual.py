@@ -6,8 +6,8 @@
   in it, rotary tables apart.
 * *Rotary tables* are what a query was rotated by: ``q * cos + rotate_half(q) * sin``.
 
-Where a graph does not show one of them, it is None, and a recipe that needs it is
-refused when it is placed.
+Where a graph does not show one of them, it is None, and why is kept beside it: a recipe
+that needs it is refused with that reason when it is placed.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
+from vtprune_fx.analysis.no_match import NoMatch
 from vtprune_fx.graph.nodes import walk_back
 from vtprune_fx.graph.sizes import size_expr
 from vtprune_fx.graph.values import tensor_of, value_at_full_length
@@ -49,12 +50,16 @@ class Stream:
     """What one layer shows. Nodes are given by name.
 
     Attributes:
-        start: The last node ahead of the layer.
-        entry: The residual stream that enters the layer, [B, S, E].
-        output: The residual stream that leaves it, [B, S, E].
+        start: The last node before the layer.
+        entry: The residual stream at the layer's input, [B, S, E].
+        output: The residual stream at its output, [B, S, E].
         cos: What its queries were rotated by, [B or 1, S, D].
         sin: As ``cos``.
-        cached: The keys that the graph hands out, [B, G, S, D].
+        cached: The keys that the graph returns, [B, G, S, D].
+        no_start: Why ``start`` is None.
+        no_entry: Why ``entry`` is None.
+        no_output: Why ``output`` is None.
+        no_rotary: Why ``cos`` and ``sin`` are None.
     """
 
     start: str | None
@@ -63,6 +68,10 @@ class Stream:
     cos: str | None
     sin: str | None
     cached: str | None
+    no_start: NoMatch | None = None
+    no_entry: NoMatch | None = None
+    no_output: NoMatch | None = None
+    no_rotary: NoMatch | None = None
 
 
 def read_streams(
@@ -90,21 +99,49 @@ def read_streams(
         elif 0 in readers:
             entries.append(node)
     tables = [rotary(query) for _, query, _ in queries]
-    entries = [node for node in entries if node not in tables[0]]
-    first = next((node for node in graph.nodes if home[node] == 0), None)
-    ends = [None if first is None else first.prev, *map(_only, outputs)]
-    enters = [_only(entries), *map(_only, outputs)]
+    if isinstance(tables[0], tuple):
+        entries = [node for node in entries if node not in tables[0]]
+    starts = [node.prev for node in graph.nodes if home[node] == 0][:1]
+    values = [
+        _only(entries, "one value before the first layer that it reads"),
+        *(_only(found, "one value that the layer returns") for found in outputs),
+    ]
     return [
-        Stream(
-            start=_name(ends[layer]),
-            entry=_name(enters[layer]),
-            output=_name(enters[layer + 1]),
-            cos=_name(tables[layer][0]),
-            sin=_name(tables[layer][1]),
-            cached=_name(_handed_out(key)),
+        _stream(
+            values[layer] if layer else _only(starts, "a node before the first layer"),
+            (values[layer], values[layer + 1]),
+            tables[layer],
+            _returned(key),
         )
         for layer, (_, _, key) in enumerate(queries)
     ]
+
+
+def _stream(
+    start: Node | NoMatch,
+    ends: tuple[Node | NoMatch, Node | NoMatch],
+    tables: tuple[Node, Node] | NoMatch,
+    cached: Node | None,
+) -> Stream:
+    """What one layer shows: ``ends`` are its input and its output."""
+    entry, output = ends
+    cos, sin = (None, None) if isinstance(tables, NoMatch) else tables
+    return Stream(
+        start=_name(start),
+        entry=_name(entry),
+        output=_name(output),
+        cos=_name(cos),
+        sin=_name(sin),
+        cached=_name(cached),
+        no_start=_why(start),
+        no_entry=_why(entry),
+        no_output=_why(output),
+        no_rotary=_why(tables),
+    )
+
+
+def _why(found: object) -> NoMatch | None:
+    return found if isinstance(found, NoMatch) else None
 
 
 def layer_path(path: str) -> str:
@@ -143,22 +180,30 @@ def _is_stream(node: Node, tokens: sympy.Symbol) -> bool:
     )
 
 
-def rotary(query: Node) -> tuple[Node | None, Node | None]:
+def rotary(query: Node) -> tuple[Node, Node] | NoMatch:
     """(cos, sin) of ``q * cos + rotate_half(q) * sin``."""
     *_, rotated = seen_through(query)
     if rotated.target != aten.add.Tensor:
-        return None, None
+        return NoMatch("a query that is no sum", rotated.name, _ROTATED)
     products = [n for n in rotated.args if isinstance(n, Node)]
     if len(products) != 2 or any(n.target != aten.mul.Tensor for n in products):
-        return None, None
+        return NoMatch("a sum of other terms than two products", rotated.name, _ROTATED)
     (_, cos), (turned, sin) = (product.args for product in products)
     if not isinstance(turned, Node) or turned.target != aten.cat.default:
-        return None, None
-    return _table(cos), _table(sin)
+        return NoMatch("no rotate_half in the second term", products[1].name, _ROTATED)
+    tables = _table(cos), _table(sin)
+    if tables[0] is None or tables[1] is None:
+        product = products[0 if tables[0] is None else 1]
+        return NoMatch("a factor that is no table", product.name, _TABLE)
+    return tables[0], tables[1]
+
+
+_ROTATED = "q * cos + rotate_half(q) * sin"
+_TABLE = "a view of a table [batch or 1, prompt, head width]"
 
 
 def _table(factor: object) -> Node | None:
-    """The table [B or 1, S, D] behind a factor [B or 1, 1, S, D]."""
+    """The table [B or 1, S, D] of which a factor [B or 1, 1, S, D] is a view."""
     if not isinstance(factor, Node):
         return None
     for node in seen_through(factor):
@@ -168,17 +213,22 @@ def _table(factor: object) -> Node | None:
     return None
 
 
-def _handed_out(key: Node) -> Node | None:
-    """The value behind a layer's keys that the graph returns."""
+def _returned(key: Node) -> Node | None:
+    """A layer's keys, or what they are a view of, as the graph returns them."""
     for node in seen_through(key):
         if any(user.op == "output" for user in node.users):
             return node
     return None
 
 
-def _only(found: Sequence[Node]) -> Node | None:
-    return found[0] if len(found) == 1 else None
+def _only(found: Sequence[Node], expected: str) -> Node | NoMatch:
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        return NoMatch("none", None, expected)
+    names = ", ".join(node.name for node in found)
+    return NoMatch(f"{len(found)} ({names})", found[0].name, expected)
 
 
-def _name(node: Node | None) -> str | None:
-    return None if node is None else node.name
+def _name(node: Node | NoMatch | None) -> str | None:
+    return node.name if isinstance(node, Node) else None

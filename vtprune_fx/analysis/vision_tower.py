@@ -1,13 +1,13 @@
-"""The vision tower's attention behind which image features leave it. Reads only.
+"""The vision tower's last attention before the image features. Reads only.
 
 From the image features that are placed into the prompt back to where they come from:
 through what treats every token alike (the projector) and what lists or joins whole
 images, to the output of one layer of the tower. The attention of that layer, found by
-its module's path, is what VisionZip rates by. Tokens that are left out on the way stand
-ahead of the patches: the class token.
+its module's path, is what VisionZip rates by. Tokens that are left out on the way come
+before the patches: the class token.
 
-What goes another way is not found: features of several layers, patches that are joined
-or put in another order.
+Other towers are not found: features of several layers, patches that are joined or put
+in another order. ``NoMatch`` says at which node the search ended.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from __future__ import annotations
 import operator
 import sys
 from dataclasses import dataclass
-from typing import Any
 
 import sympy
 import torch
 from torch.fx import Graph, Node
 
 from vtprune_fx.analysis.attention import Logits, attentions
+from vtprune_fx.analysis.no_match import NoMatch
 from vtprune_fx.analysis.residual import layer_path, module_path
 from vtprune_fx.graph.sizes import size_expr
 from vtprune_fx.graph.values import tensor_of
@@ -47,7 +47,7 @@ _EACH_TOKEN_ALIKE: frozenset[object] = frozenset(
 
 _SHAPES: frozenset[object] = frozenset(
     {
-        # Leave the order of rows as it is where the last dimension stays.
+        # Keep the order of rows where the last dimension stays.
         aten.flatten.using_ints,
         aten.reshape.default,
         aten.view.default,
@@ -65,8 +65,8 @@ class Tower:
         query: [I, H, N, D], I images of N tokens.
         key: As ``query``.
         scale: What logits are multiplied by.
-        leading: Tokens ahead of the patches, the class token first; N less these are
-            the visual tokens of an image.
+        leading: Tokens before the patches, the class token first; N less these are the
+            visual tokens of an image.
     """
 
     path: str
@@ -76,8 +76,8 @@ class Tower:
     leading: int
 
 
-def read_tower(graph: Graph, features: Node) -> Tower | None:
-    """Find it, or None where the graph does not show it.
+def read_tower(graph: Graph, features: Node) -> Tower | NoMatch:
+    """Find it, or say why the graph does not show it.
 
     Args:
         graph: The graph.
@@ -86,17 +86,28 @@ def read_tower(graph: Graph, features: Node) -> Tower | None:
     source, leading = _source(features)
     layer = layer_path(module_path(source))
     if not layer:
-        return None
+        made = f"made by {source.target}" if _is_call(source) else "that are an input"
+        return NoMatch(f"image features {made}", source.name, _OUTPUT)
     inside = [
         found
         for found in attentions(graph)
         if layer_path(module_path(found.output)) == layer
     ]
-    if len(inside) != 1 or not _is_of(inside[0], source):
-        return None
+    if len(inside) != 1:
+        expected = f"one attention in {layer}, whose output the image features are"
+        return NoMatch(str(len(inside)), source.name, expected)
     [found] = inside
+    if not _is_of(found, source):
+        return NoMatch(
+            "a masked, windowed or grouped attention",
+            found.output.name,
+            "one of all tokens of an image to all, which the image features come from",
+        )
     names = found.query.name, found.key.name
     return Tower(module_path(found.output), *names, found.scale, leading)
+
+
+_OUTPUT = "the output of one layer of a vision tower"
 
 
 def _source(features: Node) -> tuple[Node, int]:
@@ -109,12 +120,12 @@ def _source(features: Node) -> tuple[Node, int]:
 
 
 def _before(node: Node) -> tuple[Node, int] | None:
-    """What a node has the tokens of, in their order, and how many it leaves out."""
-    if node.op != "call_function":
+    """What a node has the tokens of, in their order, and how many it lacks in front."""
+    if not _is_call(node):
         return None
     if node.target == aten.cat.default:
-        whole = _whole(node)
-        return None if whole is None else (whole, 0)
+        images = _all_images(node)
+        return None if images is None else (images, 0)
     first = node.args[0]
     if not isinstance(first, Node):
         return None
@@ -126,41 +137,49 @@ def _before(node: Node) -> tuple[Node, int] | None:
     return (first, 0) if alike else None
 
 
+def _is_call(node: Node) -> bool:
+    return node.op == "call_function"
+
+
 def _same_rows(before: Node, after: Node) -> bool:
-    """Whether a change of shape leaves rows whole, or one behind the other in all."""
+    """Whether a change of shape keeps rows, or flattens them one after the other."""
     shape = _shape(after)
     return shape[-1:] == _shape(before)[-1:] or len(shape) == 1
 
 
 def _left_out(part: Node) -> int | None:
-    """How many tokens a slice leaves out in front; None where it leaves out others."""
-    given, defaults = list[Any](part.args[1:]), list[Any]((0, 0, None, 1))
+    """How many tokens a slice lacks in front; None where it lacks others."""
+    given, defaults = list(part.args[1:]), [0, 0, None, 1]
     dim, start, end, step = given + defaults[len(given) :]
-    whole = step == 1 and end in (None, sys.maxsize) and isinstance(start, int)
-    if not whole or start < 0 or (dim, min(start, 1)) not in {(0, 0), (1, 0), (1, 1)}:
+    to_the_end = step == 1 and end in (None, sys.maxsize)
+    if not to_the_end or not isinstance(start, int) or start < 0:
         return None
-    return int(start)
+    return start if (dim, min(start, 1)) in {(0, 0), (1, 0), (1, 1)} else None
 
 
-def _whole(joined: Node) -> Node | None:
+def _all_images(joined: Node) -> Node | None:
     """What was taken apart into just the images that are joined, in their order."""
-    parts: Any = joined.args[0]
-    images = [_image(part) for part in parts]
-    whole = images[0][0]
-    if whole is None or images != [(whole, number) for number in range(len(parts))]:
+    parts = joined.args[0]
+    assert isinstance(parts, (list, tuple))
+    images = [_image(part) for part in parts if isinstance(part, Node)]
+    source = images[0][0] if images else None
+    if source is None or images != [(source, number) for number in range(len(parts))]:
         return None
     first = joined.args[1:] in ((), (0,))
-    return whole if first and _shape(whole)[0] == len(parts) else None
+    return source if first and _shape(source)[0] == len(parts) else None
 
 
 def _image(part: Node) -> tuple[Node | None, object]:
     """All images' features, and the number of the one that a node is."""
-    args: tuple[Any, ...] = part.args
-    if part.target == aten.select.int and args[1] == 0:
-        return args[0], args[2]
-    if part.target == operator.getitem and args[0].target == aten.unbind.int:
-        taken: tuple[Any, ...] = args[0].args
-        return (taken[0] if taken[1:] in ((), (0,)) else None), args[1]
+    source, *where = part.args or (None,)
+    if not isinstance(source, Node):
+        return None, None
+    if part.target == aten.select.int and where[0] == 0:
+        return source, where[1]
+    if part.target == operator.getitem and source.target == aten.unbind.int:
+        images, *axis = source.args
+        if isinstance(images, Node) and axis in ([], [0]):
+            return images, where[0]
     return None, None
 
 

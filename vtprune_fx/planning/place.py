@@ -148,7 +148,7 @@ def _check_shows_tower(recipe: Recipe, anatomy: Anatomy) -> None:
             f"recipe {recipe.name}",
             expected="a graph from pixels on, in which a layer of the vision tower "
             "makes all image features, one token each",
-            found="none",
+            found=str(anatomy.no_tower),
             fix="Give the model pixel_values, in one graph (fullgraph=True), or use a "
             "recipe that does not look at the vision tower.",
         )
@@ -177,11 +177,13 @@ def _edge(recipe: Recipe, cut: Cut, attention: Attention) -> tuple[str, str | No
         if cut.site == "after_layer"
         else (stream.start, stream.entry)
     )
+    after = cut.site == "after_layer"
+    failed = stream.no_output if after else stream.no_start or stream.no_entry
     if end is None or (recipe.recycle and hidden is None):
         raise PlanError(
             f"recipe {recipe.name}, cut at layer {cut.layer}",
             expected=f"one value that is the residual stream, to cut it {cut.site}",
-            found="none or several in the graph",
+            found=str(failed),
             fix="Use a recipe that cuts after_attention, or report the model.",
         )
     return end, hidden

@@ -25,7 +25,7 @@ def values_of_place(recipe: Recipe, graph: Graph, anatomy: Anatomy) -> frozenset
             raise PlanError(
                 f"recipe {recipe.name}, field positions",
                 expected="queries rotated by q * cos + rotate_half(q) * sin",
-                found=f"another form in layer {layer.layer}, or no rotary embedding",
+                found=f"in layer {layer.layer}: {layer.stream.no_rotary}",
                 fix="Use a recipe with 'positions': 'kept'.",
             )
         found |= {named[layer.stream.cos], named[layer.stream.sin]}

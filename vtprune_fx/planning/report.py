@@ -122,7 +122,7 @@ class Explanation:
     interface: Interface | None = None
 
     def __str__(self) -> str:
-        return "\n".join((*self._heading(), *self._layers()))
+        return "\n".join((*self._heading(), *self._layers(), *self._not_found()))
 
     def _heading(self) -> list[str]:
         if self.refused is not None:
@@ -141,6 +141,10 @@ class Explanation:
             f"layer {layer.layer:3}  {layer.path}: {self._fate_of(layer.layer)}"
             for layer in self.anatomy.layers
         ]
+
+    def _not_found(self) -> list[str]:
+        failed = self.anatomy.not_found if self.anatomy is not None else {}
+        return [f"not found  {name}: {reason}" for name, reason in failed.items()]
 
     def _fate_of(self, layer: int) -> str:
         cuts = {cut.attention.layer: cut for cut in self.plan.cuts} if self.plan else {}
