@@ -16,8 +16,9 @@ from tests.graphs import HEAD, HEADS, IMAGE, TOKENS, WIDTH, Builder, Spec, decod
 from tests.hand_passes import Case, anatomy_of, calls, node_named
 from vtprune_fx.analysis.anatomy import read
 from vtprune_fx.analysis.attention import attentions
+from vtprune_fx.analysis.no_match import NoMatch
 from vtprune_fx.analysis.residual import layer_path, module_path, rotary
-from vtprune_fx.analysis.vision_tower import read_tower
+from vtprune_fx.analysis.vision_tower import Tower, read_tower
 from vtprune_fx.errors import AnatomyError, PlanError
 from vtprune_fx.graph.sizes import size_expr
 from vtprune_fx.planning.live import Uses
@@ -157,14 +158,24 @@ def query_of(change: str) -> Node:
 
 
 @pytest.mark.parametrize(
-    "change", ["subtracted", "one product", "no product", "not turned"]
+    ("change", "reason"),
+    [
+        ("subtracted", "a query that is no sum"),
+        ("one product", "a sum of other terms than two products"),
+        ("no product", "a sum of other terms than two products"),
+        ("not turned", "no rotate_half in the second term"),
+    ],
 )
-def test_another_form_of_rotation_is_none(change: str) -> None:
-    assert rotary(query_of(change)) == (None, None)
+def test_another_form_of_rotation_is_named(change: str, reason: str) -> None:
+    found = rotary(query_of(change))
+    assert isinstance(found, NoMatch)
+    assert found.reason == reason
 
 
 def test_the_form_of_rotation_that_is_known() -> None:
-    cos, sin = rotary(query_of("nothing"))
+    found = rotary(query_of("nothing"))
+    assert not isinstance(found, NoMatch)
+    cos, sin = found
     assert (str(cos), str(sin)) == ("cos", "sin")
 
 
@@ -293,7 +304,9 @@ def test_one_symbol_for_batch_and_prompt_is_refused() -> None:
     where = b.input("is_image", both, both, 1, dtype=torch.bool)
     features = b.input("features", b.size("V", 12), WIDTH)
     placed = b.call(aten.masked_scatter.default, embeds, where, features)
-    with pytest.raises(AnatomyError, match="symbols of their own for batch and prompt"):
+    with pytest.raises(
+        AnatomyError, match="one symbol for the batch, another"
+    ):
         read(b.module(placed).graph)
 
 
@@ -447,7 +460,7 @@ def per_sample(**changes: Any) -> Case:
         ),
         (
             Case(drops={0: 1}, fields={"positions": "compacted"}),
-            "another form in layer 0, or no rotary embedding",
+            "found in layer 0: a query that is no sum",
         ),
         (Case(drops={0: 1}, site="after_layer"), "one value that is the residual"),
         (Case(drops={0: 1}, score="visionzip"), "a graph from pixels on"),
@@ -566,22 +579,26 @@ def tower(leading: int = 1, *, mask: bool = False, twice: bool = False) -> Graph
 def test_the_towers_attention_is_found_after_the_projector(leading: int) -> None:
     module = tower(leading)
     found = read_tower(module.graph, node_named(module, "rows"))
-    assert found is not None
+    assert isinstance(found, Tower)
     assert (found.path, found.query, found.key) == ("vision.layers.4.attn", "tq", "tk")
     assert (found.scale, found.leading) == (1 / math.sqrt(HEAD), leading)
 
 
 @pytest.mark.parametrize(
-    "module",
-    [tower(mask=True), tower(twice=True)],
+    ("module", "reason"),
+    [(tower(mask=True), "masked, windowed or grouped"), (tower(twice=True), "2 ")],
     ids=["attention with a mask", "two candidates"],
 )
-def test_no_tower_where_it_is_not_plain_which(module: GraphModule) -> None:
-    assert read_tower(module.graph, node_named(module, "rows")) is None
+def test_no_tower_where_it_is_not_plain_which(module: GraphModule, reason: str) -> None:
+    found = read_tower(module.graph, node_named(module, "rows"))
+    assert isinstance(found, NoMatch)
+    assert reason in str(found)
 
 
 def test_features_of_every_second_patch_are_not_the_towers() -> None:
     module = tower()
     [part] = calls(module, aten.slice.Tensor)
     part.args = (*part.args, 2)
-    assert read_tower(module.graph, node_named(module, "rows")) is None
+    found = read_tower(module.graph, node_named(module, "rows"))
+    assert isinstance(found, NoMatch)
+    assert found.node == str(part)
