@@ -172,7 +172,7 @@ class Bench:
         if recipe is None:
             model = torch.compile(self.model, backend=self.inner, fullgraph=True)
         else:
-            options: Any = {"recipe": recipe, "tell": reports.append}
+            options: Any = {"recipe": recipe, "on_report": reports.append}
             options["inner"] = self.inner
             model = torch.compile(
                 self.model, backend=vtprune_backend, options=options, fullgraph=True

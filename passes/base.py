@@ -8,13 +8,13 @@ from typing import ClassVar, Literal, TypeAlias, final
 
 from torch.fx import GraphModule
 
-Form: TypeAlias = Literal["plain", "traced", "whole"]
+Form: TypeAlias = Literal["aten", "score_op", "cut_op"]
 """How cuts are written.
 
-* ``plain``: ATen operators alone, for graphs that other runtimes run.
-* ``traced``: the attention that tokens get is one operator with a kernel for it; the
+* ``aten``: ATen operators alone, for graphs that other runtimes run.
+* ``score_op``: the attention that tokens get is one operator with a kernel for it; the
   rest is ATen, which a compiler fuses into few launches. For a GPU.
-* ``whole``: score and choice of a cut are one operator, with the layer's attention if
+* ``cut_op``: score and choice of a cut are one operator, with the layer's attention if
   that allows it, and so is each gather from the prompt. A compiler has little to plan,
   and nothing is launched. For a CPU.
 """

@@ -29,7 +29,7 @@ one kernel that follows all positions back, a longer one for each cut::
     vtprune_in_prompt_7: "i64[B, S - 92]" = ...      # vtprune_keep_3 at vtprune_keep_7
     mask_7: "b8[B, 1, S - 92, S - 92]" = ...         # mask at vtprune_in_prompt_7
 
-In the form ``whole`` each of these gathers is one operator that a compiler does not
+In the form ``cut_op`` each of these gathers is one operator that a compiler does not
 look into. There they do follow one another: it would compute the prompt's mask anew for
 each that reads it. Besides, they become smaller::
 
@@ -92,7 +92,7 @@ class GatherTokens(Pass):
 
     requires = frozenset({"InsertScores"})
 
-    def __init__(self, plan: PrunePlan, form: Form = "plain") -> None:
+    def __init__(self, plan: PrunePlan, form: Form = "aten") -> None:
         self._plan = plan
         self._form = form
 
@@ -129,7 +129,7 @@ class _Gather:
     def __init__(self, inserter: Inserter, plan: PrunePlan, form: Form) -> None:
         self._inserter = inserter
         constant = _constant(plan)
-        self._whole = constant if form == "whole" else frozenset()
+        self._whole = constant if form == "cut_op" else frozenset()
         self._of_prompt = constant - self._whole
         self._in_prompt: Node | None = None
         self._rows: Node | None = None

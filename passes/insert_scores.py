@@ -14,7 +14,7 @@ becomes::
     lowest_first: "i64[B, S]" = aten.sort(score)  # visual tokens, padding, text
     vtprune_keep_3: "i64[B, S - 36]" = aten.sort(lowest_first[:, 36:])
 
-or, in the form ``whole``, one operator::
+or, in the form ``cut_op``, one operator::
 
     vtprune_keep_3: "i64[B, S - 36]" = vtprune.choose(vtprune_roles, 36, ...)
 
@@ -105,7 +105,7 @@ class InsertScores(Pass):
         form: How they are written.
     """
 
-    def __init__(self, plan: PrunePlan, form: Form = "plain") -> None:
+    def __init__(self, plan: PrunePlan, form: Form = "aten") -> None:
         self._plan = plan
         self._form = form
 
@@ -115,7 +115,7 @@ class InsertScores(Pass):
         named = {node.name: node for node in graph.nodes}
         if not plan.cuts:
             return False
-        inserter = Inserter(graph, DEFINITIONS if self._form == "plain" else None)
+        inserter = Inserter(graph, DEFINITIONS if self._form == "aten" else None)
         rate = rate_of(plan.recipe.score, plan.recipe.scorer_options())
         roles: Node | None = None
         attended: Node | None = None
@@ -130,7 +130,7 @@ class InsertScores(Pass):
             evidence = (*_evidence(cut, seen, roles), attended)
             trace = partial(_traced, plan.recipe.score, rate, evidence)
             insert = partial(inserter.trace, anchor, stamp)
-            if self._form == "whole" and _is_plain(cut):
+            if self._form == "cut_op" and _is_plain(cut):
                 read = trace(inserter.reads)
                 self._insert_choice(inserter, anchor, cut, roles, read)
             elif plan.of is None:

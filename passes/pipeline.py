@@ -37,7 +37,7 @@ Target: TypeAlias = Literal["trace", "compile", "export"]
 
 
 def default_pipeline(
-    plan: PrunePlan, form: Form = "plain", target: Target = "trace"
+    plan: PrunePlan, form: Form = "aten", target: Target = "trace"
 ) -> Pipeline:
     """The passes that carry out a plan.
 
@@ -54,7 +54,7 @@ def default_pipeline(
         ShiftKeys(plan),
         ReadRows(plan),
     ]
-    if form == "whole":
+    if form == "cut_op":
         passes.append(ShareAttention(plan))
     return Pipeline(plan, *passes, *_finishing(plan, target))
 

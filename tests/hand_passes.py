@@ -37,9 +37,9 @@ from vtprune_fx.recipes.schema import Cut, Provenance, Recipe, Site
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-ATEN: Form = "plain"
-SCORE_OP: Form = "traced"
-CUT_OP: Form = "whole"
+ATEN: Form = "aten"
+SCORE_OP: Form = "score_op"
+CUT_OP: Form = "cut_op"
 FORMS: tuple[Form, ...] = (ATEN, SCORE_OP, CUT_OP)
 
 PASSES: dict[str, Callable[[PrunePlan, Form], Pass]] = {
@@ -136,7 +136,7 @@ def _snapshot(case: Case, names: tuple[str, ...]) -> tuple[GraphModule, PrunePla
         else:
             module = decoder(case.spec)
             anatomy, graph = anatomy_of(module), module.graph
-            plan = place(case.recipe, anatomy, graph, own=case.per_sample)
+            plan = place(case.recipe, anatomy, graph, per_sample=case.per_sample)
         _SNAPSHOTS[key] = module, plan
     return _SNAPSHOTS[key]
 

@@ -98,7 +98,7 @@ def test_frozen_inductor_is_the_oracle(dynamic: bool) -> None:
     if dynamic:
         mark_dynamic(1, inputs["input_ids"], inputs["attention_mask"])
     reports: list[PruneReport] = []
-    options: Any = {"recipe": RECIPE, "tell": reports.append}
+    options: Any = {"recipe": RECIPE, "on_report": reports.append}
     run = torch.compile(model, backend=vtprune_backend, options=options)
     with torch.no_grad():
         outputs = run(**inputs)

@@ -304,9 +304,7 @@ def test_one_symbol_for_batch_and_prompt_is_refused() -> None:
     where = b.input("is_image", both, both, 1, dtype=torch.bool)
     features = b.input("features", b.size("V", 12), WIDTH)
     placed = b.call(aten.masked_scatter.default, embeds, where, features)
-    with pytest.raises(
-        AnatomyError, match="one symbol for the batch, another"
-    ):
+    with pytest.raises(AnatomyError, match="one symbol for the batch, another"):
         read(b.module(placed).graph)
 
 

@@ -213,9 +213,9 @@ def test_a_pipeline_in_order_is_made(passes: list[Pass]) -> None:
 @pytest.mark.parametrize(
     ("form", "target", "last"),
     [
-        ("plain", "export", "RefreshValues"),
-        ("whole", "compile", "OwnLengths"),
-        ("whole", "trace", "ShareAttention"),
+        ("aten", "export", "RefreshValues"),
+        ("cut_op", "compile", "OwnLengths"),
+        ("cut_op", "trace", "ShareAttention"),
     ],
 )
 def test_every_pass_of_a_target_is_verified_and_in_the_report(
@@ -366,7 +366,7 @@ def test_the_number_that_leaves_is_a_constant() -> None:
 
 def test_whole_cuts_are_one_operator_that_is_given_what_the_scorer_reads() -> None:
     module, _, plan = ready_for("InsertScores")
-    InsertScores(plan, "whole")(module)
+    InsertScores(plan, "cut_op")(module)
     chosen = calls(module, torch.ops.vtprune.choose.default)
     assert [node.name for node in chosen] == ["vtprune_keep_0", "vtprune_keep_1"]
     for node, cut in zip(chosen, plan.cuts, strict=True):
@@ -484,8 +484,8 @@ def test_refreshed_values_are_what_was_recorded_less_the_tokens() -> None:
 
 def whole_graph(**told: Any) -> tuple[GraphModule, PrunePlan]:
     module, plan = planned(DROPS, **told)
-    InsertScores(plan, "whole")(module)
-    GatherTokens(plan, "whole")(module)
+    InsertScores(plan, "cut_op")(module)
+    GatherTokens(plan, "cut_op")(module)
     return module, plan
 
 
@@ -569,14 +569,14 @@ def test_exported_graph_is_static() -> None:
     assert_static(pruned.program.graph_module)
 
 
-@pytest.mark.parametrize("form", ["traced", "whole"])
+@pytest.mark.parametrize("form", ["score_op", "cut_op"])
 def test_every_form_of_a_cut_gives_the_same(form: Form) -> None:
     plain = prune(exported_program(), recipe=recipe_for(2, DROPS)).program
     program = copy.deepcopy(exported_program())
     module, plan = planned(DROPS)
     default_pipeline(plan, form).run(module)
     program._graph_module = module
-    own = {"traced": "received", "whole": "attend_and_choose"}[form]
+    own = {"score_op": "received", "cut_op": "attend_and_choose"}[form]
     assert any(own in str(node.target) for node in module.graph.nodes)
     inputs = batch(tiny_llava(layers=2), (3, 6), (9, 1))
     with torch.no_grad():
@@ -590,7 +590,7 @@ def test_every_form_of_a_cut_gives_the_same(form: Form) -> None:
 
 def test_inductor_compiles_the_form_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU, where its operator has an implementation too."""
-    monkeypatch.setattr(backend, "_form_for", lambda module: "traced")
+    monkeypatch.setattr(backend, "_form_for", lambda module: "score_op")
     model, recipe = tiny_llava(layers=2), recipe_for(2, DROPS)
     inputs = batch(model, (3, 6))
     spent = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])

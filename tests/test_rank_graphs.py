@@ -78,7 +78,7 @@ def test_a_plain_compile_of_one_length_follows_the_rank(fullgraph: bool) -> None
     model, recipe = tiny_llava(layers=2), RECIPES[next(iter(RECIPES))]
     inputs, reports = prompts()[0], list[PruneReport]()
     told: dict[str, Any] = {"recipe": recipe, "inner": "aot_eager"}
-    told["tell"] = reports.append
+    told["on_report"] = reports.append
     run: Any = torch.compile(
         model.forward, backend=vtprune_backend, options=told, fullgraph=fullgraph
     )

@@ -80,7 +80,11 @@ def test_a_fresh_model_needs_no_call_ahead_and_no_option(inner: str) -> None:
     model.load_state_dict(tiny_llava(layers=2).state_dict())
     inputs = batch(model, (3, 6), (2, 0, 9))
     reports: list[PruneReport] = []
-    told: dict[str, Any] = {"recipe": SHORT, "inner": inner, "tell": reports.append}
+    told: dict[str, Any] = {
+        "recipe": SHORT,
+        "inner": inner,
+        "on_report": reports.append,
+    }
     whole: Any = torch.compile(model, backend=vtprune_backend, options=told)
     with torch.no_grad():
         outputs = whole(**inputs)

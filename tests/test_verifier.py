@@ -362,7 +362,7 @@ def _pruned() -> tuple[GraphModule, PrunePlan]:
 # --------------------------------------------------------------- what passes end with
 
 
-ENDS = [("plain", "export"), ("whole", "compile")]
+ENDS = [("aten", "export"), ("cut_op", "compile")]
 
 
 @pytest.mark.parametrize(("form", "target"), ENDS)
@@ -393,7 +393,7 @@ def test_a_wrong_length_of_a_new_symbol_is_caught() -> None:
         set_value(first, value_at_full_length(first), 4)
         return first
 
-    passes = default_pipeline(plan, "whole", "compile").passes
+    passes = default_pipeline(plan, "cut_op", "compile").passes
     with pytest.raises(VerifyError, match=r"pass WrongEdit.* its recorded value"):
         Pipeline(plan, *passes, WrongEdit(edit)).run(module)
 

@@ -54,7 +54,7 @@ torch.compiler.assume_constant_result(  # type: ignore[no-untyped-call]
     maybe_install_capturing_hooks
 )
 
-_OPTIONS = ("recipe", "inner", "mode", "visual_tokens", "own", "tell")
+_OPTIONS = ("recipe", "inner", "mode", "visual_tokens", "per_sample", "on_report")
 
 Compiler = Callable[..., Callable[..., Any]]
 """What compiles a graph: ``(module, example_inputs, **kwargs) -> callable``."""
@@ -75,9 +75,9 @@ def vtprune_backend(
         options: ``recipe``: a shipped name, a file, a ``Recipe``; left out, the default
             (``recipes.default_recipe``) stretched to the model, which is said once.
             ``inner`` and ``mode``: as ``inner_compiler`` takes them. ``visual_tokens``:
-            of a sample that has any; read from the graph's sizes if left out. ``own``:
-            let each sample lose its own share, as ``planning.place`` does. ``tell``:
-            called with a pruned graph's report after each run of it.
+            of a sample that has any; read from the graph's sizes if left out.
+            ``per_sample``: let each sample drop its share, as ``planning.place`` does.
+            ``on_report``: called with a pruned graph's report after each run of it.
         kwargs: For the inner backend; ``mode`` among them is that of ``torch.compile``.
 
     Raises:
@@ -93,17 +93,18 @@ def vtprune_backend(
     recipe = (
         load_recipe(options["recipe"]) if options.get("recipe") is not None else None
     )
-    own = bool(options.get("own"))
+    per_sample = bool(options.get("per_sample"))
     # A mode may ask for CUDA graphs, which record no length that is a symbol.
     target: Target = "compile" if mode is None else "trace"
-    found = _prune(module, recipe, options.get("visual_tokens"), target, own=own)
+    visual = options.get("visual_tokens")
+    found = _prune(module, recipe, visual, target, per_sample=per_sample)
     if found is None:
         return inner(module, example_inputs, **kwargs)
     pruned, report = found
     assert report.plan is not None, "what was found is a pruned graph"
     with _tracing(pruned, report.plan, example_inputs), _inductor_settings():
         compiled = inner(pruned, parts(example_inputs), **kwargs)
-    recorded = _recording(compiled, report, options.get("tell"))
+    recorded = _recording(compiled, report, options.get("on_report"))
     if not has_any(example_inputs):
         return recorded
     return lambda *inputs: recorded(*parts(inputs))
@@ -157,7 +158,7 @@ def _inductor_settings() -> AbstractContextManager[None]:
 def _recording(
     compiled: Callable[..., Any],
     report: PruneReport,
-    tell: Callable[[PruneReport], None] | None,
+    on_report: Callable[[PruneReport], None] | None,
 ) -> Callable[..., Any]:
     """Run a graph that returns its keep sets too, and note them in its report."""
     assert report.plan is not None
@@ -167,8 +168,8 @@ def _recording(
         values = list(compiled(*inputs))
         outputs, keep_sets = values[: len(values) - cuts], values[len(values) - cuts :]
         report.record(keep_sets)
-        if tell is not None:
-            tell(report)
+        if on_report is not None:
+            on_report(report)
         return outputs
 
     return run
@@ -219,7 +220,7 @@ def _prune(
     visual_tokens: int | None,
     target: Target,
     *,
-    own: bool,
+    per_sample: bool,
 ) -> tuple[GraphModule, PruneReport] | None:
     """The pruned graph, which returns its keep sets too; None if nothing is pruned."""
     if not places_images(module):
@@ -228,7 +229,12 @@ def _prune(
     lowered = lower(given)
     form = _form_for(lowered)
     report = prune_graph(
-        lowered, recipe, visual_tokens, own=own, form=form, target=target
+        lowered,
+        recipe,
+        visual_tokens,
+        per_sample=per_sample,
+        form=form,
+        target=target,
     )
     logger.info("%s", report)
     if report.plan is None:
@@ -243,7 +249,7 @@ def _form_for(module: GraphModule) -> Form:
     inputs = module.graph.find_nodes(op="placeholder")
     values = (node.meta.get("val") for node in inputs)
     devices = {value.device.type for value in values if isinstance(value, Tensor)}
-    return "whole" if devices == {"cpu"} else "traced"
+    return "cut_op" if devices == {"cpu"} else "score_op"
 
 
 def _return_keep_sets(module: GraphModule, plan: PrunePlan) -> None:

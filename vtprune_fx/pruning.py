@@ -46,8 +46,8 @@ def prune_graph(
     recipe: Recipe | None,
     visual_tokens: int | None = None,
     *,
-    own: bool = False,
-    form: Form = "plain",
+    per_sample: bool = False,
+    form: Form = "aten",
     target: Target = "trace",
 ) -> PruneReport:
     """Prune a graph, in place.
@@ -57,7 +57,7 @@ def prune_graph(
         recipe: What to cut, or None for the default that fits the model.
         visual_tokens: Of a sample that has any, where that is known better than from
             the sizes in the graph.
-        own: Let each sample lose its own share, as ``place`` takes it.
+        per_sample: Let each sample drop its share, as ``place`` takes it.
         form: How cuts are written.
         target: What happens to the graph.
 
@@ -77,7 +77,7 @@ def prune_graph(
     if recipe is None:
         recipe = default_recipe(len(anatomy.layers), anatomy.visual_tokens)
         _say_default(recipe)
-    plan = place(recipe, anatomy, module.graph, own=own)
+    plan = place(recipe, anatomy, module.graph, per_sample=per_sample)
     if plan.cuts:
         _check_leaves_two(module.graph, plan)
     with uncached_fakes(fake_mode_of(module.graph)):

@@ -92,7 +92,7 @@ class PrunedForward:
         self._attention = self._text._attn_implementation
         self._visual_ids = torch.tensor(visual_ids(model))
         self._model = weakref.ref(model)
-        self._options = options | {"tell": self._note}
+        self._options = options | {"on_report": self._note}
         self.report: PruneReport | None = None
         self._compiled: dict[_Numbers, Callable[..., Any]] = {}
         self._decode = decode
@@ -250,7 +250,8 @@ class PrunedForward:
         if key not in self._compiled:
             options: Any = self._options
             if numbers.visual:
-                told = {"visual_tokens": key.visual or numbers.visual, "own": key.own}
+                visual = key.visual or numbers.visual
+                told = {"visual_tokens": visual, "per_sample": key.own}
                 options = options | told
             self._compiled[key] = torch.compile(  # type: ignore[call-overload] # missing
                 self._whole,

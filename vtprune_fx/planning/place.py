@@ -20,7 +20,7 @@ from vtprune_fx.recipes.schema import Cut, Recipe
 
 
 def place(
-    recipe: Recipe, anatomy: Anatomy, graph: Graph, *, own: bool = False
+    recipe: Recipe, anatomy: Anatomy, graph: Graph, *, per_sample: bool = False
 ) -> PrunePlan:
     """Place a recipe's cuts on a graph.
 
@@ -28,8 +28,9 @@ def place(
         recipe: The recipe.
         anatomy: What was found in the graph.
         graph: The graph.
-        own: Let each sample lose its own share of visual tokens. As many tokens leave
-            as if a sample had ``anatomy.visual_tokens``; padding makes up for the rest.
+        per_sample: Let each sample drop its share of visual tokens. As many tokens are
+            dropped as if a sample had ``anatomy.visual_tokens``; padding makes up for
+            the rest.
 
     Raises:
         PlanError: The recipe asks for what this version does not do, names a layer that
@@ -38,8 +39,8 @@ def place(
     """
     _check_fits(recipe, anatomy)
     _check_shows_tower(recipe, anatomy)
-    if own:
-        _check_own(recipe, anatomy)
+    if per_sample:
+        _check_per_sample(recipe, anatomy)
     lengths = frozenset(
         n.name for n in graph.nodes if is_length(n.meta.get("val"), anatomy.tokens)
     )
@@ -51,9 +52,9 @@ def place(
         embeddings=anatomy.layers[0].stream.entry,
         attentions=anatomy.layers,
         lengths=lengths,
-        cuts=tuple(_cuts(recipe, anatomy, graph, lengths, own=own)),
+        cuts=tuple(_cuts(recipe, anatomy, graph, lengths, per_sample=per_sample)),
         tower=anatomy.tower if recipe.sees_tower else None,
-        of=recipe.of if own else None,
+        of=recipe.of if per_sample else None,
     )
 
 
@@ -63,11 +64,11 @@ def _cuts(
     graph: Graph,
     lengths: frozenset[str],
     *,
-    own: bool,
+    per_sample: bool,
 ) -> Iterator[PlannedCut]:
     """The cuts that drop tokens, in order."""
     uses = Uses(graph)
-    counted = _counts(recipe, anatomy.visual_tokens, own=own)
+    counted = _counts(recipe, anatomy.visual_tokens, per_sample=per_sample)
     compacted = recipe.positions == "compacted" and counted
     places = values_of_place(recipe, graph, anatomy) if compacted else frozenset()
     dropped: Count = 0
@@ -86,7 +87,7 @@ def _cuts(
             edge=edge,
             hidden=hidden,
             drop=drop,
-            share=cut.drop if own else None,
+            share=cut.drop if per_sample else None,
             clustered=chosen,
             new=new,
             gone=gone,
@@ -98,7 +99,7 @@ def _cuts(
 
 
 def _counts(
-    recipe: Recipe, visual_tokens: int, *, own: bool
+    recipe: Recipe, visual_tokens: int, *, per_sample: bool
 ) -> dict[int, tuple[Count, Count, Count, Count]]:
     """By layer: how many leave, are clustered and new, and are fewer in all."""
     if recipe.adaptive:
@@ -106,7 +107,7 @@ def _counts(
         return {layer: _symbols(layer, recipe.recycle is not None) for layer in layers}
     counts: dict[int, tuple[Count, Count, Count, Count]] = {}
     drops = recipe.drops(visual_tokens)
-    if own:
+    if per_sample:
         drops = {cut.layer: drops.get(cut.layer, 0) for cut in recipe.cuts if cut.drop}
     for layer, drop in drops.items():
         chosen, new = recipe.recycle.counts(drop) if recipe.recycle else (0, 0)
@@ -154,7 +155,7 @@ def _check_shows_tower(recipe: Recipe, anatomy: Anatomy) -> None:
         )
 
 
-def _check_own(recipe: Recipe, anatomy: Anatomy) -> None:
+def _check_per_sample(recipe: Recipe, anatomy: Anatomy) -> None:
     """Refuse what cannot be done with numbers that differ from sample to sample."""
     masked = all(layer.mask is not None for layer in anatomy.layers)
     if recipe.of is None or recipe.recycle or not masked:
