@@ -101,7 +101,6 @@ def vtprune_backend(
     if found is None:
         return inner(module, example_inputs, **kwargs)
     pruned, report = found
-    assert report.plan is not None, "what was found is a pruned graph"
     with _tracing(pruned, report.plan, example_inputs), _inductor_settings():
         compiled = inner(pruned, parts(example_inputs), **kwargs)
     recorded = _recording(compiled, report, options.get("on_report"))
@@ -160,16 +159,14 @@ def _recording(
     report: PruneReport,
     on_report: Callable[[PruneReport], None] | None,
 ) -> Callable[..., Any]:
-    """Run a graph that returns its keep sets too, and note them in its report."""
-    assert report.plan is not None
+    """Run a graph that returns its keep sets too, and report them."""
     cuts = len(report.plan.cuts)
 
     def run(*inputs: Any) -> list[Any]:
         values = list(compiled(*inputs))
         outputs, keep_sets = values[: len(values) - cuts], values[len(values) - cuts :]
-        report.record(keep_sets)
         if on_report is not None:
-            on_report(report)
+            on_report(report.of_run(keep_sets))
         return outputs
 
     return run
@@ -236,9 +233,10 @@ def _prune(
         form=form,
         target=target,
     )
-    logger.info("%s", report)
-    if report.plan is None:
+    if report is None:
+        logger.info("not pruned: the graph places no image")
         return None
+    logger.info("%s", report)
     _return_keep_sets(lowered, report.plan)
     hold(lowered, weights)
     return lowered, report

@@ -49,7 +49,7 @@ def prune_graph(
     per_sample: bool = False,
     form: Form = "aten",
     target: Target = "trace",
-) -> PruneReport:
+) -> PruneReport | None:
     """Prune a graph, in place.
 
     Args:
@@ -62,7 +62,7 @@ def prune_graph(
         target: What happens to the graph.
 
     Returns:
-        What was done; nothing, where the graph places no image.
+        What was done, or None where the graph places no image.
 
     Raises:
         AnatomyError: The graph lacks something that pruning needs.
@@ -71,7 +71,7 @@ def prune_graph(
     before = len(module.graph.nodes)
     anatomy = read(module.graph)
     if anatomy is None:
-        return PruneReport(None, (), before, before)
+        return None
     if visual_tokens is not None:
         anatomy = dataclasses.replace(anatomy, visual_tokens=visual_tokens)
     if recipe is None:
@@ -96,7 +96,7 @@ def prune_program(
     """
     module = copy.deepcopy(program.graph_module)
     report = prune_graph(module, recipe, target="export")
-    if report.plan is None:
+    if report is None:
         raise AnatomyError(
             "exported program",
             expected="a model that places image features with masked_scatter",
