@@ -118,7 +118,6 @@ class _Pruning(DynamoExporter):
 
 def _return_keep_sets(program: ExportedProgram, report: PruneReport) -> None:
     """Let a program return its keep sets too: in graph, signature and structure."""
-    assert report.plan is not None, "prune_program() raises where nothing is pruned"
     nodes = {node.name: node for node in program.graph.nodes}
     layers = [cut.attention.layer for cut in report.plan.cuts]
     keep_sets = [nodes[f"{KEEP_PREFIX}{layer}"] for layer in layers]
@@ -159,7 +158,6 @@ class PrunedOnnxExporter(OnnxExporter, _Pruning):
     ) -> tuple[Any, ExportMetadata]:
         """As the base class, with keep sets in their place and functions defined."""
         graph, metadata = super().export_program(model, sample_inputs, config)
-        assert self.report.plan is not None
         cuts = self.report.plan.cuts
         outputs = graph.graph.outputs
         first = len(outputs) - len(cuts)
@@ -328,7 +326,6 @@ def manifest_fields(model: PreTrainedModel, report: PruneReport) -> dict[str, An
     Raises:
         ExportError: The model's weights are of a type that is not exported.
     """
-    assert report.plan is not None, "an exporter that does not prune raises"
     precision = _precision(model)
     return {
         "source": _source(model),

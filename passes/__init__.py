@@ -11,7 +11,7 @@ from vtprune_fx.passes.check_tokens import CheckTokens
 from vtprune_fx.passes.gather_tokens import GatherTokens
 from vtprune_fx.passes.insert_scores import KEEP_PREFIX, InsertScores
 from vtprune_fx.passes.own_lengths import OwnLengths
-from vtprune_fx.passes.pipeline import Pipeline, Target, default_pipeline
+from vtprune_fx.passes.pipeline import ExtraPass, Pipeline, Target, default_pipeline
 from vtprune_fx.passes.read_rows import ReadRows
 from vtprune_fx.passes.refresh_values import RefreshValues
 from vtprune_fx.passes.share_attention import ShareAttention
@@ -22,6 +22,7 @@ __all__ = [
     "KEEP_PREFIX",
     "AsyncChecks",
     "CheckTokens",
+    "ExtraPass",
     "Form",
     "GatherTokens",
     "InsertScores",

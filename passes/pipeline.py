@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, TypeAlias
 
 import sympy
@@ -36,8 +36,15 @@ Target: TypeAlias = Literal["trace", "compile", "export"]
 """
 
 
+ExtraPass: TypeAlias = Pass | Callable[[PrunePlan], Pass]
+"""A pass from outside, or what makes one of the plan, such as its class."""
+
+
 def default_pipeline(
-    plan: PrunePlan, form: Form = "aten", target: Target = "trace"
+    plan: PrunePlan,
+    form: Form = "aten",
+    target: Target = "trace",
+    extra: Sequence[ExtraPass] = (),
 ) -> Pipeline:
     """The passes that carry out a plan.
 
@@ -45,6 +52,12 @@ def default_pipeline(
         plan: The plan.
         form: How cuts are written.
         target: What happens to the graph.
+        extra: Further passes, in order. They run after all that prune, and before those
+            that prepare the graph for the target, unless they name one of these in
+            ``requires`` or ``runs_after``.
+
+    Raises:
+        InputError: A further pass requires one that is not there.
     """
     passes: list[Pass] = [
         AsyncChecks(),
@@ -56,7 +69,12 @@ def default_pipeline(
     ]
     if form == "cut_op":
         passes.append(ShareAttention(plan))
-    return Pipeline(plan, *passes, *_finishing(plan, target))
+    finishing = _finishing(plan, target)
+    made = [p if isinstance(p, Pass) else p(plan) for p in extra]
+    finished = {pass_.name for pass_ in finishing}
+    late = [p for p in made if finished & (p.requires | p.runs_after)]
+    early = [p for p in made if p not in late]
+    return Pipeline(plan, *passes, *early, *finishing, *late)
 
 
 def _finishing(plan: PrunePlan, target: Target) -> list[Pass]:

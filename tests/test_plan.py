@@ -25,6 +25,7 @@ from vtprune_fx.capture.aten import export
 from vtprune_fx.errors import AnatomyError, CaptureError, InputError, PlanError
 from vtprune_fx.graph.nodes import readable
 from vtprune_fx.planning.place import place
+from vtprune_fx.pruning import prune_graph
 from vtprune_fx.recipes.default import DEFAULT, default_recipe
 from vtprune_fx.recipes.loading import load_recipe
 
@@ -300,3 +301,26 @@ def test_layers_are_cut_only_where_the_residual_stream_is_seen(site: Site) -> No
 def named(module: GraphModule, name: str) -> Node:
     found: Node = next(n for n in module.graph.nodes if n.name == name)
     return found
+
+
+# -------------------------------------------------------------------------- reports
+
+
+def test_the_report_of_a_run_does_not_change_with_the_next_run() -> None:
+    module, _ = planned({})
+    made = prune_graph(module, recipe_for(2, {0: 2, 1: 1}))
+    assert made is not None
+    first = made.of_run([torch.tensor([[0, 2, 5]]), torch.tensor([[1, 2]])])
+    made.of_run([torch.tensor([[0, 1, 2]]), torch.tensor([[0, 1]])])
+    assert made.keep_sets == {}
+    kept = {layer: keep.tolist() for layer, keep in first.keep_sets.items()}
+    assert kept == {0: [[0, 2, 5]], 1: [[2, 5]]}
+    assert first == made
+
+
+def test_a_graph_without_images_has_no_report_and_is_left_alone() -> None:
+    model = tiny_llava(layers=2)
+    module = export(model, batch(model, (12,))).graph_module
+    text = readable(module)
+    assert prune_graph(module, recipe_for(2, {0: 2})) is None
+    assert readable(module) == text

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from vtprune_fx.analysis.anatomy import read
 from vtprune_fx.capture.aten import export
 from vtprune_fx.errors import CaptureError, InputError, VtpruneError
 from vtprune_fx.models.arguments import refuse_unknown
-from vtprune_fx.passes import KEEP_PREFIX
+from vtprune_fx.passes import KEEP_PREFIX, ExtraPass
 from vtprune_fx.planning.interface import interface
 from vtprune_fx.planning.place import place
 from vtprune_fx.planning.report import Explanation, PruneReport, in_prompt
@@ -117,6 +117,7 @@ def prune(
     model_or_program: PreTrainedModel | ExportedProgram,
     inputs: Mapping[str, Any] | None = None,
     recipe: str | Recipe | None = None,
+    passes: Sequence[ExtraPass] = (),
 ) -> PrunedProgram:
     """Prune a model.
 
@@ -128,6 +129,8 @@ def prune(
             and number of images stay dynamic. Only for a model.
         recipe: A recipe, the name of a shipped one, or a recipe file; left out, the
             default (``recipes.default_recipe``) stretched to the model.
+        passes: Further passes, or what makes them of the plan: they run after those
+            that prune, and are verified as these are.
 
     Raises:
         CaptureError: The model does not export, or ``inputs`` are missing.
@@ -147,7 +150,7 @@ def prune(
         )
     else:
         program = export(model_or_program, inputs)
-    pruned, report = prune_program(program, loaded)
+    pruned, report = prune_program(program, loaded, passes)
     return PrunedProgram(pruned, report)
 
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -39,7 +39,7 @@ from vtprune_fx.capture.subclasses import has_any, parts
 from vtprune_fx.capture.weights import hold, lifted
 from vtprune_fx.errors import InputError
 from vtprune_fx.graph.fakes import fake_mode_of, lengths_from_data, uncached_fakes
-from vtprune_fx.passes import KEEP_PREFIX, Form, Target
+from vtprune_fx.passes import KEEP_PREFIX, ExtraPass, Form, Target, default_pipeline
 from vtprune_fx.planning.plan import PrunePlan
 from vtprune_fx.planning.report import PruneReport
 from vtprune_fx.pruning import prune_graph
@@ -54,7 +54,15 @@ torch.compiler.assume_constant_result(  # type: ignore[no-untyped-call]
     maybe_install_capturing_hooks
 )
 
-_OPTIONS = ("recipe", "inner", "mode", "visual_tokens", "per_sample", "on_report")
+_OPTIONS = (
+    "recipe",
+    "inner",
+    "mode",
+    "visual_tokens",
+    "per_sample",
+    "on_report",
+    "passes",
+)
 
 Compiler = Callable[..., Callable[..., Any]]
 """What compiles a graph: ``(module, example_inputs, **kwargs) -> callable``."""
@@ -78,6 +86,7 @@ def vtprune_backend(
             of a sample that has any; read from the graph's sizes if left out.
             ``per_sample``: let each sample drop its share, as ``planning.place`` does.
             ``on_report``: called with a pruned graph's report after each run of it.
+            ``passes``: further passes, as ``vtprune_fx.prune`` takes them.
         kwargs: For the inner backend; ``mode`` among them is that of ``torch.compile``.
 
     Raises:
@@ -97,11 +106,12 @@ def vtprune_backend(
     # A mode may ask for CUDA graphs, which record no length that is a symbol.
     target: Target = "compile" if mode is None else "trace"
     visual = options.get("visual_tokens")
-    found = _prune(module, recipe, visual, target, per_sample=per_sample)
+    found = _prune(
+        module, recipe, visual, target, options.get("passes", ()), per_sample=per_sample
+    )
     if found is None:
         return inner(module, example_inputs, **kwargs)
     pruned, report = found
-    assert report.plan is not None, "what was found is a pruned graph"
     with _tracing(pruned, report.plan, example_inputs), _inductor_settings():
         compiled = inner(pruned, parts(example_inputs), **kwargs)
     recorded = _recording(compiled, report, options.get("on_report"))
@@ -160,16 +170,14 @@ def _recording(
     report: PruneReport,
     on_report: Callable[[PruneReport], None] | None,
 ) -> Callable[..., Any]:
-    """Run a graph that returns its keep sets too, and note them in its report."""
-    assert report.plan is not None
+    """Run a graph that returns its keep sets too, and report them."""
     cuts = len(report.plan.cuts)
 
     def run(*inputs: Any) -> list[Any]:
         values = list(compiled(*inputs))
         outputs, keep_sets = values[: len(values) - cuts], values[len(values) - cuts :]
-        report.record(keep_sets)
         if on_report is not None:
-            on_report(report)
+            on_report(report.of_run(keep_sets))
         return outputs
 
     return run
@@ -219,6 +227,7 @@ def _prune(
     recipe: Recipe | None,
     visual_tokens: int | None,
     target: Target,
+    passes: Sequence[ExtraPass],
     *,
     per_sample: bool,
 ) -> tuple[GraphModule, PruneReport] | None:
@@ -227,18 +236,16 @@ def _prune(
         return None
     given, weights = lifted(module)
     lowered = lower(given)
-    form = _form_for(lowered)
-    report = prune_graph(
-        lowered,
-        recipe,
-        visual_tokens,
-        per_sample=per_sample,
-        form=form,
-        target=target,
+    pipeline = functools.partial(
+        default_pipeline, form=_form_for(lowered), target=target, extra=passes
     )
-    logger.info("%s", report)
-    if report.plan is None:
+    report = prune_graph(
+        lowered, recipe, visual_tokens, per_sample=per_sample, pipeline=pipeline
+    )
+    if report is None:
+        logger.info("not pruned: the graph places no image")
         return None
+    logger.info("%s", report)
     _return_keep_sets(lowered, report.plan)
     hold(lowered, weights)
     return lowered, report

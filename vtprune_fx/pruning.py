@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import logging
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import sympy
@@ -18,8 +19,7 @@ from vtprune_fx.errors import AnatomyError, PlanError
 from vtprune_fx.graph.fakes import fake_mode_of, uncached_fakes
 from vtprune_fx.graph.sizes import assume_at_least, size_hint
 from vtprune_fx.graph.values import READ
-from vtprune_fx.passes.base import Form
-from vtprune_fx.passes.pipeline import Target, default_pipeline
+from vtprune_fx.passes.pipeline import ExtraPass, Pipeline, default_pipeline
 from vtprune_fx.planning.place import place
 from vtprune_fx.planning.plan import PrunePlan
 from vtprune_fx.planning.report import PruneReport
@@ -47,9 +47,8 @@ def prune_graph(
     visual_tokens: int | None = None,
     *,
     per_sample: bool = False,
-    form: Form = "aten",
-    target: Target = "trace",
-) -> PruneReport:
+    pipeline: Callable[[PrunePlan], Pipeline] = default_pipeline,
+) -> PruneReport | None:
     """Prune a graph, in place.
 
     Args:
@@ -58,11 +57,10 @@ def prune_graph(
         visual_tokens: Of a sample that has any, where that is known better than from
             the sizes in the graph.
         per_sample: Let each sample drop its share, as ``place`` takes it.
-        form: How cuts are written.
-        target: What happens to the graph.
+        pipeline: Makes the passes that carry out a plan.
 
     Returns:
-        What was done; nothing, where the graph places no image.
+        What was done, or None where the graph places no image.
 
     Raises:
         AnatomyError: The graph lacks something that pruning needs.
@@ -71,7 +69,7 @@ def prune_graph(
     before = len(module.graph.nodes)
     anatomy = read(module.graph)
     if anatomy is None:
-        return PruneReport(None, (), before, before)
+        return None
     if visual_tokens is not None:
         anatomy = dataclasses.replace(anatomy, visual_tokens=visual_tokens)
     if recipe is None:
@@ -81,12 +79,14 @@ def prune_graph(
     if plan.cuts:
         _check_leaves_two(module.graph, plan)
     with uncached_fakes(fake_mode_of(module.graph)):
-        records = default_pipeline(plan, form, target).run(module)
+        records = pipeline(plan).run(module)
     return PruneReport(plan, records, before, len(module.graph.nodes))
 
 
 def prune_program(
-    program: ExportedProgram, recipe: Recipe | None
+    program: ExportedProgram,
+    recipe: Recipe | None,
+    passes: Sequence[ExtraPass] = (),
 ) -> tuple[ExportedProgram, PruneReport]:
     """A pruned copy of an exported program; weights are shared, not copied.
 
@@ -95,8 +95,9 @@ def prune_program(
         PlanError: The recipe does not fit the program.
     """
     module = copy.deepcopy(program.graph_module)
-    report = prune_graph(module, recipe, target="export")
-    if report.plan is None:
+    pipeline = functools.partial(default_pipeline, target="export", extra=passes)
+    report = prune_graph(module, recipe, pipeline=pipeline)
+    if report is None:
         raise AnatomyError(
             "exported program",
             expected="a model that places image features with masked_scatter",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 from transformers import PreTrainedModel
@@ -14,6 +14,7 @@ from vtprune_fx.generation.forward import PrunedForward, forward_of
 from vtprune_fx.models.ragged_attention import (
     check_decoder,
 )
+from vtprune_fx.passes import ExtraPass
 from vtprune_fx.planning.report import PruneReport
 from vtprune_fx.recipes.loading import load_recipe
 from vtprune_fx.recipes.schema import Recipe
@@ -28,6 +29,7 @@ def compile(
     inner: str = "inductor",
     mode: str | None = None,
     decode: bool = True,
+    passes: Sequence[ExtraPass] = (),
 ) -> Model:
     """Let a model prune its prompts, compiled, until ``undo``.
 
@@ -51,6 +53,7 @@ def compile(
         inner: Name of the ``torch.compile`` backend that compiles the graphs.
         mode: Mode of inductor: ``reduce-overhead``, ``max-autotune``, ...
         decode: Whether steps on a filled cache are compiled too, or run eagerly.
+        passes: Further passes for pruned prompts, as ``vtprune_fx.prune`` takes them.
 
     Returns:
         The model.
@@ -69,7 +72,8 @@ def compile(
         )
     check_decoder(model.config.get_text_config())
     loaded = load_recipe(recipe) if recipe is not None else None
-    options = {"recipe": loaded, "inner": inner_compiler(inner, mode)}
+    compiler = inner_compiler(inner, mode)
+    options = {"recipe": loaded, "inner": compiler, "passes": passes}
     model.forward = PrunedForward(model, options, decode)
     return model
 

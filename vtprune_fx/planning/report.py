@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -28,38 +29,37 @@ class PruneReport:
     """What was cut where.
 
     Attributes:
-        plan: The plan that was carried out, or None where the graph has no image.
+        plan: The plan that was carried out.
         passes: The passes that ran, in order.
         nodes_before: Nodes of the graph as it came.
         nodes_after: Nodes of the pruned graph.
-        last: What ``record`` was told.
+        kept: What a run kept at each cut, [B, K]: positions among the tokens that the
+            cuts before it kept. Only in the report of a run.
     """
 
-    plan: PrunePlan | None
+    plan: PrunePlan
     passes: tuple[PassRecord, ...]
     nodes_before: int
     nodes_after: int
-    last: list[Tensor] = field(default_factory=list, compare=False, repr=False)
+    kept: tuple[Tensor, ...] = field(default=(), compare=False, repr=False)
 
-    def record(self, keep_sets: Iterable[Tensor]) -> None:
-        """Note what a run kept at each cut, [B, K]: positions among what was left."""
-        self.last[:] = keep_sets
+    def of_run(self, keep_sets: Iterable[Tensor]) -> PruneReport:
+        """The report of one run of the graph, with its keep sets."""
+        return dataclasses.replace(self, kept=tuple(keep_sets))
 
     @property
     def keep_sets(self) -> dict[int, Tensor]:
-        """What the last run kept, as ``in_prompt`` says it; empty ahead of one."""
-        if self.plan is None:
-            return {}
+        """Keep sets of the run, as ``in_prompt`` returns them; empty without a run."""
         layers = (cut.attention.layer for cut in self.plan.cuts)
-        return in_prompt(dict(zip(layers, self.last, strict=False)))
+        return in_prompt(dict(zip(layers, self.kept, strict=False)))
 
     @property
     def visual_tokens(self) -> list[int]:
         """Visual tokens left after each decoder layer.
 
-        Empty if nothing is pruned, or as many as each sample's rank says.
+        Empty where the numbers follow each sample's rank.
         """
-        if self.plan is None or self.plan.recipe.adaptive:
+        if self.plan.recipe.adaptive:
             return []
         plan = self.plan
         return plan.recipe.tokens_per_layer(plan.visual_tokens, plan.layers)
@@ -70,8 +70,6 @@ class PruneReport:
         return sum(record.seconds + record.verify_seconds for record in self.passes)
 
     def __str__(self) -> str:
-        if self.plan is None:
-            return "not pruned: the graph places no image"
         cuts = len(self.plan.cuts)
         left = self.visual_tokens[-1] if self.visual_tokens else "by rank"
         return (
