@@ -173,8 +173,9 @@ def make_ragged(
         if room is None:
             layers[index] = RaggedLayer(layer.keys, layer.values, own, dropped)
         else:
-            held = (layer.keys, layer.values, own, dropped)
-            layers[index] = RaggedStaticLayer(*held, more=room - came)
+            layers[index] = RaggedStaticLayer(
+                layer.keys, layer.values, own, dropped, more=room - came
+            )
 
 
 def _padding_in_front(attention_mask: Tensor | None, visual: Tensor) -> Tensor:
