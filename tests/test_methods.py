@@ -280,7 +280,7 @@ def test_onnx_runtime_generates_behind_a_cut_ahead_of_all_layers(
     expected = [oracle.generate(model, recipe, s, 6) for s in samples]
     assert answer.sequences[:, -6:].tolist() == expected
     more = torch.cat([answer.sequences, answer.sequences[:, -3:]], dim=1)
-    with pytest.raises(InputError, match=r"one new token at a time, found \d+, behind"):
+    with pytest.raises(InputError, match=r"one new token at a time, found \d+, after"):
         exported.generate(more, **{CACHE: cache_of(answer)}, **options)
 
 
