@@ -452,12 +452,11 @@ def test_bad_options_are_refused_at_once(
     assert "forward" not in vars(model)
 
 
-def test_a_recipe_for_more_layers_is_refused_and_the_model_left_alone(
+def test_a_recipe_for_more_layers_is_refused_at_once(
     model: LlavaForConditionalGeneration,
 ) -> None:
-    vtprune_fx.compile(model, recipe_for(9, {8: 3}), inner="eager")
     with pytest.raises(PlanError, match="a layer below 3"):
-        generate(model, batch(model, (3, 6)))
+        vtprune_fx.compile(model, recipe_for(9, {8: 3}), inner="eager")
     assert "forward" not in vars(model)
 
 

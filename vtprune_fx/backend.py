@@ -61,6 +61,7 @@ _OPTIONS = (
     "visual_tokens",
     "per_sample",
     "on_report",
+    "on_dense",
     "passes",
 )
 
@@ -86,6 +87,7 @@ def vtprune_backend(
             of a sample that has any; read from the graph's sizes if left out.
             ``per_sample``: let each sample drop its share, as ``planning.place`` does.
             ``on_report``: called with a pruned graph's report after each run of it.
+                ``on_dense``: called before a graph is compiled that is not pruned.
             ``passes``: further passes, as ``vtprune_fx.prune`` takes them.
         kwargs: For the inner backend; ``mode`` among them is that of ``torch.compile``.
 
@@ -110,6 +112,7 @@ def vtprune_backend(
         module, recipe, visual, target, options.get("passes", ()), per_sample=per_sample
     )
     if found is None:
+        options.get("on_dense", bool)()
         return inner(module, example_inputs, **kwargs)
     pruned, report = found
     with _tracing(pruned, report.plan, example_inputs), _inductor_settings():

@@ -6,20 +6,28 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from vtprune_fx.backend import inner_compiler
 from vtprune_fx.errors import InputError
-from vtprune_fx.generation.forward import PrunedForward, forward_of
+from vtprune_fx.generation.forward import PrunedForward
+from vtprune_fx.generation.wrappers import (
+    check_can_prune,
+    forward_of,
+    inner_model,
+    layers_of,
+)
 from vtprune_fx.models.ragged_attention import (
     check_decoder,
 )
 from vtprune_fx.passes import ExtraPass
+from vtprune_fx.planning.place import check_layers
 from vtprune_fx.planning.report import PruneReport
 from vtprune_fx.recipes.loading import load_recipe
 from vtprune_fx.recipes.schema import Recipe
 
-Model = TypeVar("Model", bound=PreTrainedModel)
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def compile(
@@ -63,30 +71,56 @@ def compile(
             refuses it, or there is no such backend or mode.
         RecipeError: The recipe cannot be loaded.
     """
-    if isinstance(forward_of(model), PrunedForward):
+    inner_most = inner_model(model)
+    if _pruned_forward(inner_most) is not None:
         raise InputError(
             type(model).__name__,
             expected="a model as it was loaded",
             found="one that prunes already",
             fix="Call vtprune_fx.undo(model) first.",
         )
-    check_decoder(model.config.get_text_config())
+    check_can_prune(inner_most)
+    text = inner_most.config.get_text_config()
+    check_decoder(text)
     loaded = load_recipe(recipe) if recipe is not None else None
+    if loaded is not None:
+        check_layers(loaded, text.num_hidden_layers)
     compiler = inner_compiler(inner, mode)
     options = {"recipe": loaded, "inner": compiler, "passes": passes}
-    model.forward = PrunedForward(model, options, decode)
+    PrunedForward(inner_most, options, decode).attach()
     return model
 
 
+def _pruned_forward(model: PreTrainedModel) -> PrunedForward | None:
+    """What ``compile`` set on a model, inside of what others wrapped around it."""
+    for function in layers_of(forward_of(model)):
+        if isinstance(function, PrunedForward):
+            return function
+    return None
+
+
 def undo(model: Model) -> Model:
-    """Make a model what it was before ``compile``; a model that was not is left alone.
+    """Make a model what it was before ``compile``; any other model is not changed.
 
     Returns:
         The model.
+
+    Raises:
+        InputError: Another library wrapped the model's ``forward`` since.
     """
-    forward = forward_of(model)
-    if isinstance(forward, PrunedForward):
-        forward.give_back(model)
+    inner_most = inner_model(model)
+    found = _pruned_forward(inner_most)
+    if found is None:
+        return model
+    if forward_of(inner_most) is not found:
+        raise InputError(
+            f"{type(inner_most).__name__}.forward",
+            expected="what vtprune_fx.compile set",
+            found="another function around it, as accelerate sets it",
+            fix="Take that off first, as by accelerator.unwrap_model(model, "
+            "keep_fp32_wrapper=False).",
+        )
+    found.detach()
     return model
 
 
@@ -102,7 +136,7 @@ def pruned(
         undo(model)
 
 
-def report_of(model: PreTrainedModel) -> PruneReport | None:
+def report_of(model: nn.Module) -> PruneReport | None:
     """What was cut where in a compiled model's last prompt with images.
 
     Returns:
@@ -111,8 +145,8 @@ def report_of(model: PreTrainedModel) -> PruneReport | None:
     Raises:
         InputError: The model was not compiled.
     """
-    forward = forward_of(model)
-    if not isinstance(forward, PrunedForward):
+    forward = _pruned_forward(inner_model(model))
+    if forward is None:
         raise InputError(
             type(model).__name__,
             expected="a model that vtprune_fx.compile returned",

@@ -6,21 +6,26 @@ import contextlib
 import functools
 import inspect
 import logging
-import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.exc import BackendCompilerFailed, Unsupported
+from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException, Unsupported
 from torch.utils import _pytree as pytree
-from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
-from transformers.utils import TransformersKwargs
+from transformers import (
+    Cache,
+    DynamicCache,
+    PreTrainedModel,
+    StaticCache,
+)
 
 from vtprune_fx.backend import vtprune_backend
 from vtprune_fx.capture.aten import images_as_one_sequence
-from vtprune_fx.errors import InputError, VtpruneError
+from vtprune_fx.errors import CaptureError, InputError, VtpruneError, first_sentence
+from vtprune_fx.generation import checks
+from vtprune_fx.generation.positions import check_one_sequence, kept_logits
 from vtprune_fx.models import ragged_cache as ragged
 from vtprune_fx.models.arguments import (
     CACHE_NAMES,
@@ -33,6 +38,7 @@ from vtprune_fx.models.arguments import (
 from vtprune_fx.models.encoding import (
     FEATURES,
     encoded,
+    gives_images,
     gives_pixels,
     own_positions,
     token_axis,
@@ -48,11 +54,6 @@ from vtprune_fx.recipes.schedule import common_count, dropped_before
 from vtprune_fx.recipes.schema import Recipe
 
 logger = logging.getLogger(__name__)
-
-
-def forward_of(model: PreTrainedModel) -> object:
-    """The ``forward`` that was set on the model itself, or None."""
-    return vars(model).get("forward")
 
 
 @dataclass(frozen=True)
@@ -81,67 +82,104 @@ _NEARLY = 0.9
 
 
 class PrunedForward:
-    """Stands for a model's ``forward``: prompts pruned, steps on ragged caches."""
+    """Stands for a model's ``forward``: prompts pruned, steps on ragged caches.
+
+    Its ``generate`` stands for the model's, and says where the prompt ends when
+    candidates for the answer come with it. A copy of the model has a copy of this
+    object, with graphs of its own.
+    """
 
     def __init__(
         self, model: PreTrainedModel, options: dict[str, Any], decode: bool
     ) -> None:
-        self._whole = model.forward
-        self._was_own = forward_of(model) is not None
+        self._model = model
         self._text = model.config.get_text_config()
         self._attention = self._text._attn_implementation
         self._visual_ids = torch.tensor(visual_ids(model))
-        self._model = weakref.ref(model)
-        self._options = options | {"on_report": self._note}
+        self._options = options
         self.report: PruneReport | None = None
         self._compiled: dict[_Numbers, Callable[..., Any]] = {}
         self._decode = decode
-        self._encodes_ahead = False
-        functools.update_wrapper(self, self._whole)
-        self._signature = inspect.signature(self._whole)
-        self._cache = cache_argument(self._whole) or PAST
-        self._known = _known_arguments(model)
+        self._encodes_first = False
+        self._prompt: int | None = None
+        self._must_prune = False
+        self._prompts = 0
+        functools.update_wrapper(self, self._dense)
+        self._signature = inspect.signature(self._dense)
+        self._cache = cache_argument(self._dense) or PAST
+        self._known = checks.known_arguments(model)
         recipe: Recipe | None = options["recipe"]
         self._sees_tower = recipe is not None and recipe.sees_tower
         if self._sees_tower:
             self.__signature__ = _without(self._signature, FEATURES)
-        use_ragged_attention(model)
+
+    @property
+    def _dense(self) -> Callable[..., Any]:
+        """The forward of the model's class."""
+        return functools.partial(type(self._model).forward, self._model)
+
+    @property
+    def _dense_generate(self) -> Callable[..., Any]:
+        """The generate of the model's class."""
+        kind: Any = type(self._model)
+        return functools.partial(kind.generate, self._model)
+
+    def attach(self) -> None:
+        """Set this object on the model."""
+        vars(self._model).update(forward=self, generate=self.generate)
+        use_ragged_attention(self._model)
+
+    def detach(self) -> None:
+        """Make the model what it was."""
+        set_attention(self._model, self._attention)
+        del self._model.forward, self._model.generate
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without graphs: they hold the weights of the model that they are made of."""
+        return vars(self) | {"_compiled": {}}
 
     def _note(self, report: PruneReport) -> None:
         self.report = report
 
-    def _owner(self) -> PreTrainedModel:
-        """The model, which holds this object."""
-        model = self._model()
-        assert model is not None
-        return model
-
-    def _give_up(self) -> None:
-        """A model that cannot be pruned is left as it was."""
-        if (model := self._model()) is not None and forward_of(model) is self:
-            self.give_back(model)
-
-    def give_back(self, model: PreTrainedModel) -> None:
-        """Make the model what it was."""
-        set_attention(model, self._attention)
-        if self._was_own:
-            model.forward = self._whole
-        else:
-            del model.forward
+    def _note_dense(self) -> None:
+        """Called where a graph is not pruned."""
+        if self._must_prune:
+            raise checks.not_pruned(self._model, "a graph that places no image")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run a prompt, or what follows on a filled cache."""
+        checks.check_not_traced()
+        checks.check_model(self._model)
         named = self._named(*args, **kwargs)
-        _refuse(named)
-        try:
+        checks.check_arguments(named)
+        with _errors_of_ours():
             if ragged.length_of(named.get(self._cache)):
                 return self._run_step(named)
-            return self._run_prompt(named)
-        except BackendCompilerFailed as error:
-            if isinstance(error.inner_exception, VtpruneError):
-                self._give_up()
-                raise error.inner_exception from None
-            raise
+            return self._run_first(named)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Transformers' ``generate``, of which only the prompt is pruned.
+
+        Raises:
+            InputError: It is asked for what a pruned prompt cannot serve, or its model
+                did not run the prompt by its ``forward``.
+        """
+        config = kwargs.get("generation_config") or self._model.generation_config
+        checks.check_generation(config, kwargs)
+        before, prompts = self._prompt, self._prompts
+        ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+        self._prompt = (
+            ids.shape[1] if isinstance(ids, Tensor) and ids.dim() == 2 else None
+        )
+        try:
+            answer = self._dense_generate(*args, **kwargs)
+        finally:
+            self._prompt = before
+        if self._prompts == prompts and gives_images(kwargs):
+            raise checks.not_pruned(
+                self._model, "a generate that runs past its forward"
+            )
+        return answer
 
     def _named(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Arguments by the names that the model has for them."""
@@ -152,6 +190,18 @@ class PrunedForward:
         named = {n: value for n, value in named.items() if n not in CACHE_NAMES}
         return named if cache is None else named | {self._cache: cache}
 
+    def _run_first(self, named: dict[str, Any]) -> Any:
+        """Run a prompt, and candidates for its answer that come with it."""
+        prompt, ids = self._prompt, named.get("input_ids")
+        if prompt is None or ids is None or ids.shape[1] <= prompt:
+            return self._run_prompt(named)
+        checks.check_states(named)
+        first, candidates = _parted(named, prompt, self._cache)
+        outputs = self._run_prompt(first | {"logits_to_keep": 1})
+        step = self._run_step(candidates | {self._cache: cache_of(outputs)})
+        step.logits = torch.cat([outputs.logits, step.logits], dim=1)
+        return step
+
     def _run_prompt(self, named: dict[str, Any]) -> Any:
         given: Cache | None = named.get(self._cache)
         ragged.check_can_be_ragged(given)
@@ -160,20 +210,33 @@ class PrunedForward:
             # Its layers are allocated once it is known how long they become.
             named[self._cache] = DynamicCache(config=self._text)
             named["attention_mask"] = _without_room(named)
-        room = None if static is None else static.get_max_length()
-        visual = self._visual(named.get("input_ids"))
-        numbers = self._numbers(visual, named)
+        places = self._visual(named.get("input_ids"))
+        prompt = ragged.Prompt.of(places, named.get("attention_mask"))
+        self._check_prompt(named, prompt)
+        numbers = self._numbers(prompt.visual, named)
+        self._must_prune = gives_images(named) and self._drops(numbers.visual)
         outputs = self._run_encoded(named, numbers)
+        self._prompts += 1
         filled: Cache | None = cache_of(outputs)
         if filled is not None:
-            came, mask = named["input_ids"].shape[1], named.get("attention_mask")
-            left = self._left_ahead(visual) if numbers.own else None
-            ragged.make_ragged(filled, came, mask, visual, room, left)
+            room = None if static is None else static.get_max_length()
+            lost = self._lost(prompt.visual) if numbers.own else None
+            ragged.make_ragged(filled, prompt, room, lost)
         if static is not None:
             assert filled is not None, "a cache that was passed is returned"
             static.layers = filled.layers
             setattr(outputs, self._cache, static)
         return outputs
+
+    def _check_prompt(self, named: dict[str, Any], prompt: ragged.Prompt) -> None:
+        """Refuse a prompt of which something would be lost; map what can be mapped."""
+        check_one_sequence(named.get("position_ids"), named.get("attention_mask"))
+        if prompt.images is None:
+            return
+        checks.check_labels(named)
+        if (asked := named.get("logits_to_keep")) is not None:
+            span, came = prompt.images, prompt.came
+            named["logits_to_keep"] = kept_logits(asked, span, came)
 
     def _numbers(self, visual: Tensor, named: dict[str, Any]) -> _Numbers:
         """How many visual tokens shares are taken of."""
@@ -190,41 +253,46 @@ class PrunedForward:
         given: Recipe | None = self._options["recipe"]
         return given or default_recipe(self._text.num_hidden_layers, max(visual, 1))
 
-    def _left_ahead(self, visual: Tensor) -> list[Tensor]:
-        """[B] for each layer: visual tokens that left each sample ahead of it."""
+    def _drops(self, visual: int) -> bool:
+        """Whether a sample with so many visual tokens drops any."""
+        recipe = self._recipe(visual)
+        return bool(recipe.cuts if recipe.adaptive else recipe.drops(max(visual, 1)))
+
+    def _lost(self, visual: Tensor) -> list[Tensor]:
+        """[B] for each layer: visual tokens that each sample dropped before it."""
         layers = self._text.num_hidden_layers
         recipe = self._recipe(int(visual.max()))
-        left = [dropped_before(recipe, count, layers) for count in visual.tolist()]
-        return list(torch.tensor(left, device=visual.device).unbind(dim=1))
+        lost = [dropped_before(recipe, count, layers) for count in visual.tolist()]
+        return list(torch.tensor(lost, device=visual.device).unbind(dim=1))
 
     def _run_encoded(self, named: dict[str, Any], numbers: _Numbers) -> Any:
-        """Run a prompt whole; encoders that Dynamo cannot trace run ahead of it."""
-        named = encoded(self._owner(), named, anyway=self._encodes_ahead)
+        """Run a prompt in one graph, after encoders that Dynamo cannot trace."""
+        named = encoded(self._model, named, anyway=self._encodes_first)
         _mark_prompt(named)
         try:
             with self._encoding_images(named):
                 return self._compiled_for(numbers)(**named)
         except Unsupported:
-            if self._encodes_ahead or not gives_pixels(named):
+            if self._encodes_first or not gives_pixels(named):
                 raise
-        self._encodes_ahead = True
+        self._encodes_first = True
         return self._run_encoded(named, numbers)
 
     def _encoding_images(
         self, named: dict[str, Any]
     ) -> contextlib.AbstractContextManager[None]:
         """Let one graph encode images, any number of them."""
-        pixels, model = named.get("pixel_values"), self._model()
-        if not self._sees_tower or pixels is None or model is None:
+        pixels = named.get("pixel_values")
+        if not self._sees_tower or pixels is None:
             return contextlib.nullcontext()
         _refuse_mixed_up(named["input_ids"], pixels)
-        if named.get("return_dict") is model.config.return_dict:
+        if named.get("return_dict") is self._model.config.return_dict:
             # Dynamo reads no signature, as encoding does, once that is taken off.
             del named["return_dict"]
-        return images_as_one_sequence(model)
+        return images_as_one_sequence(self._model)
 
     def _visual(self, ids: Tensor | None) -> Tensor:
-        """[B] visual tokens of each sample."""
+        """[B, S] bool: which tokens are visual."""
         if ids is None:
             raise InputError(
                 "input_ids",
@@ -232,7 +300,7 @@ class PrunedForward:
                 found="none",
                 fix="Pass input_ids, not inputs_embeds.",
             )
-        return torch.isin(ids, self._visual_ids.to(ids.device)).sum(dim=1)
+        return torch.isin(ids, self._visual_ids.to(ids.device))
 
     def _compiled_for(self, numbers: _Numbers) -> Callable[..., Any]:
         """The compiled model for prompts with at most so many visual tokens.
@@ -248,13 +316,15 @@ class PrunedForward:
             made = [k for k in self._compiled if k.own and k.visual in enough]
             key = max(made, default=key, key=lambda k: k.visual)
         if key not in self._compiled:
-            options: Any = self._options
+            options = self._options | {
+                "on_report": self._note,
+                "on_dense": self._note_dense,
+            }
             if numbers.visual:
                 visual = key.visual or numbers.visual
-                told = {"visual_tokens": visual, "per_sample": key.own}
-                options = options | told
+                options |= {"visual_tokens": visual, "per_sample": key.own}
             self._compiled[key] = torch.compile(  # type: ignore[call-overload] # missing
-                self._whole,
+                self._dense,
                 backend=vtprune_backend,
                 options=options,
                 fullgraph=True,
@@ -265,13 +335,14 @@ class PrunedForward:
         return self._compiled[key]
 
     def _run_step(self, named: dict[str, Any]) -> Any:
+        self._must_prune = False
         cache: Cache = named[self._cache]
         new = _first_given(named, "input_ids", "inputs_embeds").shape[1]
         mask = ragged.attention_mask(cache, new)
         mark_dynamic(3, mask)
         if new > 1:
             mark_dynamic(2, mask)
-        positions = own_positions(self._owner(), named)
+        positions = own_positions(self._model, named)
         if positions is not None:
             named["position_ids"] = positions
         _mark_prompt(named | {"attention_mask": None})
@@ -279,7 +350,7 @@ class PrunedForward:
         for layer in layers:
             if isinstance(layer, ragged.RaggedLayer):
                 mark_dynamic(2, layer.keys, layer.values)
-        step = self._compiled_for(_TEXT) if self._decode else self._whole
+        step = self._compiled_for(_TEXT) if self._decode else self._dense
         return step(**named | {"attention_mask": mask})
 
 
@@ -295,31 +366,62 @@ def visual_ids(model: PreTrainedModel) -> list[int]:
     return found
 
 
-def _known_arguments(model: PreTrainedModel) -> frozenset[str]:
-    """What a model's ``forward`` takes, or hands on to its parts by ``**kwargs``."""
-    decoder: Any = model.get_decoder()
-    functions = (model.forward, model.base_model.forward, decoder.forward)
-    names = {name for f in functions for name in inspect.signature(f).parameters}
-    # Decorators of transformers take these off before ``forward`` sees them.
-    decorators = ("return_dict", "use_cache")
-    options = TransformersKwargs.__annotations__
-    return frozenset({*names, *CACHE_NAMES, *decorators, *options})
+@contextlib.contextmanager
+def _errors_of_ours() -> Iterator[None]:
+    """Errors of Dynamo and of the model's own checks, as errors of this package.
+
+    Raises:
+        VtpruneError: As the backend raised it.
+        InputError: Images do not fit the prompt's placeholders.
+        CaptureError: Dynamo cannot trace the model.
+    """
+    try:
+        yield
+    except BackendCompilerFailed as error:
+        if isinstance(error.inner_exception, VtpruneError):
+            raise error.inner_exception from None
+        raise _not_traced(error.inner_exception) from error
+    except TorchDynamoException as error:
+        raise _not_traced(error) from error
+    except RuntimeError as error:
+        if "torch_compilable_check" in str(error) or "_check_tensor_all" in str(error):
+            raise checks.mismatch("another number") from error
+        raise
 
 
-def _refuse(named: Mapping[str, Any]) -> None:
-    """Refuse what a pruned model cannot give."""
-    refused = (
-        ("output_attentions", True, "Fused attention keeps no probabilities."),
-        ("use_cache", False, "A prompt grown by an answer is another prompt."),
+def _not_traced(error: BaseException) -> CaptureError:
+    return CaptureError(
+        "prompt",
+        expected="a model and inputs that torch.compile can trace in one graph",
+        found=first_sentence(error),
+        fix="Check that the model answers this prompt after vtprune_fx.undo(model). If "
+        "it does, this model cannot be pruned.",
     )
-    for option, value, why in refused:
-        if named.get(option) is value:
-            raise InputError(
-                option,
-                expected=str(not value),
-                found=f"{value}, which a pruned model cannot generate with",
-                fix=f"{why} Leave the option out, or call vtprune_fx.undo(model).",
-            )
+
+
+def _parted(
+    named: Mapping[str, Any], prompt: int, cache: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments of a prompt, and of what follows it in the same call.
+
+    Args:
+        named: Arguments for both.
+        prompt: S, the prompt's tokens.
+        cache: Name of the cache, which the prompt gets.
+    """
+    shape = named["input_ids"].shape[:2]
+    axes = {name: token_axis(value, shape) for name, value in named.items()}
+    along = {name: axis for name, axis in axes.items() if axis is not None}
+    options = {
+        n: v for n, v in named.items() if not isinstance(v, Tensor) and n != cache
+    }
+    first = dict(named)
+    more = {n: v for n, v in options.items() if n != FEATURES}
+    for name, axis in along.items():
+        value = named[name]
+        first[name] = value.narrow(axis, 0, prompt)
+        more[name] = value.narrow(axis, prompt, shape[1] - prompt)
+    return first, more | {"logits_to_keep": 0}
 
 
 def _without(signature: inspect.Signature, name: str) -> inspect.Signature:

@@ -97,6 +97,11 @@ def gives_pixels(inputs: Mapping[str, Any]) -> bool:
     return any(inputs.get(name) is not None for name in _PIXELS)
 
 
+def gives_images(inputs: Mapping[str, Any]) -> bool:
+    """Whether there are images or videos, encoded or not."""
+    return gives_pixels(inputs) or bool(inputs.get(FEATURES))
+
+
 def is_told_sizes(model: PreTrainedModel, inputs: Mapping[str, Any]) -> bool:
     """Whether encoders are given more than pixels."""
     given = {name for name, value in inputs.items() if value is not None}

@@ -1,6 +1,6 @@
 """Caches whose layers hold different numbers of tokens, on transformers' own classes.
 
-A pruned prefill leaves each layer with keys of its own number, and each sample with
+After a pruned prefill each layer holds keys of its own number, and each sample has
 padding of its own number in each layer: a prompt of text alone lost padding where
 others lost visual tokens. So every layer knows its padding, and one mask is made for
 all layers, ``attention_mask``, of which ``ragged_attention.ragged_sdpa`` reads its
@@ -10,6 +10,7 @@ layer's.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,13 +21,109 @@ from transformers.cache_utils import DynamicLayer, QuantizedLayer, StaticLayer
 from vtprune_fx.errors import InputError
 
 
-class RaggedLayer(DynamicLayer):
-    """Keys and values of one layer, and how much of them is padding.
+@dataclass(frozen=True)
+class ImageSpan:
+    """Where a batch of prompts has visual tokens.
 
     Attributes:
-        padding: [B] int64: so many tokens in front are padding's.
-        dropped: Tokens that left ahead of the layer.
+        first: The first position at which a sample has one.
+        last: The last such position.
     """
+
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a cache must know of the prompts that filled it.
+
+    Attributes:
+        came: S, tokens of each, padding included.
+        padding: [B] int64: so many of them, at the start, are padding.
+        visual: [B] int64: so many of them are visual tokens.
+        images: Where these are; None without any.
+    """
+
+    came: int
+    padding: Tensor
+    visual: Tensor
+    images: ImageSpan | None
+
+    @classmethod
+    def of(cls, places: Tensor, attention_mask: Tensor | None) -> Prompt:
+        """Read it off a batch of prompts.
+
+        Args:
+            places: [B, S] bool: which tokens are visual.
+            attention_mask: [B, S], 0 at padding; None without padding.
+
+        Raises:
+            InputError: Padding stands elsewhere than before a prompt.
+        """
+        visual = places.sum(dim=1)
+        where = places.any(dim=0).nonzero().flatten().tolist()
+        images = ImageSpan(where[0], where[-1]) if where else None
+        padding = _padding_before(attention_mask, visual)
+        return cls(places.shape[1], padding, visual, images)
+
+
+class _Ragged:
+    """What both kinds of layers know of the prompt that filled them.
+
+    Attributes:
+        padding: [B] int64: so many of the layer's first tokens are padding.
+        dropped: Tokens that were dropped before the layer.
+        images: Where the prompt had visual tokens; None if none was dropped anywhere.
+        shifted: Whether a sample lost padding in some layer.
+    """
+
+    padding: Tensor
+    dropped: int
+    images: ImageSpan | None = None
+    shifted: bool = False
+
+    def held(self) -> int:
+        """Tokens in the layer; a tensor where the layer is static."""
+        raise NotImplementedError
+
+    def remove(self, tokens: int) -> None:
+        """Remove so many of the last tokens that the layer holds."""
+        raise NotImplementedError
+
+    def get_seq_length(self) -> int:
+        """Tokens that came: what ``generate`` goes on from."""
+        return self.held() + self.dropped
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Go back to before the last tokens of those that came.
+
+        Args:
+            tokens_to_remove: Their number, negative; or, as in transformers 5.23, the
+                number of tokens to go back to, positive.
+
+        Raises:
+            InputError: That is a place among the prompt's images.
+        """
+        came = int(self.get_seq_length())
+        left = came + tokens_to_remove if tokens_to_remove <= 0 else tokens_to_remove
+        left = min(max(left, 0), came)
+        if self.images is not None and left <= self.images.last:
+            if left > self.images.first or (self.shifted and left):
+                raise _among_images(self.images, left)
+            self.remove(int(self.held()) - left)
+            self.images, self.dropped = None, 0
+        else:
+            self.remove(came - left)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Take over each beam's best sample."""
+        super().reorder_cache(beam_idx)  # type: ignore[misc] # the layer's
+        self.padding = self.padding.index_select(0, beam_idx.to(self.padding.device))
+
+
+class RaggedLayer(_Ragged, DynamicLayer):
+    """Keys and values of one layer, and how much of them is padding."""
 
     def __init__(
         self, keys: Tensor, values: Tensor, padding: Tensor, dropped: int
@@ -38,20 +135,18 @@ class RaggedLayer(DynamicLayer):
 
     def held(self) -> int:
         """Tokens in the layer."""
-        return super().get_seq_length()
+        return DynamicLayer.get_seq_length(self)
 
-    def get_seq_length(self) -> int:
-        """Tokens that came: what ``generate`` goes on from."""
-        return self.held() + self.dropped
+    def remove(self, tokens: int) -> None:
+        """Remove so many of the last tokens that the layer holds."""
+        assert self.keys is not None
+        assert self.values is not None
+        end = self.held() - tokens
+        self.keys, self.values = self.keys[:, :, :end], self.values[:, :, :end]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """The layer's keys once so many more are there, and where they start."""
         return self.held() + query_length, 0
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Take over each beam's best sample."""
-        super().reorder_cache(beam_idx)  # type: ignore[arg-type] # any Tensor will do
-        self.padding = self.padding.index_select(0, beam_idx.to(self.padding.device))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each sample."""
@@ -64,13 +159,8 @@ class RaggedLayer(DynamicLayer):
         self.padding = self.padding[indices]
 
 
-class RaggedStaticLayer(StaticLayer):
-    """The same, with room for so many tokens more: addresses and sizes never change.
-
-    Attributes:
-        padding: As in ``RaggedLayer``.
-        dropped: As in ``RaggedLayer``.
-    """
+class RaggedStaticLayer(_Ragged, StaticLayer):
+    """The same, with room for so many tokens more: addresses and sizes never change."""
 
     # transformers would compile ``generate``'s decode steps itself; they are already.
     is_compileable = False
@@ -84,16 +174,11 @@ class RaggedStaticLayer(StaticLayer):
 
     def held(self) -> int:
         """Tokens in the layer; a tensor, as in all static layers."""
-        return super().get_seq_length()
+        return StaticLayer.get_seq_length(self)
 
-    def get_seq_length(self) -> int:
-        """Tokens that came: what ``generate`` goes on from."""
-        return self.held() + self.dropped
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Take over each beam's best sample."""
-        super().reorder_cache(beam_idx)  # type: ignore[arg-type] # any Tensor will do
-        self.padding = self.padding.index_select(0, beam_idx.to(self.padding.device))
+    def remove(self, tokens: int) -> None:
+        """Go back by so many tokens; what stands there is written over later."""
+        self.cumulative_length.sub_(tokens)
 
 
 Layer = RaggedLayer | RaggedStaticLayer
@@ -141,44 +226,52 @@ def check_sees_all(text: PreTrainedConfig) -> None:
 
 def make_ragged(
     cache: Cache,
-    came: int,
-    attention_mask: Tensor | None,
-    visual: Tensor,
+    prompt: Prompt,
     room: int | None = None,
-    left: Sequence[Tensor] | None = None,
+    lost: Sequence[Tensor] | None = None,
 ) -> None:
     """Give a cache ragged layers, in place.
 
     Args:
         cache: Filled by a prefill, pruned or not.
-        came: S, the prompt's tokens.
-        attention_mask: [B, S] of the prompt, padded in front; None without padding.
-        visual: [B] visual tokens that each sample of the prompt came with.
-        room: Tokens that each layer will have room for, its own cuts apart; None for
+        prompt: What filled it.
+        room: Tokens that each layer will have room for, its cuts apart; None for
             layers that grow.
-        left: Where samples lost numbers of their own, [B] for each layer: how many
-            visual tokens left ahead of it.
-
-    Raises:
-        InputError: A sample is padded elsewhere.
+        lost: Where each sample drops its share, [B] for each layer: how many visual
+            tokens it dropped before it.
     """
-    padding = _padding_in_front(attention_mask, visual)
     layers: list[Any] = cache.layers
     for index, layer in enumerate(layers):
-        dropped = came - layer.keys.shape[2]
-        # Where a sample had too few visual tokens, padding left in their place.
-        own = padding - (dropped - visual).clamp(min=0)
-        if left is not None:
-            own = padding - dropped + left[index]
+        dropped = prompt.came - layer.keys.shape[2]
+        # Where a sample had too few visual tokens, it lost padding in their place.
+        padding = prompt.padding - (dropped - prompt.visual).clamp(min=0)
+        if lost is not None:
+            padding = prompt.padding - dropped + lost[index]
         if room is None:
-            layers[index] = RaggedLayer(layer.keys, layer.values, own, dropped)
+            layers[index] = RaggedLayer(layer.keys, layer.values, padding, dropped)
         else:
             layers[index] = RaggedStaticLayer(
-                layer.keys, layer.values, own, dropped, more=room - came
+                layer.keys, layer.values, padding, dropped, more=room - prompt.came
             )
+    ragged: Sequence[Layer] = layers
+    if any(layer.dropped for layer in ragged):
+        shifted = any(not torch.equal(n.padding, prompt.padding) for n in ragged)
+        for layer in ragged:
+            layer.images, layer.shifted = prompt.images, shifted
 
 
-def _padding_in_front(attention_mask: Tensor | None, visual: Tensor) -> Tensor:
+def _among_images(images: ImageSpan, left: int) -> InputError:
+    return InputError(
+        "cache.crop",
+        expected=f"at most {images.first} tokens left, before the prompt's images, or "
+        f"more than {images.last}, after them",
+        found=f"{left}",
+        fix="Visual tokens were dropped, so the cache has no such prefix. Start from "
+        "an empty cache.",
+    )
+
+
+def _padding_before(attention_mask: Tensor | None, visual: Tensor) -> Tensor:
     """[B] int64: tokens of padding in each sample of a prompt."""
     if attention_mask is None:
         return torch.zeros_like(visual)
@@ -186,8 +279,8 @@ def _padding_in_front(attention_mask: Tensor | None, visual: Tensor) -> Tensor:
     if bool((attended[:, :-1] & ~attended[:, 1:]).any()):
         raise InputError(
             "attention_mask",
-            expected="padding in front of each prompt",
-            found="padding behind or inside of one",
+            expected="padding before each prompt",
+            found="padding after or inside of one",
             fix="Set processor.tokenizer.padding_side = 'left' to generate.",
         )
     return (~attended).sum(dim=1)

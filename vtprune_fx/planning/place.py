@@ -123,8 +123,12 @@ def _symbols(layer: int, recycled: bool) -> tuple[Count, Count, Count, Count]:
     return (drop, chosen, new, gone) if recycled else (drop, 0, 0, drop)
 
 
-def _check_fits(recipe: Recipe, anatomy: Anatomy) -> None:
-    layers = len(anatomy.layers)
+def check_layers(recipe: Recipe, layers: int) -> None:
+    """Refuse a recipe that cuts at layers which a model of so many does not have.
+
+    Raises:
+        PlanError: It does.
+    """
     deepest = max((cut.layer for cut in recipe.cuts), default=-1)
     if deepest >= layers:
         raise PlanError(
@@ -133,6 +137,10 @@ def _check_fits(recipe: Recipe, anatomy: Anatomy) -> None:
             found=f"a recipe made for {recipe.layers} layers",
             fix="Choose a recipe for this model, or fit one.",
         )
+
+
+def _check_fits(recipe: Recipe, anatomy: Anatomy) -> None:
+    check_layers(recipe, len(anatomy.layers))
     needed = 0 if recipe.adaptive else recipe.needed(anatomy.visual_tokens)
     if needed > anatomy.visual_tokens:
         raise PlanError(

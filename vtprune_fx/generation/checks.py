@@ -1,0 +1,196 @@
+"""What a pruned model refuses before it runs."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import TransformersKwargs
+
+from vtprune_fx.errors import AnatomyError, InputError
+from vtprune_fx.models.arguments import CACHE_NAMES
+from vtprune_fx.models.ragged_attention import ATTENTION
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+"""Arguments by which transformers' attention takes several sequences in one row."""
+
+_UNDO = "Leave the option out, or call vtprune_fx.undo(model)."
+
+
+def known_arguments(model: PreTrainedModel) -> frozenset[str]:
+    """What a model's ``forward`` takes, or passes to its parts by ``**kwargs``."""
+    decoder = model.get_decoder()
+    functions: list[Callable[..., object]] = [
+        model.forward,
+        model.base_model.forward,
+        decoder.forward,
+    ]
+    names = {name for f in functions for name in inspect.signature(f).parameters}
+    # Decorators of transformers take these off before ``forward`` sees them.
+    decorators = ("return_dict", "use_cache")
+    options = TransformersKwargs.__annotations__
+    return frozenset({*names, *CACHE_NAMES, *decorators, *options})
+
+
+def check_model(model: PreTrainedModel) -> None:
+    """Refuse a model that was changed since ``compile``, so that it cannot prune.
+
+    Raises:
+        InputError: Its attention was switched, it is compiled once more around its
+            pruned graphs, or it trains with gradient checkpointing.
+    """
+    now = model.config.get_text_config()._attn_implementation
+    if now != ATTENTION:
+        raise InputError(
+            f"attention of {type(model).__name__}",
+            expected=f"{ATTENTION}, which vtprune_fx.compile set",
+            found=now,
+            fix="Call vtprune_fx.undo(model), switch, and compile the model again.",
+        )
+    if model.training and model.is_gradient_checkpointing:
+        raise InputError(
+            type(model).__name__,
+            expected="training without gradient checkpointing",
+            found="gradient checkpointing, which runs layers a second time",
+            fix="Call model.gradient_checkpointing_disable(), or "
+            "vtprune_fx.undo(model).",
+        )
+
+
+def check_not_traced() -> None:
+    """Refuse to become part of another graph.
+
+    Raises:
+        InputError: ``torch.compile`` or ``torch.export`` traces the model.
+    """
+    if torch.compiler.is_compiling():
+        raise InputError(
+            "torch.compile",
+            expected="a model that is compiled once",
+            found="a model of vtprune_fx.compile, compiled or exported again",
+            fix="Call it as it is. To compile it yourself, call vtprune_fx.undo(model) "
+            "and pass backend=vtprune_fx.vtprune_backend.",
+        )
+
+
+def check_arguments(named: Mapping[str, object]) -> None:
+    """Refuse arguments that a pruned prompt cannot honour.
+
+    Raises:
+        InputError: Attention's probabilities are asked for, or sequences are packed.
+    """
+    if named.get("output_attentions") is True:
+        raise InputError(
+            "output_attentions",
+            expected="False",
+            found="True, which a pruned model cannot run with",
+            fix=f"Fused attention keeps no probabilities. {_UNDO}",
+        )
+    packed = [name for name in PACKED if named.get(name) is not None]
+    if packed:
+        raise InputError(
+            packed[0],
+            expected="one prompt in each row",
+            found="lengths of packed prompts",
+            fix="Give each prompt a row of the batch, padded on the left.",
+        )
+
+
+def check_labels(named: Mapping[str, object]) -> None:
+    """Refuse a loss over a prompt that lost tokens.
+
+    Raises:
+        InputError: Labels are given.
+    """
+    if named.get("labels") is not None:
+        raise InputError(
+            "labels",
+            expected="no labels with a prompt that is pruned",
+            found="labels of all its tokens, more than it has logits",
+            fix="Compute the loss from the logits of the text after the image "
+            "(logits_to_keep), or call vtprune_fx.undo(model).",
+        )
+
+
+def check_states(named: Mapping[str, object]) -> None:
+    """Refuse states of a prompt that comes with candidates for its answer.
+
+    Raises:
+        InputError: Hidden states are asked for.
+    """
+    if named.get("output_hidden_states"):
+        raise InputError(
+            "output_hidden_states",
+            expected="False with an assistant",
+            found="True",
+            fix="A prompt and the candidates run one after the other, and the prompt's "
+            f"layers differ in length. {_UNDO}",
+        )
+
+
+_REFUSED_OPTIONS = {
+    "prefill_chunk_size": "Each part of a prompt would be pruned by itself.",
+    "assistant_early_exit": "The model would run without its last layers.",
+}
+
+
+def check_generation(
+    config: GenerationConfig | None, options: Mapping[str, object]
+) -> None:
+    """Refuse ways to generate that a pruned prompt cannot serve.
+
+    Args:
+        config: The configuration that ``generate`` will use.
+        options: Keyword arguments of ``generate``, which come before it.
+
+    Raises:
+        InputError: One is asked for.
+    """
+
+    def asked(name: str) -> object:
+        return options.get(name, getattr(config, name, None))
+
+    for name, why in _REFUSED_OPTIONS.items():
+        if asked(name) is not None:
+            raise InputError(
+                name,
+                expected="None",
+                found=f"{asked(name)}, which a pruned model cannot generate with",
+                fix=f"{why} {_UNDO}",
+            )
+    if asked("use_cache") is False:
+        raise InputError(
+            "use_cache",
+            expected="True",
+            found="False, which a pruned model cannot generate with",
+            fix=f"A prompt grown by an answer is another prompt. {_UNDO}",
+        )
+
+
+def not_pruned(model: PreTrainedModel, found: str) -> AnatomyError:
+    """The error for a prompt with images of which nothing would be dropped."""
+    return AnatomyError(
+        type(model).__name__,
+        expected="images whose features stand among the prompt's tokens, to be pruned "
+        "by the recipe",
+        found=found,
+        fix="This model cannot be pruned here. Call vtprune_fx.undo(model) to run it "
+        "without pruning.",
+    )
+
+
+def mismatch(found: str) -> InputError:
+    """The error for images that do not fit the prompt's placeholders."""
+    return InputError(
+        "images of the prompt",
+        expected="as many image features as the prompt has image placeholders",
+        found=found,
+        fix="Make the prompt by the model's processor, with one placeholder for each "
+        "image, and pass input_ids and pixel values of the same call.",
+    )
