@@ -33,7 +33,7 @@ from vtprune_fx.reference.questions import (
     Sample,
     draw_sample,
 )
-from vtprune_fx.reference.random_llava import IMAGE_ID, PAD_ID
+from vtprune_fx.reference.tokenizer import IMAGE_ID, PAD_ID
 
 QUESTIONS = 14
 """Questions asked of a row's pictures; as many as fit are used."""
