@@ -1,4 +1,4 @@
-"""Running an exported folder of TensorRT engines, with transformers' own generation.
+"""Running an exported folder of TensorRT engines, with transformers' generation.
 
 Engines read and write the memory of torch tensors, on torch's current stream: only what
 is in the wrong place, of the wrong type or not contiguous is copied.
