@@ -96,6 +96,6 @@ def compute_capability(text: str | None) -> Named | None:
             if known
             else "none: full TensorRT builds for the GPU of the machine",
             found=text,
-            fix="Leave it out, or name another one.",
+            fix="Omit it, or name another one.",
         )
     return known[text]

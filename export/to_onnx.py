@@ -230,7 +230,7 @@ def _check_prompt(prompt: int, visual: int) -> None:
             "--prompt",
             expected=f"at least {least}: {visual} visual tokens and two of text",
             found=str(prompt),
-            fix="Leave it out, or make it as long as the longest prompt.",
+            fix="Omit it, or make it as long as the longest prompt.",
         )
 
 

@@ -193,9 +193,7 @@ class Training:
         self.folder, self.plan, self.device = folder, plan, device
         self.tokenizer = build_tokenizer()
         self.model = build_model(len(self.tokenizer), plan.seed).train()
-        torch.nn.Module.to(
-            self.model, device
-        )  # transformers types its method as static
+        torch.nn.Module.to(self.model, device)  # transformers' has another type
         torch.manual_seed(plan.seed)
         self.readouts = Readouts().to(device)
         self.done = {"see": 0, "talk": 0}

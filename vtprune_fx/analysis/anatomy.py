@@ -272,7 +272,7 @@ def _visual_tokens(placements: list[_Placement], samples: int) -> int:
         return rows
     if len(placements) > 1:
         return each
-    # Less than an image has: a sample is text alone, and the others have complete images.
+    # Less than an image has: a sample is text alone, the others have complete images.
     return max(each, _smallest_image(placements[0].features))
 
 

@@ -43,7 +43,7 @@ def answer(
             "--recipe",
             expected="none for an exported folder, whose graphs are pruned already",
             found=recipe,
-            fix="Leave it out, or export again with this recipe.",
+            fix="Omit it, or export again with this recipe.",
         )
     if exported:
         return _exported(Path(model), prompt, picture, max_new_tokens)

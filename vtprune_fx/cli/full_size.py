@@ -63,7 +63,7 @@ class FullSize:
         table = Table(
             title=f"{self.config} ({self.model}), {plan.layers} layers\n"
             f"{plan.recipe.name}: {plan.visual_tokens} visual tokens",
-            caption="Lengths: cache is of its keys and values, output of what it returns.",
+            caption="Lengths: cache of its keys and values, output of what it returns.",
             box=SIMPLE_HEAD,
         )
         for title in ("layer", "dropped", "new", "kept"):

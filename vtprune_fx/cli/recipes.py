@@ -62,9 +62,7 @@ def show_recipe(
     name: Annotated[str, typer.Argument(help="Shipped name, or a recipe file.")],
     tile: Annotated[
         int | None,
-        typer.Option(
-            min=1, help="Drop so that prompts fill tiles of this many tokens."
-        ),
+        typer.Option(min=1, help="Fill tiles of this many tokens after each cut."),
     ] = None,
     text_tokens: TextTokens = 75,
     as_json: JsonOption = False,

@@ -289,7 +289,7 @@ def _size(config: PreTrainedConfig, field: str) -> int:
     value = getattr(config, field, None)
     if isinstance(value, int):
         return value
-    raise _config_error(config, field, expected="a whole number", found=repr(value))
+    raise _config_error(config, field, expected="an integer", found=repr(value))
 
 
 def _refuse_experts(config: PreTrainedConfig) -> None:

@@ -14,10 +14,10 @@ DEFAULT = "fitprune-llava-1.5-7b-60"
 def default_recipe(layers: int, visual_tokens: int) -> Recipe:
     """The recipe for a model without one.
 
-    ``DEFAULT``, with its schedule stretched over the model's depth (the share dropped by a
-    relative depth stays the same) and its counts taken as shares. It saves about 60 %
-    of the visual tokens' arithmetic. On LLaVA-1.5-7B it is the published recipe; on
-    another model it is a guess, and a recipe fitted to that model is better.
+    ``DEFAULT``, with its schedule stretched over the model's depth (the same share is
+    dropped by the same relative depth) and its counts taken as shares. It saves about
+    60 % of the visual tokens' arithmetic. On LLaVA-1.5-7B it is the published recipe;
+    on another model it is a guess, and a recipe fitted to that model is better.
 
     Args:
         layers: Decoder layers of the model.

@@ -24,8 +24,8 @@ METHODS: dict[str, Method] = {
     "fitprune": Method(
         "FitPrune",
         "arXiv:2409.10197",
-        "After the attention of nearly every layer a few tokens are dropped: those with "
-        "the least attention from the text after the images, times the least from "
+        "After the attention of nearly every layer a few tokens are dropped: those "
+        "with the least attention from the text after the images, times the least from "
         "other visual tokens, each the largest over heads.",
     ),
     "sparsevlm": Method(
@@ -74,8 +74,8 @@ METHODS: dict[str, Method] = {
     "visionzip": Method(
         "VisionZip",
         "arXiv:2412.04467",
-        "Before the first layer those tokens are kept that the vision tower's class token "
-        "attends to most; the others are merged into a few by the tower's keys. "
+        "Before the first layer those tokens are kept that the vision tower's class "
+        "token attends to most; the others are merged into a few by the tower's keys. "
         "Positions are compacted.",
     ),
     "baseline": Method(

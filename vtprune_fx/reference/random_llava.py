@@ -353,7 +353,7 @@ def _draw(name: str, parameter: nn.Parameter, spec: CheckpointSpec) -> None:
     """Draw one parameter: unit variance goes in, unit variance comes out.
 
     Two exceptions. What a layer adds to the residual stream shrinks with the number
-    of layers, so that tokens stay different from each other to the last one. Queries
+    of layers, so that tokens differ from each other up to the last one. Queries
     and keys of the decoder are larger: with unit inputs their products, over the root
     of the head's width, have the standard deviation ``LOGIT_STD``.
     """
