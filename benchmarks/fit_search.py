@@ -4,11 +4,11 @@
         [--json FILE]
 
 ``published`` below is written down from the published procedure: one sample at a time,
-every layer recomputed for every tolerance, attention maps whole, a Python loop over the
-candidates that may leave with a sum for each. In one respect it is ours, or there would
-be no common result: it returns the smallest tolerance whose recipe meets the budget
+every layer recomputed for every tolerance, complete attention maps, a Python loop over
+the candidates to drop with a sum for each. In one respect it is ours, or there would be
+no common result: it returns the smallest tolerance whose recipe meets the budget
 rather than the last one tried, and counts what the recipe saves. Every recipe of the
-exact mode is compared with its own; a difference is an error.
+exact mode is compared with its result; a difference is an error.
 
 Times are seconds of the processor, which other programs disturb less than the clock's,
 on one thread: medians of rounds in which one search follows the other. Model and
@@ -72,12 +72,12 @@ def published(
     """
     geometry = Geometry.from_config(model.config)
     layers = geometry.layers
-    whole = [_sums(model, sample, layers) for sample in samples]
+    dense = [_sums(model, sample, layers) for sample in samples]
     low, high = 0.0, 1.0
     best: tuple[int, ...] = (prompts.usual,)
     while high - low > 2.0**-EXACT_STEPS:
         alpha = (low + high) / 2
-        drops = _scheme(model, samples, whole, alpha, prompts, budget)
+        drops = _scheme(model, samples, dense, alpha, prompts, budget)
         if drops is None:
             low = alpha
         else:
@@ -88,7 +88,7 @@ def published(
 def _scheme(
     model: Llava,
     samples: Sequence[oracle.Sample],
-    whole: list[list[tuple[Tensor, Tensor]]],
+    dense: list[list[tuple[Tensor, Tensor]]],
     alpha: float,
     prompts: Prompts,
     budget: float,
@@ -100,7 +100,7 @@ def _scheme(
     for layer in range(model.config.get_text_config().num_hidden_layers):
         counts = [
             run.layer(layer, sums[layer], alpha)
-            for run, sums in zip(runs, whole, strict=True)
+            for run, sums in zip(runs, dense, strict=True)
         ]
         drops.append(prompts.drop(torch.tensor(counts)))
         account.cut(drops[-1])
@@ -116,8 +116,8 @@ def _sums(
     run = _Run(model, sample)
     sums = []
     for layer in range(layers):
-        run.hidden, cross, own = run.attention(layer)
-        sums.append((cross.sum(), own.sum()))
+        run.hidden, cross, visual = run.attention(layer)
+        sums.append((cross.sum(), visual.sum()))
     return sums
 
 
@@ -140,25 +140,25 @@ class _Run:
         maps = heads.probabilities
         largest = maps.amax(dim=0)[:, self.visual]
         cross = largest[self.instruction].sum(dim=0) / self.instruction.sum()
-        own = largest[self.visual].sum(dim=0) / self.visual.sum().clamp(min=1)
-        return after, cross, own
+        visual = largest[self.visual].sum(dim=0) / self.visual.sum().clamp(min=1)
+        return after, cross, visual
 
-    def layer(self, index: int, whole: tuple[Tensor, Tensor], alpha: float) -> int:
+    def layer(self, index: int, dense: tuple[Tensor, Tensor], alpha: float) -> int:
         """Run a layer and drop what it may lose."""
-        after, cross, own = self.attention(index)
-        by_cross = _candidates(cross, whole[0] * (1 - alpha))
-        by_own = _candidates(own, whole[1] * (1 - alpha))
-        leaving = sorted(by_cross & by_own)
-        stay = torch.ones_like(self.visual)
-        stay[self.visual.nonzero()[:, 0][leaving]] = False
-        self.hidden, self.visual = after[stay], self.visual[stay]
-        self.instruction = self.instruction[stay]
-        self.positions = self.positions[stay]
-        return len(leaving)
+        after, cross, visual = self.attention(index)
+        by_cross = _candidates(cross, dense[0] * (1 - alpha))
+        by_visual = _candidates(visual, dense[1] * (1 - alpha))
+        dropped = sorted(by_cross & by_visual)
+        kept = torch.ones_like(self.visual)
+        kept[self.visual.nonzero()[:, 0][dropped]] = False
+        self.hidden, self.visual = after[kept], self.visual[kept]
+        self.instruction = self.instruction[kept]
+        self.positions = self.positions[kept]
+        return len(dropped)
 
 
 def _candidates(received: Tensor, least: Tensor) -> set[int]:
-    """The most of the weakest that may leave: one more at a time, summed anew."""
+    """As many of the weakest as may be dropped: one more at a time, summed anew."""
     order = received.argsort()
     total, count = received.sum(), 0
     for more in range(1, len(order) + 1):
@@ -218,10 +218,10 @@ class Task:
             for number, inputs in enumerate(self.batches):
                 with trials.starting(number):
                     parts.append(observe(self.model, inputs))
-                cross, own = (
+                cross, visual = (
                     s.double().sum(dim=2) for s in (parts[-1].cross, parts[-1].own)
                 )
-                trials.add(number, functools.partial(dict, inputs), cross, own)
+                trials.add(number, functools.partial(dict, inputs), cross, visual)
             return self._by_trials(trials, merged(parts), budgets)
 
     def _by_trials(

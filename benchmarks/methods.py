@@ -3,11 +3,11 @@
     python benchmarks/methods.py RUN [--limit 2000] [--seed 2000] [--jobs 2]
 
 Each method cuts where its authors cut, at the same relative depth of the reference
-model. How much it cuts there follows from the budget: where the published recipe leaves
-a share s of the visual tokens, this one leaves s ** p, with the p that saves as much as
-was asked for. VTW, which leaves none, has only its depth to choose, and gets as near as
-whole layers allow. FitPrune has the recipes that ship for this model, set by hand; they
-with tokens drawn at random are what to compare with.
+model. How much it cuts there follows from the budget: where the published recipe keeps
+a share s of the visual tokens, this one keeps s ** p, with the p that saves as much as
+was asked for. VTW, which keeps none, has only its depth to choose, and gets as near as
+the number of layers allows. FitPrune has the recipes that ship for this model, set by
+hand; the baseline is these with tokens drawn at random.
 
 RUN holds a file for each recipe that is done; the same command goes on from there. At
 the end it holds ``methods.json``, ``methods.png`` and ``methods.csv``.
@@ -78,7 +78,7 @@ def at_budget(published: Recipe, geometry: Geometry, budget: float) -> Recipe:
     name = f"{published.method}-{100 * budget:.0f}"
     start = published.model_copy(update={"name": name, "options": _options(published)})
     scale = geometry.layers / published.layers
-    # Behind the first layer at least, but for what is cut ahead of all.
+    # After the first layer at least, except for what is cut before all layers.
     depths = [d and max(1, round(scale * d)) for d in map(_depth, published.cuts)]
     left = _shares_left(published)
     if left == [0.0]:
@@ -94,8 +94,8 @@ def at_budget(published: Recipe, geometry: Geometry, budget: float) -> Recipe:
     found = _stretched(start, geometry, [share**high for share in left], depths)
     if "picks" not in found.options:
         return found
-    stay = 2 * found.tokens_per_layer(VISUAL, 1)[0]  # of two pictures
-    return found.model_copy(update={"options": {"picks": stay}})
+    kept = 2 * found.tokens_per_layer(VISUAL, 1)[0]  # of two pictures
+    return found.model_copy(update={"options": {"picks": kept}})
 
 
 def saved(recipe: Recipe, geometry: Geometry) -> float:
@@ -113,12 +113,12 @@ def _options(published: Recipe) -> dict[str, int | float]:
 
 
 def _depth(cut: Cut) -> int:
-    """Layers ahead of a cut."""
+    """Layers before a cut."""
     return cut.layer if cut.site == "before_layer" else cut.layer + 1
 
 
 def _shares_left(recipe: Recipe) -> list[float]:
-    """Share of the visual tokens that stay at each cut, new tokens left out."""
+    """Share of the visual tokens kept at each cut, without new tokens."""
     present, shares = recipe.visual_tokens, []
     for cut in recipe.cuts:
         shares.append((present - cut.drop) / recipe.visual_tokens)
@@ -129,7 +129,7 @@ def _shares_left(recipe: Recipe) -> list[float]:
 def _stretched(
     recipe: Recipe, geometry: Geometry, shares: Sequence[float], depths: Sequence[int]
 ) -> Recipe:
-    """The same method with other shares left, behind other numbers of layers."""
+    """The same method with other shares kept, after other numbers of layers."""
     present, cuts = VISUAL, []
     for cut, share, depth in zip(recipe.cuts, shares, depths, strict=True):
         drop = present - round(share * VISUAL)
@@ -165,8 +165,8 @@ def answered(recipe: Recipe, run: Path, seed: int, limit: int) -> Result:
         "questions": [seed, limit],
         "recipe": json.loads(recipe.to_json()),
     }
-    if file.is_file() and (told := json.loads(file.read_text()))["asked"] == asked:
-        fields = told["result"]
+    if file.is_file() and (stored := json.loads(file.read_text()))["asked"] == asked:
+        fields = stored["result"]
         return Result(**fields | {k: tuple(fields[k]) for k in ("answers", "right")})
     torch.set_num_threads(1)
     result = evaluate_one(*open_checkpoint(CHECKPOINT), recipe, _asked(seed, limit))
@@ -190,20 +190,20 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=2000, help="questions")
     parser.add_argument("--seed", type=int, default=2000, help="seed of the questions")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
-    told = parser.parse_args()
-    told.run.mkdir(parents=True, exist_ok=True)
+    given = parser.parse_args()
+    given.run.mkdir(parents=True, exist_ok=True)
     geometry = Geometry.from_config(AutoConfig.from_pretrained(CHECKPOINT))
     compared = list(recipes(geometry))
-    ask = functools.partial(answered, run=told.run, seed=told.seed, limit=told.limit)
-    with ProcessPoolExecutor(told.jobs) as pool:
+    ask = functools.partial(answered, run=given.run, seed=given.seed, limit=given.limit)
+    with ProcessPoolExecutor(given.jobs) as pool:
         results = pool.map(ask, [compared[0].keep_all(), *compared])
         done = list(track(results, "recipes", len(compared) + 1))
-    questions = (sample.questions[0] for sample in _asked(told.seed, told.limit))
+    questions = (sample.questions[0] for sample in _asked(given.seed, given.limit))
     evaluation = Evaluation(tuple(questions), tuple(done))
     Console().print(*evaluation.tables())
     numbers = json.dumps(evaluation.fields(), indent=1) + "\n"
-    replace_file(told.run / "methods.json", numbers.encode())
-    draw_curve(evaluation, told.run / "methods.png")
+    replace_file(given.run / "methods.json", numbers.encode())
+    draw_curve(evaluation, given.run / "methods.png")
 
 
 if __name__ == "__main__":

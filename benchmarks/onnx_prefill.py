@@ -5,9 +5,9 @@
 Model, prompt, recipes and realisation are those of ``benchmarks.prefill``; dense and
 pruned graphs run in turn.
 
-A profile of each then tells where the time goes, by part of the graph and by kind of
+A profile of each then shows where the time goes, by part of the graph and by kind of
 operator, and what is missing to 1: the time beyond the dense graph's, less the share of
-MACs that is saved. With ``--fused`` the graphs also run behind transformers' ONNX
+MACs that is saved. With ``--fused`` the graphs also run after transformers' ONNX
 Runtime fusions.
 """
 
@@ -30,8 +30,8 @@ from transformers.exporters import OnnxConfig, OnnxExporter
 from transformers.exporters.onnxruntime_fusions import fuse_for_onnxruntime
 
 from benchmarks.presets import (
-    AHEAD,
-    BEHIND,
+    TEXT_AFTER,
+    TEXT_BEFORE,
     build,
     coalesced_recipe,
     prompt,
@@ -82,7 +82,7 @@ def prepared(
     # Two prompts, since one would be traced as the only number there is.
     inputs = prefill_inputs(model, prompt(model, 2, None))
     geometry = Geometry.from_config(model.config)
-    visual = inputs["input_ids"].shape[1] - AHEAD - BEHIND
+    visual = inputs["input_ids"].shape[1] - TEXT_BEFORE - TEXT_AFTER
     recipe = recipe or default_recipe(geometry.layers, visual)
     few = coalesced_recipe(recipe, geometry, visual)
     recipes = {"dense": recipe.keep_all()}
@@ -93,7 +93,7 @@ def prepared(
             _export(model, inputs, recipes[name], path)
     feed = {name: value[:1].numpy() for name, value in inputs.items()}
     saved = {
-        name: cost(each, geometry, visual, AHEAD + BEHIND).total.saved
+        name: cost(each, geometry, visual, TEXT_BEFORE + TEXT_AFTER).total.saved
         for name, each in recipes.items()
     }
     return paths, feed, saved
@@ -112,7 +112,7 @@ def _export(
 
 
 def _fused(path: Path) -> Path:
-    """A graph behind the fusions that transformers' exporter offers, beside it."""
+    """A copy of a graph beside it, with the fusions of transformers' exporter."""
     fused = path.with_name(f"{path.stem}, fused.onnx")
     if not fused.exists():
         model = onnx_ir.load(path)
@@ -220,7 +220,7 @@ def _part(
 def _sources(
     values: list[onnx_ir.Value], stop: list[onnx_ir.Value]
 ) -> set[onnx_ir.Node]:
-    """All nodes that values are computed from, not looking behind some."""
+    """All nodes that values are computed from, without looking beyond some."""
     found: set[onnx_ir.Node] = set()
     waiting = [value.producer() for value in values if value not in stop]
     while waiting:
@@ -272,7 +272,7 @@ def tables(result: dict[str, Any]) -> tuple[Table, Table, Table]:
 
 
 def _profiles(result: dict[str, Any], kind: str) -> Table:
-    """Milliseconds, and behind each graph's what it lacks to a realisation of 1."""
+    """Milliseconds; for pruned graphs also what is missing to a realisation of 1."""
     profiles = {name: found[kind] for name, found in result["profiles"].items()}
     table = Table(title=f"By {kind}: ms a run; realisation lost")
     table.add_column(kind)
@@ -295,12 +295,12 @@ def _cell(
     row: str | None,
 ) -> str:
     """One row's time in one graph, of all rows' if it is None."""
-    own, dense = (
+    pruned, dense = (
         sum(found.values()) if row is None else found.get(row, 0.0)
         for found in (profiles[name], profiles[_dense(name)])
     )
     saved = result["macs_saved"][name.removesuffix(", fused")]
     if not saved:
-        return f"{own:.1f}"
-    whole = sum(profiles[_dense(name)].values())
-    return f"{own:.1f}; {(own - (1 - saved) * dense) / (saved * whole):+.3f}"
+        return f"{pruned:.1f}"
+    total = sum(profiles[_dense(name)].values())
+    return f"{pruned:.1f}; {(pruned - (1 - saved) * dense) / (saved * total):+.3f}"

@@ -4,7 +4,7 @@
 
 Questions about one picture, of the reference model. Each export, pruned and dense,
 answers them greedily on ONNX Runtime's CPU; so does the oracle in float32, pruned and
-dense. An answer's tokens are equal as long as all ahead of them are.
+dense. An answer's token counts as equal only if all tokens before it are.
 
 That CPU provider has no bfloat16 kernels. So in an export of bfloat16 every operator is
 made to compute in float32, what it reads widened and what it gives rounded back to
@@ -95,25 +95,25 @@ def _exports(
             if precision == "bfloat16":
                 _compute_in_float32(path)
         yield precision, path
-    whole = folder / f"{name}-float32"
+    full = folder / f"{name}-float32"
     for to in get_args(Quantized):
         path = folder / f"{name}-{to}"
         if not path.exists():
-            _round(whole, path, to)
+            _round(full, path, to)
         yield to, path
 
 
-def _round(whole: Path, path: Path, to: Quantized) -> None:
+def _round(full: Path, path: Path, to: Quantized) -> None:
     """What ``--quantize`` writes, from an export instead of from the model."""
-    shutil.copytree(whole, path)
+    shutil.copytree(full, path)
     (path / manifest.FILE).unlink()
     for name in ("prefill.onnx", "decode.onnx"):
-        graph = OnnxExporter.load_program(whole / name)
+        graph = OnnxExporter.load_program(full / name)
         onnx_ir.external_data.load_to_model(graph)
         rounded = WeightOnly(to).quantize(graph, {}, ExportFormat.ONNX)
         OnnxExporter.save_program(rounded, path / name)
     changes = {"quantize": to, "files": manifest.hashes(path)}
-    manifest.read(whole).model_copy(update=changes).write(path)
+    manifest.read(full).model_copy(update=changes).write(path)
 
 
 def _compute_in_float32(path: Path) -> None:
@@ -133,7 +133,7 @@ def _compute_in_float32(path: Path) -> None:
 
 
 def _widen(graph: onnx_ir.Graph, node: onnx_ir.Node) -> None:
-    """Put casts ahead of one node that reads bfloat16, and behind it."""
+    """Put casts before and after a node that reads bfloat16."""
     narrow, wide = onnx_ir.DataType.BFLOAT16, onnx_ir.DataType.FLOAT
     read = [i for i, v in enumerate(node.inputs) if v is not None and v.dtype == narrow]
     if not read:
@@ -182,14 +182,14 @@ def _oracles(recipe: Recipe, batches: Sequence[dict[str, Any]]) -> Answers:
 
 
 def _shares(expected: Answers, answers: Answers) -> dict[str, float]:
-    equal = whole = 0
+    equal = complete = 0
     for right, found in zip(expected, answers, strict=True):
         same = [a == b for a, b in zip(right, found, strict=False)]
-        ahead = len(list(itertools.takewhile(bool, same)))
-        equal += ahead
-        whole += ahead == len(right)
+        prefix = len(list(itertools.takewhile(bool, same)))
+        equal += prefix
+        complete += prefix == len(right)
     total = sum(map(len, expected))
-    return {"tokens": equal / total, "answers": whole / len(expected)}
+    return {"tokens": equal / total, "answers": complete / len(expected)}
 
 
 def table(result: dict[str, dict[str, float]], questions: int) -> Table:

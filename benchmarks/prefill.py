@@ -49,9 +49,9 @@ from torch.profiler import ProfilerActivity, profile
 import vtprune_fx
 from benchmarks import onnx_prefill, tensorrt_prefill
 from benchmarks.presets import (
-    AHEAD,
-    BEHIND,
     PRESETS,
+    TEXT_AFTER,
+    TEXT_BEFORE,
     build,
     coalesced_recipe,
     prompt,
@@ -85,7 +85,7 @@ class Measured:
         seconds: Of each round.
         cache_bytes: Keys and values of all layers, as run.
         cache_predicted: The same as counted beforehand.
-        operators: Milliseconds of a run in vtprune's own operators; less what fused
+        operators: Milliseconds of a run in vtprune's operators; less what fused
             attention takes, where they do its work, too.
         peak_bytes: Of the device's memory in a run, on a GPU.
     """
@@ -146,7 +146,7 @@ class Bench:
         self.inputs = prompt(self.model, batch, size.tokens)
         self.geometry = Geometry.from_config(self.model.config)
         ids = self.inputs["input_ids"]
-        self.visual = ids.shape[1] - AHEAD - BEHIND
+        self.visual = ids.shape[1] - TEXT_BEFORE - TEXT_AFTER
         for name in ("input_ids", "attention_mask"):
             torch._dynamo.mark_dynamic(self.inputs[name], 1)
         self.found: dict[str, Measured] = {}
@@ -155,7 +155,7 @@ class Bench:
 
     def work(self, recipe: Recipe) -> Work:
         """What the recipe makes of the prompt, counted."""
-        return cost(recipe, self.geometry, self.visual, AHEAD + BEHIND).total
+        return cost(recipe, self.geometry, self.visual, TEXT_BEFORE + TEXT_AFTER).total
 
     def forward(self, model: Callable[..., Any]) -> Any:
         """Run a prompt up to the first token's logits."""
@@ -166,8 +166,8 @@ class Bench:
         return outputs
 
     def add_compiled(self, name: str, recipe: Recipe | None) -> None:
-        """Compile the model with a recipe, or as it came, and note what that takes."""
-        own = self.found[name] = Measured()
+        """Compile the model with a recipe, or unpruned, and note what that takes."""
+        run = self.found[name] = Measured()
         reports: list[PruneReport] = []
         if recipe is None:
             model = torch.compile(self.model, backend=self.inner, fullgraph=True)
@@ -177,33 +177,33 @@ class Bench:
             model = torch.compile(
                 self.model, backend=vtprune_backend, options=options, fullgraph=True
             )
-            own.cuts, own.saved = len(recipe.cuts), self.work(recipe).saved
+            run.cuts, run.saved = len(recipe.cuts), self.work(recipe).saved
         self.runs[name] = functools.partial(self.forward, model)
         with fresh_cache():
             start = time.perf_counter()
             outputs = self.runs[name]()
-            own.compile_seconds = time.perf_counter() - start
+            run.compile_seconds = time.perf_counter() - start
         if reports:
             records = reports[0].passes
-            own.pass_seconds = sum(r.seconds + r.verify_seconds for r in records)
-        self._note_cache(own, cache_of(outputs), recipe)
+            run.pass_seconds = sum(r.seconds + r.verify_seconds for r in records)
+        self._note_cache(run, cache_of(outputs), recipe)
 
     def add_engine(self, name: str, recipe: Recipe | None) -> None:
-        """Build a TensorRT engine with a recipe, or of the model as it came."""
-        own = self.found[name] = Measured()
+        """Build a TensorRT engine with a recipe, or of the unpruned model."""
+        run = self.found[name] = Measured()
         if recipe is not None:
-            own.cuts, own.saved = len(recipe.cuts), self.work(recipe).saved
+            run.cuts, run.saved = len(recipe.cuts), self.work(recipe).saved
         start = time.perf_counter()
         recipe = recipe or default_recipe(self.geometry.layers, self.visual).keep_all()
         self.runs[name] = tensorrt_prefill.engine(self.model, self.inputs, recipe)
-        own.compile_seconds = time.perf_counter() - start
+        run.compile_seconds = time.perf_counter() - start
 
-    def _note_cache(self, own: Measured, cache: Any, recipe: Recipe | None) -> None:
+    def _note_cache(self, run: Measured, cache: Any, recipe: Recipe | None) -> None:
         layers = ((layer.keys, layer.values) for layer in cache.layers)
-        own.cache_bytes = sum(t.nbytes for pair in layers for t in pair)
+        run.cache_bytes = sum(t.nbytes for pair in layers for t in pair)
         work = self.work(recipe or default_recipe(self.geometry.layers, self.visual))
         each = work.pruned_cache_bytes if recipe else work.dense_cache_bytes
-        own.cache_predicted = each * len(self.inputs["input_ids"])
+        run.cache_predicted = each * len(self.inputs["input_ids"])
 
     def add_eager(self, recipe: Recipe) -> None:
         """The stock model, and the oracle with a recipe; the vision tower alone."""
@@ -232,7 +232,7 @@ class Bench:
             torch.cuda.synchronize()
 
     def time(self, rounds: int) -> None:
-        """Run all in turn, a round that does not count ahead."""
+        """Run all in turn, after a first round that does not count."""
         for turn in track(range(rounds + 1), "rounds", console=console, transient=True):
             for name, run in self.runs.items():
                 start = time.perf_counter()
@@ -241,17 +241,17 @@ class Bench:
                     self.found[name].seconds.append(time.perf_counter() - start)
 
     def profile(self) -> None:
-        """Note the time in vtprune's own operators, and the peak of memory."""
+        """Note the time in vtprune's operators, and the peak of memory."""
         for name, run in self.runs.items():
-            own = self.found[name]
+            measured = self.found[name]
             if self.device != "cpu":
                 torch.cuda.reset_peak_memory_stats()
                 run()
-                own.peak_bytes = torch.cuda.max_memory_allocated()
-            if own.compile_seconds is None or not own.cuts:
+                measured.peak_bytes = torch.cuda.max_memory_allocated()
+            if measured.compile_seconds is None or not measured.cuts:
                 continue
             found = [self._operators(run) for _ in range(5)]
-            own.operators = {
+            measured.operators = {
                 each: statistics.median(one[each] for one in found) for each in found[0]
             }
 
@@ -265,14 +265,14 @@ class Bench:
 
 
 def _own_operators(profiled: profile) -> dict[str, float]:
-    """Milliseconds in vtprune's own operators, and, negative, in what one replaces."""
+    """Milliseconds in vtprune's operators, and, negative, in what one replaces."""
     spent: dict[str, float] = {}
     for event in profiled.key_averages(group_by_input_shape=True):
         if not event.key.startswith("vtprune::"):
             continue
         name = event.key.removeprefix("vtprune::")
-        own = max(event.cpu_time_total, event.device_time_total) / 1e3
-        spent[name] = spent.get(name, 0) + own
+        milliseconds = max(event.cpu_time_total, event.device_time_total) / 1e3
+        spent[name] = spent.get(name, 0) + milliseconds
         if name == "attend_and_choose":
             # As attend_and_choose takes them.
             value, query = (tuple(event.input_shapes[at]) for at in (0, 5))
@@ -286,7 +286,7 @@ def _own_operators(profiled: profile) -> dict[str, float]:
 
 @functools.cache
 def _fused_attention_ms(query: tuple[int, ...], value: tuple[int, ...]) -> float:
-    """What PyTorch's attention takes on a CPU, behind a causal mask as models have."""
+    """What PyTorch's attention takes on a CPU, with a causal mask as models have."""
     samples, heads, tokens, depth = query
     groups, wide = value[1], value[3]
     queries, keys, values = (
@@ -306,7 +306,7 @@ def _fused_attention_ms(query: tuple[int, ...], value: tuple[int, ...]) -> float
 
 
 def warm_up(arguments: argparse.Namespace) -> None:
-    """Let nobody's time to compile hold what a process does once."""
+    """Keep what a process does once out of all compile times."""
     bench = Bench(arguments, Size(layers=2))
     for recipe in (None, default_recipe(bench.geometry.layers, bench.visual)):
         bench.add_compiled("", recipe)
@@ -370,34 +370,34 @@ def measured(arguments: argparse.Namespace, size: Size | None = None) -> Bench:
 
 
 def table(bench: Bench, title: str) -> Table:
-    """What was measured, a contestant a row."""
+    """The measurements, one row for each contestant."""
     titles = ("", "cuts", "MACs", "ms", "spread", "time", "realisation", "ops ms")
     made = Table(title=title)
     for column in (*titles, "cache MiB", "counted", "compile s", "passes s"):
         made.add_column(column, justify="left" if not column else "right")
     tower = bench.found["vision tower"].median if "vision tower" in bench.found else 0.0
     dense = [seconds - tower for seconds in bench.found["dense"].seconds]
-    for name, own in bench.found.items():
+    for name, run in bench.found.items():
         share, reached = "", ""
         if name != "vision tower":
-            decoder = [seconds - tower for seconds in own.seconds]
+            decoder = [seconds - tower for seconds in run.seconds]
             pairs = zip(decoder, dense, strict=True)
             share = f"{statistics.median(a / b for a, b in pairs):.3f}"
-            if own.saved:
-                reached = f"{realisation(dense, decoder, own.saved):.2f}"
+            if run.saved:
+                reached = f"{realisation(dense, decoder, run.saved):.2f}"
         made.add_row(
             name,
-            str(own.cuts or ""),
-            f"{1 - own.saved:.3f}" if own.saved else "",
-            f"{1e3 * own.median:.0f}",
-            f"{1e3 * min(own.seconds):.0f}-{1e3 * max(own.seconds):.0f}",
+            str(run.cuts or ""),
+            f"{1 - run.saved:.3f}" if run.saved else "",
+            f"{1e3 * run.median:.0f}",
+            f"{1e3 * min(run.seconds):.0f}-{1e3 * max(run.seconds):.0f}",
             share,
             reached,
-            f"{sum(own.operators.values()):.1f}" if own.operators else "",
-            _mebi(own.cache_bytes),
-            _mebi(own.cache_predicted),
-            "" if own.compile_seconds is None else f"{own.compile_seconds:.1f}",
-            "" if own.pass_seconds is None else f"{own.pass_seconds:.2f}",
+            f"{sum(run.operators.values()):.1f}" if run.operators else "",
+            _mebi(run.cache_bytes),
+            _mebi(run.cache_predicted),
+            "" if run.compile_seconds is None else f"{run.compile_seconds:.1f}",
+            "" if run.pass_seconds is None else f"{run.pass_seconds:.2f}",
         )
     made.caption = "Shares of the dense decoder's MACs and time, the tower taken off."
     return made
@@ -487,7 +487,7 @@ def main() -> None:
         frozen = ", weights frozen" if arguments.freezing else ""
         title = f"{arguments.preset}, batch {arguments.batch}{frozen}"
         console.print(table(bench, title))
-        result["found"] = {name: asdict(own) for name, own in bench.found.items()}
+        result["found"] = {name: asdict(run) for name, run in bench.found.items()}
         if arguments.steps:
             recipe = load_recipe(arguments.recipe) if arguments.recipe else None
             recipe = recipe or default_recipe(bench.geometry.layers, bench.visual)

@@ -17,8 +17,8 @@ from vtprune_fx.models.weightless import load_config
 from vtprune_fx.recipes.counting import Geometry, cost
 from vtprune_fx.recipes.schema import Cut, Recipe
 
-AHEAD, BEHIND = 35, 40
-"""Tokens of text ahead of the image, and behind it."""
+TEXT_BEFORE, TEXT_AFTER = 35, 40
+"""Tokens of text before the image, and after it."""
 
 FEW = 6
 """Cuts of a merged recipe at most."""
@@ -58,7 +58,7 @@ _VOCABULARY = 2048
 
 
 def config_of(preset: str, layers: int | None = None) -> Any:
-    """The configuration of a preset, with another number of decoder layers if told."""
+    """The configuration of a preset, with another number of decoder layers if given."""
     name, text, vision = _SIZES[preset]
     config: Any = load_config(name)
     decoder, tower = config.get_text_config(), config.vision_config
@@ -78,7 +78,7 @@ def config_of(preset: str, layers: int | None = None) -> Any:
 def build(
     preset: str, device: str, dtype: torch.dtype, layers: int | None = None
 ) -> PreTrainedModel:
-    """A model with random weights, with another number of decoder layers if told."""
+    """A model with random weights, with another number of decoder layers if given."""
     torch.manual_seed(0)
     with torch.device(device):
         model: PreTrainedModel = AutoModelForImageTextToText.from_config(
@@ -109,8 +109,10 @@ def prompt(model: PreTrainedModel, batch: int, visual: int | None) -> dict[str, 
         listed: Any = list(torch.split(rows, tokens))
         features = BaseModelOutputWithPooling(pooler_output=listed)
         given = {FEATURES: {"image": features}}
-    ids = torch.randint(3, 1000, (batch, AHEAD + tokens + BEHIND), device=model.device)
-    ids[:, AHEAD:-BEHIND] = config.image_token_id
+    ids = torch.randint(
+        3, 1000, (batch, TEXT_BEFORE + tokens + TEXT_AFTER), device=model.device
+    )
+    ids[:, TEXT_BEFORE:-TEXT_AFTER] = config.image_token_id
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **given}
 
 
@@ -122,9 +124,9 @@ def coalesced_recipe(recipe: Recipe, geometry: Geometry, visual: int) -> Recipe:
     """A recipe's cuts merged into few that save as much.
 
     Merged as if all visual tokens held equal shares of the attention: of random weights
-    nothing more is known, and time does not depend on who stays.
+    nothing more is known, and time does not depend on which tokens are kept.
     """
-    text, layers = AHEAD + BEHIND, geometry.layers
+    text, layers = TEXT_BEFORE + TEXT_AFTER, geometry.layers
     drops = recipe.drops(visual)
     kept = torch.linspace(0, 1, visual + 1, dtype=torch.double).expand(layers, -1)
     merged = coalesced(
@@ -144,4 +146,4 @@ def coalesced_recipe(recipe: Recipe, geometry: Geometry, visual: int) -> Recipe:
 def realisation(dense: Sequence[float], pruned: Sequence[float], saved: float) -> float:
     """The median over rounds of time saved over MACs saved, both as shares."""
     pairs = zip(dense, pruned, strict=True)
-    return statistics.median((1 - ours / whole) / saved for whole, ours in pairs)
+    return statistics.median((1 - ours / full) / saved for full, ours in pairs)

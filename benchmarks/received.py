@@ -9,7 +9,7 @@ runs in Triton; on a CPU it is one 1,024 wide in float32, and the operator runs 
 blocks of rows. ``spelled out`` writes all probabilities down. Ways to compute run in
 turn; a time is the median of the rounds.
 
-Operations and bytes are counted ahead, from sizes alone.
+Operations and bytes are counted in advance, from sizes alone.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from transformers.models.llama.modeling_llama import (
     LlamaRotaryEmbedding,
 )
 
-from benchmarks.presets import AHEAD, BEHIND, config_of
+from benchmarks.presets import TEXT_AFTER, TEXT_BEFORE, config_of
 from vtprune_fx.ops import attention, received
 from vtprune_fx.recipes.counting import LLAVA_1_5_7B, Geometry
 
 VISUAL = 576
-TOKENS = AHEAD + VISUAL + BEHIND
+TOKENS = TEXT_BEFORE + VISUAL + TEXT_AFTER
 
 
 class Setting(NamedTuple):
@@ -110,7 +110,7 @@ def main() -> None:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
-# --------------------------------------------------------------------- counted ahead
+# --------------------------------------------------------------------- from sizes alone
 
 
 def counts(setting: Setting) -> dict[str, float]:
@@ -142,10 +142,10 @@ def pairs(rows: int, columns: int) -> list[tuple[int, int]]:
     count in full where they reach past the end.
     """
     if columns == 1:
-        starts = range(AHEAD, TOKENS, rows)
+        starts = range(TEXT_BEFORE, TOKENS, rows)
         ends = (min(start + rows, TOKENS) for start in starts)
         return [(end - start, end) for start, end in zip(starts, ends, strict=True)]
-    starts = range(AHEAD // rows * rows, TOKENS, rows)
+    starts = range(TEXT_BEFORE // rows * rows, TOKENS, rows)
     return [
         (rows, columns)
         for start in starts
@@ -155,7 +155,7 @@ def pairs(rows: int, columns: int) -> list[tuple[int, int]]:
 
 def counts_table(counted: dict[str, dict[str, float]]) -> Table:
     """Both settings side by side."""
-    shown = Table(title="Scores of one cut, one sample, counted ahead")
+    shown = Table(title="Scores of one cut, one sample, from sizes alone")
     shown.add_column("")
     for device in counted:
         layer = "LLaVA-1.5-7B, Triton" if device == "cuda" else "1,024 wide, CPU"
@@ -180,8 +180,8 @@ def ways(setting: Setting, device: str, batch: int) -> Ways:
     key = normal(batch, geometry.kv_heads, TOKENS, geometry.head_dim)
     value, scale = torch.randn_like(key), geometry.head_dim**-0.5
     weights = torch.zeros(batch, 2, TOKENS, device=device)
-    weights[:, 0, AHEAD : AHEAD + VISUAL] = 1
-    weights[:, 1, AHEAD + VISUAL :] = 1
+    weights[:, 0, TEXT_BEFORE : TEXT_BEFORE + VISUAL] = 1
+    weights[:, 1, TEXT_BEFORE + VISUAL :] = 1
     mask = torch.ones(batch, 1, TOKENS, TOKENS, dtype=torch.bool, device=device).tril()
     logits = attention.logits(query.float(), key.float(), None, scale)
     fused = functional.scaled_dot_product_attention

@@ -3,7 +3,7 @@
     python examples/build_engine.py engines         # for any GPU since Ampere
     python examples/build_engine.py engines 8.9     # for one compute capability
 
-The model is a small LLaVA with random weights; of your own: `vtprune export tensorrt`.
+The model is a small LLaVA with random weights; for yours: `vtprune export tensorrt`.
 The folder is moved to a machine with such a GPU, and runs there without the model:
 `vtprune generate engines --image FILE --prompt TEXT`. Needs `vtprune-fx[tensorrt-rtx]`.
 """

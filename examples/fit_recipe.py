@@ -3,7 +3,7 @@
     python examples/fit_recipe.py my-recipes
 
 The model is the reference model, the prompts are drawn questions that it was trained
-on. For a model and images of your own: `vtprune fit`. Needs `vtprune-fx[demo]`.
+on. For your model and images: `vtprune fit`. Needs `vtprune-fx[demo]`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def main(folder: str) -> str:
     options = Options(budgets=(0.5,))
     [fitted] = fit_recipes(*open_checkpoint(CHECKPOINT), prompts, Path(folder), options)
     cuts = ", ".join(f"{cut.drop} in layer {cut.layer}" for cut in fitted.recipe.cuts)
-    return f"{fitted.recipe.name} saves {fitted.saved:.1%} of the MACs: {cuts} leave"
+    return f"{fitted.recipe.name} saves {fitted.saved:.1%} of the MACs: {cuts} dropped"
 
 
 if __name__ == "__main__":

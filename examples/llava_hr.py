@@ -116,7 +116,7 @@ class TwoTowers(PreTrainedModel):
         super().__init__(config)
         self.low, self.high = CLIPVisionModel(config.low), ConvNextModel(config.high)
         wide, narrow = config.high.hidden_sizes[-1], config.hidden_size
-        # Ahead of all quarters of the CLIP tower but the first.
+        # One before each quarter of the CLIP tower except the first.
         self.adapters = nn.ModuleList(Adapter(narrow, wide) for _ in range(3))
         self.from_low = nn.Linear(narrow, narrow)
         self.from_high = nn.Linear(wide, narrow)
@@ -216,7 +216,7 @@ def answer(recipe: Recipe, inner: str) -> str:
 
 
 def plan(recipe: Recipe) -> str:
-    """Trace the model of full size, without weights, and tell where it would be cut."""
+    """Trace the model of full size, without weights, and show where it would be cut."""
     with META:
         model = LlavaForConditionalGeneration(full())
     model.train(mode=False)

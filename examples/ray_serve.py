@@ -32,7 +32,7 @@ NEW_TOKENS = 16
 
 
 class Answers:
-    """An exported model behind HTTP.
+    """An exported model that answers HTTP requests.
 
     Args:
         folder: What ``vtprune export`` wrote.

@@ -25,7 +25,7 @@ from vtprune_fx.recipes import default_recipe
 
 FRAMES, SIDE, PATCH, LAYERS = 8, 12, 4, 3
 TOKENS = FRAMES * ((SIDE // PATCH) ** 2 + 1)
-"""Visual tokens of a video: a frame has one for each patch, and one for the whole."""
+"""Visual tokens of a video: a frame has one for each patch, and one for the frame."""
 VIDEO = 98
 """Their placeholder."""
 

@@ -1,4 +1,4 @@
-"""Rate visual tokens by a score of your own, and let the pruned model answer.
+"""Rate visual tokens by your score, and let the pruned model answer.
 
     python examples/write_scorer.py
 

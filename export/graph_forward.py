@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -28,7 +27,7 @@ def graph_forward(model: PreTrainedModel) -> Iterator[None]:
     was_set = "forward" in vars(model)
     name = cache_argument(original) or PAST
 
-    def forward(**inputs: Any) -> dict[str, Any]:
+    def forward(**inputs: object) -> dict[str, object]:
         if PAST in inputs:
             inputs[name] = inputs.pop(PAST)
         outputs = original(**inputs)

@@ -1,6 +1,6 @@
-"""A pruned model whose graphs another runtime runs, with transformers' own generation.
+"""A pruned model whose graphs another runtime runs, with transformers' generation.
 
-What is the same for all runtimes: which graph runs, what is checked before it does, and
+What all runtimes share: the choice of the graph, the checks before it runs, and
 ``generate``.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol, TypeGuard
 
 import torch
 from torch import Tensor
@@ -43,7 +43,15 @@ class GraphRunner(Protocol):
         Positions among the tokens before that cut. Empty for graphs without keep sets.
         """
 
-    def __call__(self, **inputs: Any) -> CausalLMOutputWithPast:
+    def __call__(
+        self,
+        *,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        pixel_values: Tensor = ...,
+        past_key_values: Cache = ...,
+    ) -> CausalLMOutputWithPast:
         """Run the graph on the arguments that it was traced with.
 
         Returns:
@@ -124,7 +132,7 @@ class GraphModel(PreTrainedModel, GenerationMixin):
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         pixel_values: Tensor | None = None,
-        **options: Any,
+        **options: object,
     ) -> CausalLMOutputWithPast:
         """Run one step: a prompt with images, or the tokens after it.
 
@@ -147,24 +155,18 @@ class GraphModel(PreTrainedModel, GenerationMixin):
                 is unknown or asks for an output that the graphs do not have.
         """
         _check_options(options)
-        cache = given_cache({PAST: past_key_values} | options)
+        cache = given_cache({PAST: past_key_values, **options})
         self._check_sizes(input_ids, pixel_values)
         past = int(cache.get_seq_length()) if cache is not None else 0
         if attention_mask is None:
             samples, new = input_ids.shape
             attention_mask = input_ids.new_ones(samples, past + new)
         if position_ids is None:
-            positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
-            position_ids = positions[:, -input_ids.shape[1] :]
+            position_ids = _positions(attention_mask, input_ids.shape[1])
         if pixel_values is None:
             return self._run_decode(input_ids, attention_mask, position_ids, cache)
         if past:
-            raise InputError(
-                "pixel_values",
-                expected="images in the first prompt alone",
-                found="a prompt with images on a filled cache",
-                fix="Start from an empty cache, with the whole conversation.",
-            )
+            raise _image_after_prompt()
         self._check_visual_tokens(input_ids)
         return self._prefill_graph(
             input_ids=input_ids,
@@ -191,7 +193,7 @@ class GraphModel(PreTrainedModel, GenerationMixin):
                 expected="one new token at a time",
                 found=f"{input_ids.shape[1]}, after a prompt that was cut before "
                 "the first layer: its length cannot be read from the cache",
-                fix="Start from an empty cache, with the whole conversation.",
+                fix="Start from an empty cache, with the full conversation.",
             )
         return self._decode_graph(
             input_ids=input_ids,
@@ -256,7 +258,7 @@ that the graphs support."""
 _ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "pixel_values")
 
 
-def _check_options(options: Mapping[str, Any]) -> None:
+def _check_options(options: Mapping[str, object]) -> None:
     """Refuse unknown options, and values that the graphs do not support.
 
     Raises:
@@ -296,5 +298,19 @@ def zero_cache(
     return cache
 
 
-def _filled(cache: Cache | None) -> bool:
+def _positions(attention_mask: Tensor, new: int) -> Tensor:
+    """Positions [B, new] of the last tokens, counted from the mask [B, past + new]."""
+    return (attention_mask.cumsum(1) - 1).clamp(min=0)[:, -new:]
+
+
+def _image_after_prompt() -> InputError:
+    return InputError(
+        "pixel_values",
+        expected="images in the first prompt alone",
+        found="a prompt with images on a filled cache",
+        fix="Start from an empty cache, with the full conversation.",
+    )
+
+
+def _filled(cache: Cache | None) -> TypeGuard[Cache]:
     return cache is not None and int(cache.get_seq_length()) > 0

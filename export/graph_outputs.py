@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -49,7 +48,7 @@ def causal_output_of(values: Mapping[str, Tensor]) -> CausalLMOutputWithPast:
     return causal_output(values[LOGITS], cache)
 
 
-def _filled_layer(keys: Tensor, values: Tensor) -> Any:
+def _filled_layer(keys: Tensor, values: Tensor) -> DynamicLayer:
     """A layer of a cache on these tensors, without a copy."""
     layer = DynamicLayer()
     layer.lazy_initialization(keys, values)

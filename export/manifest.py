@@ -1,9 +1,9 @@
-"""``vtprune.json``: what an exported folder holds, and how to tell that it is whole.
+"""``vtprune.json``: what an exported folder holds, and the check that it is complete.
 
-A manifest comes with its folder, so it is read with suspicion: its file names are plain
-names, the files it lists are files and hash to what it says, and beside them there is
-nothing that a loader would read. A manifest cannot vouch for itself; what must not be
-trusted in the files themselves is checked by whoever opens them.
+A manifest comes with its folder, so it is not trusted: its file names must be plain
+names, the files it lists must be files with the hashes it lists, and no other file that
+a loader would read may be there. A manifest cannot prove itself: code that opens the
+files checks what they contain.
 """
 
 from __future__ import annotations

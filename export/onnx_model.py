@@ -7,7 +7,7 @@ import importlib.util
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ from vtprune_fx.export.graph_outputs import (
 )
 from vtprune_fx.export.manifest import Manifest
 from vtprune_fx.export.trust import COMPONENTS
+
+if TYPE_CHECKING:
+    import onnx_ir
 
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 """ONNX Runtime's option for graphs that do not come from a file."""
@@ -77,13 +80,9 @@ class OnnxModel(GraphModel):
         del program.meta["path"]
         options = session_options()
         options.add_session_config_entry(_WEIGHTS_FOLDER, str(folder.resolve()))
-        shown: Any = OnnxGraph.from_program(
-            program,
-            bare_metadata(self.manifest.precision),
-            self.device,
-            session_options=options,
+        self._prefill_graph = _session(
+            program, self.manifest.precision, self.device, options
         )
-        self._prefill_graph = shown  # typed as the base class
 
 
 class OnnxGraph(OnnxModelRunner):
@@ -150,13 +149,21 @@ def open_onnx(folder: Path, contents: Manifest, device: str | None) -> OnnxModel
 
 
 def _opened(path: Path, precision: str, device: str | None) -> OnnxGraph:
-    graph: Any = OnnxGraph.from_program(
-        OnnxExporter.load_program(path),
-        bare_metadata(precision),
-        device,
-        session_options=session_options(),
+    program = OnnxExporter.load_program(path)
+    return _session(program, precision, device, session_options())
+
+
+def _session(
+    program: onnx_ir.Model,
+    precision: str,
+    device: torch.device | str | None,
+    options: object,
+) -> OnnxGraph:
+    graph = OnnxGraph.from_program(
+        program, bare_metadata(precision), device, session_options=options
     )
-    return graph  # type: ignore[no-any-return] # annotated as of the base class
+    assert isinstance(graph, OnnxGraph), "annotated as the base class"
+    return graph
 
 
 def _check_offered(device: str | None) -> None:

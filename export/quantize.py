@@ -1,16 +1,19 @@
-"""Weight-only quantisation of an ONNX graph, by ONNX Runtime's own quantiser.
+"""Weight-only quantisation of an ONNX graph, by ONNX Runtime's quantiser.
 
-A ``MatMul`` with a constant matrix becomes a ``MatMulNBits``: the matrix in whole
-numbers, a scale for each block of a column. What is multiplied with it stays as it is.
+A ``MatMul`` with a constant matrix becomes a ``MatMulNBits``: the matrix in integers,
+with a scale for each block of a column. The other factor is not rounded.
 """
 
 from __future__ import annotations
 
 import logging
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from transformers.exporters import ExportFormat, ExportQuantizer
+
+if TYPE_CHECKING:
+    import onnx_ir
 
 Quantized = Literal["int8", "int4"]
 """What a matrix may be rounded to."""
@@ -23,7 +26,7 @@ class WeightOnly(ExportQuantizer):
     """Rounds all weight matrices of a graph, in transformers' exporter.
 
     Args:
-        to: What to.
+        to: The type to round to.
     """
 
     supported_formats = (ExportFormat.ONNX,)
@@ -34,9 +37,12 @@ class WeightOnly(ExportQuantizer):
         self._bits = {"int8": 8, "int4": 4}[to]
 
     def quantize(
-        self, model: Any, sample_inputs: dict[str, Any], export_format: ExportFormat
-    ) -> Any:
-        """The graph with its matrices rounded; what is passed in is used up."""
+        self,
+        model: onnx_ir.Model,
+        sample_inputs: dict[str, object],
+        export_format: ExportFormat,
+    ) -> onnx_ir.Model:
+        """The graph with its matrices rounded. ``model`` must not be used again."""
         import onnx_ir  # noqa: PLC0415 - an optional package
 
         _transpose_weights(model.graph)
@@ -47,11 +53,12 @@ class WeightOnly(ExportQuantizer):
             is_symmetric=True,
         )
         quantizer.process()
-        return onnx_ir.from_proto(quantizer.model.model)
+        rounded_model: onnx_ir.Model = onnx_ir.from_proto(quantizer.model.model)
+        return rounded_model
 
 
 def _quantizer() -> Any:
-    """ONNX Runtime's quantiser, whose module sets up logging when it is imported."""
+    """ONNX Runtime's quantiser class (untyped); keeps the logging set-up as it was."""
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
     from onnxruntime.quantization import matmul_nbits_quantizer  # noqa: PLC0415 - optional
@@ -62,14 +69,15 @@ def _quantizer() -> Any:
     return matmul_nbits_quantizer.MatMulNBitsQuantizer
 
 
-def _transpose_weights(graph: Any) -> None:
-    """Store each linear layer's weight as its product reads it, under its own name."""
+def _transpose_weights(graph: onnx_ir.Graph) -> None:
+    """Store each linear layer's weight transposed, as its product reads it."""
     import onnx_ir  # noqa: PLC0415 - an optional package
 
     for node in list(graph):
         weight = node.inputs[0] if node.op_type == "Transpose" else None
         if weight is None or not weight.is_initializer():
             continue
+        assert weight.const_value is not None, "an initializer has a value"
         matrix = weight.const_value.numpy().T.copy()
         tensor = onnx_ir.Tensor(matrix, name=f"{weight.name}.T")
         value = onnx_ir.Value(name=tensor.name, const_value=tensor)
@@ -78,17 +86,17 @@ def _transpose_weights(graph: Any) -> None:
         onnx_ir.convenience.replace_all_uses_with(node.outputs[0], value)
         graph.remove(node, safe=True)
         if not weight.uses():
-            graph.initializers.pop(weight.name)
+            graph.initializers.pop(str(weight.name))
 
 
 def rounded(weight: torch.Tensor, to: Quantized) -> torch.Tensor:
-    """A linear layer's weight as a graph holds it once it was rounded.
+    """A linear layer's weight with the rounding that a quantised graph gives it.
 
-    By a graph of one product, with the identity.
+    Read from a graph that multiplies the weight with the identity.
 
     Args:
         weight: [out, in].
-        to: What to.
+        to: The type to round to.
 
     Returns:
         [out, in] float32.

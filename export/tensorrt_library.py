@@ -1,16 +1,19 @@
-"""Whichever TensorRT is installed: the full one, else TensorRT for RTX.
+"""The TensorRT that is installed: the full one, else TensorRT for RTX.
 
-Both have one interface, and builders and parsers that work without a GPU in the second.
-Only ``compute_capability`` and the manifest tell them apart.
+Both have the same interface; the second builds and parses without a GPU.
+Only ``compute_capability`` and the manifest differ.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vtprune_fx.errors import InputError, MissingDependencyError
+
+if TYPE_CHECKING:
+    from vtprune_fx.export.tensorrt_types import Builder, Log, Named
 
 _NAMES = ("tensorrt", "tensorrt_rtx")
 
@@ -43,10 +46,10 @@ def version() -> dict[str, str]:
 
 
 @functools.cache
-def log() -> Any:
-    """The one logger of the process: TensorRT wants no second.
+def log() -> Log:
+    """The only logger of the process: TensorRT allows no second one.
 
-    Its list ``errors`` holds what went wrong since somebody cleared it. Nothing is
+    Its list ``errors`` holds what went wrong since it was last cleared. Nothing is
     printed.
     """
     base = library().ILogger
@@ -57,14 +60,21 @@ def log() -> Any:
             super().__init__()
             self.errors: list[str] = []
 
-        def log(self, severity: Any, message: str) -> None:
+        def log(self, severity: object, message: str) -> None:
             if severity in wrong:
                 self.errors.append(message)
 
-    return Errors()
+    errors: Log = Errors()
+    return errors
 
 
-def compute_capability(text: str | None) -> Any:
+def new_builder() -> Builder:
+    """A builder that reports errors to ``log``."""
+    builder: Builder = library().Builder(log())
+    return builder
+
+
+def compute_capability(text: str | None) -> Named | None:
     """What ``set_compute_capability`` takes for ``8.9``, or None for None.
 
     Raises:
@@ -74,7 +84,7 @@ def compute_capability(text: str | None) -> Any:
     kinds = getattr(library(), "ComputeCapability", None)
     if text is None:
         return None
-    known = {
+    known: dict[str, Named] = {
         f"{name[2:-1]}.{name[-1]}": member
         for name, member in getattr(kinds, "__members__", {}).items()
         if name.startswith("SM")
@@ -86,6 +96,6 @@ def compute_capability(text: str | None) -> Any:
             if known
             else "none: full TensorRT builds for the GPU of the machine",
             found=text,
-            fix="Leave it out, or name another one.",
+            fix="Omit it, or name another one.",
         )
     return known[text]

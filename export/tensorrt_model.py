@@ -1,4 +1,4 @@
-"""Running an exported folder of TensorRT engines, with transformers' own generation.
+"""Running an exported folder of TensorRT engines, with transformers' generation.
 
 Engines read and write the memory of torch tensors, on torch's current stream: only what
 is in the wrong place, of the wrong type or not contiguous is copied.
@@ -11,7 +11,7 @@ import mmap
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,13 +23,18 @@ from transformers.exporters import (
 )
 from transformers.exporters.runners.base import ModelRunner
 from transformers.exporters.utils import onnx_inputs
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from vtprune_fx.errors import ExportError, InputError
 from vtprune_fx.export.graph_model import GraphModel
 from vtprune_fx.export.graph_outputs import bare_metadata, causal_output_of
 from vtprune_fx.export.manifest import Manifest, refused
 from vtprune_fx.export.tensorrt_library import library, log, version
+from vtprune_fx.export.tensorrt_types import Engine
 from vtprune_fx.export.trust import COMPONENTS
+
+Buffer: TypeAlias = bytes | mmap.mmap
+"""A serialised engine."""
 
 FORMAT = "tensorrt"
 """What transformers calls exports of this kind."""
@@ -71,7 +76,7 @@ class TensorRTRunner(ModelRunner):
     keep_sets: Mapping[int, Tensor] = MappingProxyType({})
 
     def __init__(
-        self, metadata: ExportMetadata, engine: Any, device: torch.device
+        self, metadata: ExportMetadata, engine: Engine, device: torch.device
     ) -> None:
         super().__init__(metadata)
         self._engine, self._device = engine, device
@@ -88,36 +93,39 @@ class TensorRTRunner(ModelRunner):
 
     @classmethod
     def from_program(
-        cls, program: Any, metadata: ExportMetadata, device: Any = None
+        cls,
+        program: Buffer,
+        metadata: ExportMetadata,
+        device: torch.device | str | None = None,
     ) -> TensorRTRunner:
         """As in the base class; the program is a serialised engine."""
-        device = torch.device("cuda" if device is None else device)
-        if device.index is None and device.type == "cuda":
-            device = torch.device("cuda", torch.cuda.current_device())
-        return cls(metadata, _deserialized(program, device), device)
+        place = torch.device("cuda" if device is None else device)
+        if place.index is None and place.type == "cuda":
+            place = torch.device("cuda", torch.cuda.current_device())
+        return cls(metadata, _deserialized(program, place), place)
 
     def __call__(
-        self, share_inputs: bool = True, share_outputs: bool = False, **kwargs: Any
-    ) -> Any:
+        self, share_inputs: bool = True, share_outputs: bool = False, **kwargs: object
+    ) -> CausalLMOutputWithPast:
         """Run the engine on the traced forward's arguments.
 
         Returns:
-            What the model returned, in memory of its own.
+            The model's output, in newly allocated memory.
 
         Raises:
             InputError: An input is missing, or of a size the engine was not built for.
             ExportError: TensorRT does not run.
         """
-        held = [self._bind_input(*item) for item in self._leaves(kwargs).items()]
+        held = [self._bind_input(*item) for item in self._named_inputs(kwargs).items()]
         outputs = [self._bind_output(name) for name in self._outputs]
         if not self._context.execute_async_v3(_stream(self._device)):
             raise _does_not(f"run on {self._device}")
         del held  # read by then, as torch's allocator sees it: in the stream's order
         return causal_output_of(dict(zip(self._outputs, outputs, strict=True)))
 
-    def _leaves(self, kwargs: dict[str, Any]) -> dict[str, Tensor]:
-        leaves: dict[str, Tensor] = onnx_inputs(self._inputs, kwargs)
-        missing = [name for name in self._inputs if name not in leaves]
+    def _named_inputs(self, kwargs: Mapping[str, object]) -> dict[str, Tensor]:
+        values: dict[str, Tensor] = onnx_inputs(self._inputs, dict(kwargs))
+        missing = [name for name in self._inputs if name not in values]
         if missing:
             raise InputError(
                 "inputs",
@@ -125,7 +133,7 @@ class TensorRTRunner(ModelRunner):
                 found=f"no {missing[0]}",
                 fix="Pass what the model's processor returns.",
             )
-        return leaves
+        return values
 
     def _bind_input(self, name: str, value: Tensor) -> Tensor:
         dtype = _TYPES[self._engine.get_tensor_dtype(name).name]
@@ -158,7 +166,7 @@ class TensorRTRunner(ModelRunner):
         return value
 
     def _bind(self, name: str, value: Tensor) -> Tensor:
-        """Hand an address over; TensorRT wants one for what is empty, too."""
+        """Set a tensor's address; TensorRT wants one for an empty tensor too."""
         held = value if value.numel() else value.new_empty(1)
         if not self._context.set_tensor_address(name, held.data_ptr()):
             raise _does_not(f"take the memory of {name}")
@@ -176,13 +184,13 @@ class TensorRTFormat(OnnxExporter):
     program_suffix = ".engine"
 
     @classmethod
-    def save_program(cls, program: Any, path: Any) -> None:
+    def save_program(cls, program: Any, path: str | Path) -> None:
         """Write one engine."""
         Path(path).write_bytes(program)
 
     @classmethod
-    def load_program(cls, path: Any) -> Any:
-        """One engine, left in its file until it is read."""
+    def load_program(cls, path: str | Path) -> Any:
+        """One engine, mapped from its file: nothing is read yet."""
         with Path(path).open("rb") as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
@@ -198,7 +206,7 @@ register_backend(TensorRTFormat, TensorRTRunner)
 def open_tensorrt(
     folder: Path, contents: Manifest, device: str | None
 ) -> TensorRTModel:
-    """Open a folder of engines that was found whole.
+    """Open a folder of engines whose files were checked.
 
     Args:
         folder: The export.
@@ -214,7 +222,7 @@ def open_tensorrt(
         raise ExportError(
             f"export {folder}",
             expected=f"engines of {name} {number}, which is installed",
-            found="engines of the other TensorRT",
+            found="engines of another TensorRT package",
             fix="Install the one that built them, or build them again.",
         )
     _check_device(device)
@@ -230,7 +238,7 @@ def open_tensorrt(
 
 
 def _metadata(folder: Path, name: str, precision: str) -> ExportMetadata:
-    """What a runner needs: an engine does not say in which order its outputs come."""
+    """What a runner needs: an engine does not know the order of its outputs."""
     try:
         fields = json.loads((folder / "export.json").read_text(encoding="utf-8"))
         outputs = fields["components"][name]["metadata"]["export_config"][OUTPUTS]
@@ -254,11 +262,11 @@ def _check_device(device: str | None) -> None:
         )
 
 
-def _deserialized(plan: Any, device: torch.device) -> Any:
+def _deserialized(plan: Buffer, device: torch.device) -> Engine:
     with torch.cuda.device(device):
         log().errors.clear()
         runtime = library().Runtime(log())
-        engine = runtime.deserialize_cuda_engine(plan)
+        engine: Engine | None = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         raise _does_not(f"read the engine with {version()} on {device}")
     return engine

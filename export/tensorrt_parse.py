@@ -1,7 +1,7 @@
 """What TensorRT's parser refuses in a graph, before anything slow.
 
-The parser stops at the first node that it refuses. To name them all, what such a node
-gives is made an input of the graph, and the rest is parsed again.
+The parser stops at the first node that it refuses. To name them all, the outputs of
+such a node are made inputs of the graph, and the rest is parsed again.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ import ast
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from vtprune_fx.errors import ExportError
 from vtprune_fx.export.tensorrt_library import library, log
@@ -20,9 +21,13 @@ from vtprune_fx.export.tensorrt_library import library, log
 if TYPE_CHECKING:
     import onnx_ir
 
+    from vtprune_fx.export.tensorrt_types import Builder, Network, Parser
+
 _SCOPES, _TRACE = "pkg.torch.onnx.name_scopes", "pkg.torch.onnx.stack_trace"
 """Where torch.onnx notes what a node was made of."""
 
+
+Weight: TypeAlias = npt.NDArray[np.generic]
 
 _SMALL = 1024
 """Bytes up to which a constant stays in the graph: axes and the like."""
@@ -32,9 +37,9 @@ _SMALL = 1024
 class Parsed:
     """A network, the parser that it needs, and the weights that both read."""
 
-    network: Any
-    parser: Any
-    weights: Mapping[str, np.ndarray[Any, Any]]
+    network: Network
+    parser: Parser
+    weights: Mapping[str, Weight]
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,7 @@ class Refusal:
         return f"{self.operator} ({self.node}) in {place}: {self.reason}"
 
 
-def parse(builder: Any, model: onnx_ir.Model, name: str) -> Parsed:
+def parse(builder: Builder, model: onnx_ir.Model, name: str) -> Parsed:
     """Parse a graph into a network. Weights are read where they are.
 
     Args:
@@ -84,11 +89,11 @@ def parse(builder: Any, model: onnx_ir.Model, name: str) -> Parsed:
     )
 
 
-def _parse(builder: Any, model: onnx_ir.Model) -> Parsed:
+def _parse(builder: Builder, model: onnx_ir.Model) -> Parsed:
     trt = library()
     flag = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
     network = builder.create_network(flag)
-    parser = trt.OnnxParser(network, log())
+    parser: Parser = trt.OnnxParser(network, log())
     graph, weights = _without_weights(model)
     parser.load_model_proto(graph)
     for name, array in weights.items():
@@ -99,11 +104,11 @@ def _parse(builder: Any, model: onnx_ir.Model) -> Parsed:
 
 def _without_weights(
     model: onnx_ir.Model,
-) -> tuple[bytes, dict[str, np.ndarray[Any, Any]]]:
-    """The serialised graph, and the weights beside it: it may be larger than 2 GiB."""
+) -> tuple[bytes, dict[str, Weight]]:
+    """The serialised graph, and its weights apart: a file takes at most 2 GiB."""
     import onnx_ir  # noqa: PLC0415 - an optional package
 
-    weights = {}
+    weights: dict[str, Weight] = {}
     kept = {}
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
@@ -120,14 +125,14 @@ def _without_weights(
     return graph, weights
 
 
-def _refusals(builder: Any, model: onnx_ir.Model, parsed: Parsed) -> list[Refusal]:
+def _refusals(builder: Builder, model: onnx_ir.Model, parsed: Parsed) -> list[Refusal]:
     """Every node that is refused, in order; takes them out of the graph."""
     found: list[Refusal] = []
     while parsed.parser.num_errors:
         error = parsed.parser.get_error(0)
         named = {node.name: node for node in model.graph}
         node = named.get(error.node_name())
-        if node is None:  # about the graph as a whole
+        if node is None:  # about the graph, not about a node
             found += [] if found else [Refusal("", "the graph", "", "", error.desc())]
             break
         found.append(_refusal(node, error.desc()))
@@ -142,14 +147,14 @@ def _refusal(node: onnx_ir.Node, reason: str) -> Refusal:
     frames = re.findall(
         r'File "(.+?)", line (\d+)', node.metadata_props.get(_TRACE, "")
     )
-    source = ":".join(frames[-1]) if frames else "a place that is not known"
-    # The last scope is the operator's own.
+    source = ":".join(frames[-1]) if frames else "an unknown place"
+    # The last scope is the operator's, the one before it the module's.
     module = scopes[-2] if len(scopes) > 1 else ""
     return Refusal(str(node.name), node.op_type, module, source, reason)
 
 
 def _take_out(graph: onnx_ir.Graph, node: onnx_ir.Node) -> bool:
-    """Replace a node by inputs, or say that it gives something of unknown type."""
+    """Replace a node by inputs; False if an output's type or shape is unknown."""
     import onnx_ir  # noqa: PLC0415 - an optional package
 
     if any(value.type is None or value.shape is None for value in node.outputs):

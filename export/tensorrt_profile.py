@@ -1,8 +1,8 @@
 """The sizes that an engine is built for: smallest, most usual, largest.
 
 An engine takes inputs of any size between the smallest and the largest and is tuned for
-the most usual. A graph's own symbolic sizes, given values at these three points, say
-what each input and output is there.
+the most usual. A graph's symbolic sizes, given values at these three points,
+determine the shape of each input and output there.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ _ONE, _FEW = Span(1, 1, 1), Span(1, 1, 4)
 
 @dataclass(frozen=True)
 class EngineSizes:
-    """What an engine is asked to take.
+    """The sizes that an engine takes.
 
     Attributes:
         batch: Prompts.
@@ -139,14 +139,14 @@ def prefill_points(graph: onnx_ir.Graph, sizes: EngineSizes) -> list[Point]:
 def decode_points(
     graph: onnx_ir.Graph, sizes: EngineSizes, filled: Mapping[str, Sequence[int]]
 ) -> list[Point]:
-    """The three points of a decode graph, each layer's cache with a length of its own.
+    """The three points of a decode graph, with a separate cache length for each layer.
 
-    The smallest cache is empty: there a prompt of text alone begins.
+    The smallest cache is empty, for prompts of text alone.
 
     Args:
         graph: Takes new tokens, one or any number, the cache, and a mask as long as
             both.
-        sizes: What the prefill was asked to take.
+        sizes: The prefill's sizes.
         filled: For each output of the prefill that is a cache, its length at the
             prefill's points.
     """
@@ -191,7 +191,7 @@ def shape_at(value: onnx_ir.Value, point: Point) -> tuple[int, ...]:
             f"tensor {value.name}",
             expected=f"a shape that follows from {', '.join(point)}",
             found=str(value.shape),
-            fix="Report the model: its graph has sizes of its own.",
+            fix="Report the model: its graph has sizes that do not follow from inputs.",
         )
     return tuple(int(size) for size in shape.numpy())
 

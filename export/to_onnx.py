@@ -13,14 +13,15 @@ import warnings
 from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import OutputKind, OutputSpec, TensorArgument
 from torch.utils import _pytree as pytree
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import Cache, PreTrainedModel, ProcessorMixin
 from transformers.exporters import (
     DynamoExporter,
     ExportedComponent,
@@ -53,6 +54,9 @@ from vtprune_fx.passes import KEEP_PREFIX
 from vtprune_fx.planning.report import PruneReport
 from vtprune_fx.pruning import prune_program
 from vtprune_fx.recipes.schema import Recipe
+
+if TYPE_CHECKING:
+    import onnx_ir
 
 OPSET = 20
 """Runs everywhere. From opset 23 on, attention is one node."""
@@ -101,13 +105,13 @@ class _Pruning(DynamoExporter):
     def export_program(
         self,
         model: PreTrainedModel,
-        sample_inputs: MutableMapping[str, Any],
+        sample_inputs: MutableMapping[str, Tensor | Cache],
         config: Any,
     ) -> tuple[Any, ExportMetadata]:
         """As the base class, and pruned.
 
         Typed as widely as in ``HfExporter``: the ONNX exporter, which overrides this,
-        takes a configuration of its own and returns an ONNX graph.
+        takes another class of configuration and returns an ONNX graph.
         """
         program, metadata = super().export_program(model, sample_inputs, config)
         pruned, self.report = prune_program(program, self.recipe)
@@ -128,11 +132,12 @@ def _return_keep_sets(program: ExportedProgram, report: PruneReport) -> None:
         OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), None)
         for node in keep_sets
     )
-    whole = program.module_call_graph[0].signature
-    assert whole is not None, "the first is of the whole program"
-    outputs = pytree.tree_unflatten(range(whole.out_spec.num_leaves), whole.out_spec)
+    signature = program.module_call_graph[0].signature
+    assert signature is not None, "the first entry describes the program itself"
+    spec = signature.out_spec
+    outputs = pytree.tree_unflatten(range(spec.num_leaves), spec)
     named = dict(outputs) | {node.name: None for node in keep_sets}
-    whole.out_spec = pytree.tree_structure(named)
+    signature.out_spec = pytree.tree_structure(named)
 
 
 class PrunedOnnxExporter(OnnxExporter, _Pruning):
@@ -153,7 +158,7 @@ class PrunedOnnxExporter(OnnxExporter, _Pruning):
     def export_program(
         self,
         model: PreTrainedModel,
-        sample_inputs: MutableMapping[str, Any],
+        sample_inputs: MutableMapping[str, Tensor | Cache],
         config: Any,
     ) -> tuple[Any, ExportMetadata]:
         """As the base class, with keep sets in their place and functions defined."""
@@ -172,7 +177,7 @@ class PrunedOnnxExporter(OnnxExporter, _Pruning):
 
 def export_onnx(
     model: PreTrainedModel,
-    inputs: Mapping[str, Any],
+    inputs: Mapping[str, object],
     recipe: Recipe | None,
     options: OnnxOptions = OnnxOptions(),
 ) -> tuple[ExportedModel, PruneReport]:
@@ -180,9 +185,9 @@ def export_onnx(
 
     ``prefill`` takes what ``prefill_inputs`` gives, ids, mask, positions and pixels or
     features, and returns logits and a ragged cache; batch, prompt length and number of
-    images are dynamic. ``decode`` takes any number of new tokens and the cache, each
-    layer's length a dimension of its own: it serves steps, further turns, and on an
-    empty cache prompts without images.
+    images are dynamic. ``decode`` takes any number of new tokens and the cache, with
+    a separate dimension for each layer's length: it serves steps, further turns, and on
+    an empty cache prompts without images.
 
     Args:
         model: An unmodified transformers model, in the precision of the export.
@@ -195,19 +200,19 @@ def export_onnx(
         AnatomyError: The model has no visual tokens, or no decoder that can be pruned.
         PlanError: The recipe does not fit the model.
     """
-    inputs = example(inputs)
+    prompts = example(inputs)
     if options.prompt is not None:
-        visual = (inputs["input_ids"] == model.config.image_token_id).sum(dim=1)
+        visual = (prompts["input_ids"] == model.config.image_token_id).sum(dim=1)
         _check_prompt(options.prompt, int(visual.max()))
-    inputs = prefill_inputs(model, inputs)
+    ready = prefill_inputs(model, prompts)
     # After cuts nearly every symbolic size is new: remembering fakes doubles the time.
     with torch._dynamo.config.patch(fake_tensor_cache_enabled=False), _quietly():
         exporter = PrunedOnnxExporter(recipe, options.keep_sets)
         with images_as_one_sequence(model):
-            shapes = dynamic_shapes(inputs)
-            prefill = _export(exporter, model, inputs, shapes, options)
+            shapes = dynamic_shapes(ready)
+            prefill = _export(exporter, model, ready, shapes, options)
         with ragged_attention(model):
-            step, shapes = _decode_example(model, inputs)
+            step, shapes = _decode_example(model, *ready["input_ids"].shape)
             decode = _export(OnnxExporter(), model, step, shapes, options)
     _fix_sizes(prefill.program.graph, options.batch, options.prompt)
     _fix_sizes(decode.program.graph, options.batch, None)
@@ -225,15 +230,17 @@ def _check_prompt(prompt: int, visual: int) -> None:
             "--prompt",
             expected=f"at least {least}: {visual} visual tokens and two of text",
             found=str(prompt),
-            fix="Leave it out, or make it as long as the longest prompt.",
+            fix="Omit it, or make it as long as the longest prompt.",
         )
 
 
-def prefill_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
+def prefill_inputs(
+    model: PreTrainedModel, inputs: Mapping[str, object]
+) -> dict[str, Tensor]:
     """What an exported prefill graph takes, made of what a processor returned.
 
-    Positions, and where a model's encoders are told sizes the features that they give
-    (``encoding.encoded``).
+    Adds positions, and replaces pixels by features where a model's encoders take the
+    images' sizes too (``encoding.encoded``).
     """
     with torch.no_grad():
         ready = encoded(model, inputs)
@@ -269,7 +276,7 @@ def write_onnx(
     processor: ProcessorMixin,
     recipe: Recipe | None,
     folder: Path,
-    example: Mapping[str, Any] | None = None,
+    example: Mapping[str, object] | None = None,
     options: OnnxOptions = OnnxOptions(),
 ) -> PruneReport:
     """Export a model with its processor into a folder that ``load`` can run.
@@ -286,7 +293,7 @@ def write_onnx(
     Raises:
         InputError: The folder holds something else, or prompts are to be too short.
         ExportError: The model's weights are of a type that is not exported, or its
-            encoders are told sizes, so that features depend on values.
+            encoders take image sizes, so that features depend on values.
         MissingDependencyError: The packages that write ONNX are not installed.
         AnatomyError: The model has no visual tokens, or no decoder that can be pruned.
         PlanError: The recipe does not fit the model.
@@ -304,17 +311,17 @@ def write_onnx(
     return report
 
 
-def check_encoders(model: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
+def check_encoders(model: PreTrainedModel, inputs: Mapping[str, object]) -> None:
     """Check that a folder can hold a model's encoders.
 
     Raises:
-        ExportError: They are told sizes, so that features depend on values.
+        ExportError: They take image sizes, so that features depend on values.
     """
     if is_told_sizes(model, inputs):
         raise ExportError(
             f"model {type(model).__name__}",
             expected="encoders that see pixels alone, to write as a graph",
-            found="encoders that are told sizes of images",
+            found="encoders that take image sizes",
             fix="Run it with vtprune_fx.compile, or take the graphs that "
             "vtprune_fx.export.export_onnx returns, which start with features.",
         )
@@ -356,7 +363,7 @@ def _source(model: PreTrainedModel) -> str:
     return str(Path(name).resolve()) if name and Path(name).is_dir() else name
 
 
-def example_prompts(processor: ProcessorMixin) -> dict[str, Any]:
+def example_prompts(processor: ProcessorMixin) -> dict[str, Tensor]:
     """Two prompts with a blank image each, to trace with: only shapes matter."""
     blank = Image.new("RGB", (64, 64))
     prompts = [f"{image_token(processor)} Describe the picture."] * 2
@@ -367,12 +374,12 @@ def example_prompts(processor: ProcessorMixin) -> dict[str, Any]:
 def _export(
     exporter: OnnxExporter,
     model: PreTrainedModel,
-    inputs: Mapping[str, Any],
-    shapes: dict[str, Any],
+    inputs: Mapping[str, Tensor | Cache],
+    shapes: Mapping[str, object],
     options: OnnxOptions,
 ) -> ExportedComponent:
     config = OnnxConfig(
-        dynamic_shapes=shapes,
+        dynamic_shapes=dict(shapes),
         opset_version=options.opset,
         optimize=False,
         quantizer=None if options.quantize is None else WeightOnly(options.quantize),
@@ -384,11 +391,16 @@ def _export(
     return ExportedComponent(*program)
 
 
-def _fix_sizes(graph: Any, batch: int | None, prompt: int | None) -> None:
+def _fix_sizes(graph: onnx_ir.Graph, batch: int | None, prompt: int | None) -> None:
     """Make numbers of symbols, in all shapes of an ONNX graph."""
     [ids] = [value for value in graph.inputs if value.name == "input_ids"]
+    assert ids.shape is not None
     sizes = zip(ids.shape, (batch, prompt), strict=True)
-    known = {symbol.value: size for symbol, size in sizes if size is not None}
+    known = {
+        str(symbol.value): size
+        for symbol, size in sizes
+        if size is not None and not isinstance(symbol, int)
+    }
     if not known:
         return
     made = (value for node in graph.all_nodes() for value in node.outputs)
@@ -402,11 +414,10 @@ _NEW = 3
 
 
 def _decode_example(
-    model: PreTrainedModel, inputs: Mapping[str, Any]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """New tokens on a ragged cache, and which of the dimensions vary."""
+    model: PreTrainedModel, samples: int, prompt: int
+) -> tuple[dict[str, Tensor | Cache], dict[str, object]]:
+    """New tokens on a ragged cache of prompts, and which of the dimensions vary."""
     layers = model.config.get_text_config().num_hidden_layers
-    samples, prompt = inputs["input_ids"].shape
     # Only the first layer's cache is as long as the mask: in any graph it is.
     cache = zero_cache(model, [prompt, *[prompt - 1] * (layers - 1)], samples)
     # The cache and the new tokens are two at least, or tracing takes them for one.

@@ -1,9 +1,9 @@
 """Exporting a pruned model to TensorRT: a prefill engine and a decode engine.
 
-The graphs are those of ``to_onnx``. TensorRT's parser wants constants as such, so they
-are folded first; weights have the type that the model has, since networks are strongly
-typed. What the parser makes of a graph has to have the sizes that the graph has, at the
-smallest, usual and largest inputs.
+The graphs are those of ``to_onnx``. TensorRT's parser wants axes and the like as
+constants, so they are folded first; weights keep the model's type, since networks are
+strongly typed. The parsed network must have the graph's sizes at the smallest, usual
+and largest inputs.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
@@ -24,8 +24,8 @@ from vtprune_fx.export.folder import check_free, write_export
 from vtprune_fx.export.manifest import versions
 from vtprune_fx.export.tensorrt_library import (
     compute_capability,
-    library,
     log,
+    new_builder,
     version,
 )
 from vtprune_fx.export.tensorrt_model import FORMAT, OUTPUTS
@@ -49,6 +49,8 @@ from vtprune_fx.recipes.schema import Recipe
 
 if TYPE_CHECKING:
     import onnx_ir
+
+    from vtprune_fx.export.tensorrt_types import Builder, Network
 
 Shapes = dict[str, list[tuple[int, ...]]]
 """For each input or output, its shape at each point."""
@@ -74,7 +76,7 @@ class Built:
     outputs: Shapes
     types: Mapping[str, str]
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, object]:
         """Inputs and outputs, which a runner cannot query without a GPU."""
         return {
             kind: {
@@ -132,7 +134,7 @@ def write_tensorrt(
         AnatomyError: The model has no visual tokens, or no decoder that can be pruned.
         PlanError: The recipe does not fit the model.
         ExportError: TensorRT does not take the graphs, counts depend on the prompt, or
-            the model's encoders are told sizes, so that features depend on values.
+            the model's encoders take image sizes, so that features depend on values.
     """
     for package in ("onnx", "onnxscript"):
         optional(package, package, "exporting to TensorRT", FORMAT)
@@ -144,9 +146,14 @@ def write_tensorrt(
     exported, report = export_onnx(model, inputs, recipe)
     sizes = sizes.for_prompts(report.plan.visual_tokens, report.plan.dropped)
     engines = build_engines(exported, sizes, capability)
-    fields = {"target": FORMAT, "packages": versions() | version()}
-    fields |= manifest_fields(model, report)
-    write_export(folder, engines_of(exported, engines, sizes), processor, **fields)
+    write_export(
+        folder,
+        engines_of(exported, engines, sizes),
+        processor,
+        target=FORMAT,
+        packages=versions() | version(),
+        **manifest_fields(model, report),
+    )
     return EngineReport(report, engines)
 
 
@@ -196,7 +203,7 @@ def build(
         for values in (model.graph.inputs, model.graph.outputs)
     )
     log().errors.clear()
-    builder = library().Builder(log())
+    builder = new_builder()
     parsed = tensorrt_parse.parse(builder, model, name)
     check_shapes(name, parsed.network, inputs, outputs)
     plan = _build(name, builder, parsed.network, inputs, capability)
@@ -217,7 +224,7 @@ def fold_constants(model: onnx_ir.Model) -> None:
     optimizer.remove_unused_nodes(model)
 
 
-def check_shapes(name: str, network: Any, inputs: Shapes, outputs: Shapes) -> None:
+def check_shapes(name: str, network: Network, inputs: Shapes, outputs: Shapes) -> None:
     """Check that a network has the sizes that its graph has, at every point.
 
     Raises:
@@ -243,16 +250,21 @@ def check_shapes(name: str, network: Any, inputs: Shapes, outputs: Shapes) -> No
 
 
 def _build(
-    name: str, builder: Any, network: Any, inputs: Shapes, capability: str | None
+    name: str,
+    builder: Builder,
+    network: Network,
+    inputs: Shapes,
+    capability: str | None,
 ) -> bytes:
     config = builder.create_builder_config()
     profile = builder.create_optimization_profile()
     for tensor, shapes in inputs.items():
-        profile.set_shape(tensor, *shapes)
+        least, usual, most = shapes
+        profile.set_shape(tensor, least, usual, most)
     config.add_optimization_profile(profile)
-    if capability is not None:
+    if (target := compute_capability(capability)) is not None:
         config.num_compute_capabilities = 1
-        config.set_compute_capability(compute_capability(capability), 0)
+        config.set_compute_capability(target, 0)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise ExportError(
@@ -273,19 +285,19 @@ def _check_counts(recipe: Recipe | None) -> None:
     if recipe is not None and recipe.adaptive:
         raise ExportError(
             f"recipe {recipe.name}",
-            expected="as many tokens to leave from every prompt: an engine's sizes "
-            "follow from its inputs' sizes",
+            expected="the same number of tokens dropped from every prompt: an "
+            "engine's sizes follow from its inputs' sizes",
             found="numbers that depend on the prompt",
             fix="Fix the counts with `vtprune calibrate`, or run the model with torch.",
         )
 
 
-def _in_precision(inputs: Mapping[str, Any], model: PreTrainedModel) -> dict[str, Any]:
-    """Pixels as the model's own weights are."""
+def _in_precision(
+    inputs: Mapping[str, Tensor], model: PreTrainedModel
+) -> dict[str, Tensor]:
+    """Inputs with pixels in the type of the model's weights."""
     return {
-        name: value.to(model.dtype)
-        if isinstance(value, Tensor) and value.is_floating_point()
-        else value
+        name: value.to(model.dtype) if value.is_floating_point() else value
         for name, value in inputs.items()
     }
 
@@ -293,7 +305,7 @@ def _in_precision(inputs: Mapping[str, Any], model: PreTrainedModel) -> dict[str
 def engines_of(
     exported: ExportedModel, engines: Mapping[str, Built], sizes: EngineSizes
 ) -> ExportedModel:
-    """The engines in place of the graphs, with all else that was recorded of them."""
+    """The engines in place of the graphs, with their other metadata."""
     components = {}
     for name, built in engines.items():
         metadata = exported.components[name].metadata

@@ -6,8 +6,8 @@
 
 Triton joins requests to a prefill into one batch if their prompts are equally long and
 have one image each, so that every input and output has one row per request. Decode
-requests are not joined: each has its own cache, of its own length, and joining caches
-would copy them at every token.
+requests are not joined: their caches differ in length, and joining caches would
+copy them at every token.
 
 The configuration follows Triton's ``model_config.proto``.
 """
@@ -97,7 +97,7 @@ def configuration(
         backend: Triton's name of the runtime.
         file: Name of the graph's file.
         graph: Its inputs and outputs.
-        max_batch: Requests that may be joined. Dimensions then leave out the batch.
+        max_batch: Requests that may be joined. Dimensions then omit the batch.
     """
     outputs = [t for t in graph.outputs if not (max_batch and t.name == _FEATURES)]
     lines = [

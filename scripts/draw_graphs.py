@@ -3,7 +3,7 @@
     python scripts/draw_graphs.py
 
 A tiny LLaVA is traced and pruned. A box is a run of operators of one module, or of one
-kind that a pass inserted, with the shape that leaves it; a line is a value that one box
+kind that a pass inserted, with the shape of its output; a line is a value that one box
 makes and another reads. Nothing is drawn by hand.
 """
 
@@ -89,7 +89,7 @@ def traced() -> GraphModule:
 
 
 def one_cut() -> Recipe:
-    """Four visual tokens leave in the middle of the second layer."""
+    """Four visual tokens are dropped in the middle of the second layer."""
     published = load_recipe("fitprune-llava-1.5-7b-60")
     changes = {"layers": 2, "visual_tokens": 16, "cuts": (Cut(layer=1, drop=4),)}
     return published.model_copy(update=changes)

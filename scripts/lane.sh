@@ -1,5 +1,5 @@
 # Sourced from the checkout's root. A lane is one set of exact versions, constraints/LANE.txt,
-# in an environment of its own. VTPRUNE_LANE and VTPRUNE_VENV get their defaults here.
+# in a separate environment. VTPRUNE_LANE and VTPRUNE_VENV get their defaults here.
 export VTPRUNE_LANE=${VTPRUNE_LANE:-newest}
 case $VTPRUNE_LANE in
   newest) export VTPRUNE_VENV=${VTPRUNE_VENV:-.venv} ;;

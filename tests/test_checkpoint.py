@@ -25,13 +25,11 @@ from vtprune_fx.models.loading import (
 )
 from vtprune_fx.reference.random_llava import (
     CHAT_TEMPLATE,
-    IMAGE_ID,
-    PAD_ID,
     RECORD,
-    SPECIAL_TOKENS,
     CheckpointSpec,
     build_checkpoint,
 )
+from vtprune_fx.reference.tokenizer import IMAGE_ID, PAD_ID, SPECIAL_TOKENS
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -162,7 +162,7 @@ def test_rules_are_shown_and_have_no_cost(io: Run) -> None:
     status, out, _ = run(*io, "recipes", "show", by_rank)
     assert status == 0
     rows = [line.split(maxsplit=1) for line in out.splitlines()[4:]]
-    rule = "int(9 r + 6) stay, v - 1 at most"
+    rule = "int(9 r + 6) kept, v - 1 at most"
     assert rows == [[layer, rule] for layer in ("2", "6", "15", "19")]
     status, out, err = run(*io, "cost", "--recipe", by_rank)
     assert (status, out) == (1, "")

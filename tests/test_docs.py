@@ -1,6 +1,6 @@
 """The documentation: it builds, its links lead somewhere, its code and commands work.
 
-A block of Python runs unless ``<!-- not run: WHY -->`` stands on the line ahead of it;
+A block of Python runs unless ``<!-- not run: WHY -->`` stands on the line before it;
 blocks of a page share their names, as a reader who types them in would.
 """
 
@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import ast
 import importlib
+import io
 import re
 import shlex
 import subprocess
 import sys
+import tokenize
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,27 @@ RETIRED = re.compile(
     r"|\bof (?:its|their) own\b|\btokens (?:that )?(?:leave|stay)\b|\bas it came\b",
     re.I,
 )
+RETIRED_IN_CODE = re.compile(
+    RETIRED.pattern + r"|\bown\b|\bwhole\b|\btells?\b|\bwho (?:stay|leave)\b", re.I
+)
+CLEANED = (  # folders whose docstrings and comments are free of these words
+    "export",
+    "vtprune_fx/analysis",
+    "vtprune_fx/cli",
+    "vtprune_fx/planning",
+    "vtprune_fx/recipes",
+    "vtprune_fx/reference",
+    "benchmarks",
+    "examples",
+    "scripts",
+)
+NOT_YET = {  # files in them that are not
+    "export/onnx_trust.py",
+    "export/trust.py",
+    "export/verify.py",
+    "vtprune_fx/recipes/schema.py",
+}
+FILES = [file for folder in CLEANED for file in sorted((ROOT / folder).rglob("*.py"))]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
@@ -70,6 +93,38 @@ def test_no_page_uses_a_retired_word(page: Path) -> None:
     """The glossary has the terms instead: after, before, dropped, kept, per-sample."""
     text = FENCED.sub("", page.read_text(encoding="utf-8"))
     assert RETIRED.findall(text) == []
+
+
+def remarks(text: str) -> list[str]:
+    """Comments and docstrings of a Python file, those of constants included."""
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    comments = [token.string for token in tokens if token.type == tokenize.COMMENT]
+    docstrings = [
+        node.value.value
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    ]
+    return comments + docstrings
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_no_remark_uses_a_retired_word(file: Path) -> None:
+    if str(file.relative_to(ROOT)) in NOT_YET:
+        pytest.skip("not reread yet")
+    found = [
+        remark
+        for remark in remarks(file.read_text(encoding="utf-8"))
+        if RETIRED_IN_CODE.search(remark)
+    ]
+    assert found == []
+
+
+def test_a_retired_word_is_seen_in_remarks_alone() -> None:
+    text = 'def f():\n    """Its own."""\n    # behind\n    return "whole"\n'
+    assert remarks(text) == ["# behind", "Its own."]
+    assert all(map(RETIRED_IN_CODE.search, remarks(text)))
 
 
 @pytest.mark.parametrize("page", TEXTS, ids=lambda page: page.name)

@@ -62,7 +62,7 @@ def test_llava_hr_of_full_size_takes_the_published_recipe() -> None:
     """The authors' 60 % for 1,024 visual tokens: 42 leave in the first layer."""
     said = runpy.run_path(str(EXAMPLES / "llava_hr.py"))["main"]("full")
     assert "fitprune-llava-hr-7b-60, 1024 visual tokens" in said
-    assert "42 leave, 982 stay" in said
+    assert "42 dropped, 982 kept" in said
 
 
 @pytest.mark.slow

@@ -30,9 +30,9 @@ def test_cuts_are_told_layer_by_layer() -> None:
     heading, *layers = str(found).splitlines()
     assert "16 visual tokens" in heading
     assert [line.split(": ", 1)[1].split(";")[0] for line in layers] == [
-        "3 leave, 13 stay",
+        "3 dropped, 13 kept",
         "no cut",
-        "5 leave, 8 stay",
+        "5 dropped, 8 kept",
     ]
 
 
@@ -41,7 +41,7 @@ def test_new_tokens_are_told() -> None:
     model, recycle = tiny_llava(layers=3), {"tau": 0.5, "theta": 0.3}
     recipe = recipe_for(3, {1: 6}, site="after_layer", recycle=recycle)
     found = explain(model, batch(model, (3, 6)), recipe)
-    assert "6 leave, 12 stay, 2 of them new; gathers" in str(found)
+    assert "6 dropped, 12 kept, 2 of them new; gathers" in str(found)
 
 
 def test_what_is_refused_is_told() -> None:

@@ -505,7 +505,7 @@ def test_features_placed_after_a_cut_are_refused() -> None:
     more.meta["val"] = late.meta["val"]
     recipe = Case(Spec(layers=2), {0: 1}).recipe
     anatomy = anatomy_of(module)
-    with pytest.raises(PlanError, match="a cut behind all layers that visual features"):
+    with pytest.raises(PlanError, match="a cut after all layers that visual features"):
         place(recipe, anatomy, module.graph)
 
 

@@ -37,7 +37,7 @@ from vtprune_fx.models.loading import open_checkpoint
 from vtprune_fx.reference import CHECKPOINT
 from vtprune_fx.reference.pictures import SIDE, SPLITS, Thing
 from vtprune_fx.reference.questions import KINDS, Sample, draw_samples
-from vtprune_fx.reference.random_llava import IMAGE_ID
+from vtprune_fx.reference.tokenizer import IMAGE_ID
 
 CPU = torch.device("cpu")
 SHORT = Plan(see_steps=2, talk_steps=4, see_rows=2, talk_rows=2)

@@ -1,6 +1,6 @@
 """Batches to train on: many questions a picture, each as if it were the only one.
 
-A row holds its pictures once and several questions behind them. A question attends to
+A row holds its pictures once and several questions after them. A question attends to
 the pictures and to itself, and its positions count from the pictures on: to the model
 each is the first and only turn of a conversation, as it is when it is asked later, for
 a small part of the cost of encoding the pictures for every question anew.
@@ -33,7 +33,7 @@ from vtprune_fx.reference.questions import (
     Sample,
     draw_sample,
 )
-from vtprune_fx.reference.random_llava import IMAGE_ID, PAD_ID
+from vtprune_fx.reference.tokenizer import IMAGE_ID, PAD_ID
 
 QUESTIONS = 14
 """Questions asked of a row's pictures; as many as fit are used."""
@@ -41,7 +41,7 @@ TEXT = 256
 """Tokens that a row has for them."""
 
 EASY = {150: (1, 2), 300: (1, 3), 600: (2, 5)}
-"""Ahead of these steps, pictures hold so many things instead of the usual crowd.
+"""Before these steps, pictures hold so many things instead of the usual crowd.
 
 With one thing in a picture, looking anywhere answers the question; from there the model
 learns where to look.
@@ -109,7 +109,7 @@ class QuestionBatches(IterableDataset[Batch]):
     Args:
         tokenizer: The model's.
         seed: Seed of all batches.
-        steps: From the first to behind the last.
+        steps: First, and one after the last.
         rows: Rows of a batch with one picture each; half as many with two.
     """
 
@@ -250,7 +250,7 @@ class PatchBatches(IterableDataset[PatchBatch]):
 
     Args:
         seed: Seed of all batches.
-        steps: From the first to behind the last.
+        steps: First, and one after the last.
         rows: Pictures in a batch.
     """
 

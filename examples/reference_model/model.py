@@ -1,11 +1,10 @@
-"""The reference model before training: transformers' own classes, at a small size."""
+"""The reference model before training: transformers' classes, at a small size."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
@@ -19,13 +18,13 @@ from transformers import (
 
 from vtprune_fx.reference.pictures import SIDE
 from vtprune_fx.reference.questions import draw_samples
-from vtprune_fx.reference.random_llava import (
+from vtprune_fx.reference.random_llava import CHAT_TEMPLATE
+from vtprune_fx.reference.tokenizer import (
     BOS_ID,
-    CHAT_TEMPLATE,
     EOS_ID,
     IMAGE_ID,
     PAD_ID,
-    SPECIAL_TOKENS,
+    trained_tokenizer,
 )
 
 PATCH = 20
@@ -42,30 +41,8 @@ TURN = "USER: {image}{question} ASSISTANT:"
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level tokenizer that knows each word of the questions as one token."""
-    bpe = Tokenizer(models.BPE(unk_token="<unk>"))
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=2048,  # more than there are merges
-        special_tokens=list(SPECIAL_TOKENS),
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(_texts(), trainer)
-    bpe.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", BOS_ID)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        unk_token="<unk>",
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        extra_special_tokens={"image_token": "<image>"},
-        padding_side="left",
-        model_max_length=2048,
-        clean_up_tokenization_spaces=False,
-    )
+    # 2048 tokens are more than there are merges.
+    return trained_tokenizer(_texts(), vocab_size=2048, longest=2048)
 
 
 def _texts() -> Iterable[str]:
@@ -90,13 +67,7 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
     )
 
 
-def build_model(vocabulary: int, seed: int) -> LlavaForConditionalGeneration:
-    """The untrained model.
-
-    Args:
-        vocabulary: Tokens of the tokenizer.
-        seed: Seed of the weights.
-    """
+def _config(vocabulary: int) -> LlavaConfig:
     vision = CLIPVisionConfig(
         hidden_size=WIDTH,
         intermediate_size=3 * WIDTH,
@@ -122,7 +93,7 @@ def build_model(vocabulary: int, seed: int) -> LlavaForConditionalGeneration:
         initializer_range=WIDTH**-0.5,
         tie_word_embeddings=True,
     )
-    config = LlavaConfig(
+    return LlavaConfig(
         vision_config=vision,
         text_config=text,
         image_token_index=IMAGE_ID,
@@ -132,9 +103,18 @@ def build_model(vocabulary: int, seed: int) -> LlavaForConditionalGeneration:
         tie_word_embeddings=True,
         dtype="float32",
     )
+
+
+def build_model(vocabulary: int, seed: int) -> LlavaForConditionalGeneration:
+    """The untrained model.
+
+    Args:
+        vocabulary: Tokens of the tokenizer.
+        seed: Seed of the weights.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LlavaForConditionalGeneration(config)
+        model = LlavaForConditionalGeneration(_config(vocabulary))
     _start_from_words(model)
     model.generation_config = GenerationConfig(
         bos_token_id=BOS_ID,

@@ -193,7 +193,7 @@ class Training:
         self.folder, self.plan, self.device = folder, plan, device
         self.tokenizer = build_tokenizer()
         self.model = build_model(len(self.tokenizer), plan.seed).train()
-        torch.nn.Module.to(self.model, device)  # transformers types its own as static
+        torch.nn.Module.to(self.model, device)  # transformers' has another type
         torch.manual_seed(plan.seed)
         self.readouts = Readouts().to(device)
         self.done = {"see": 0, "talk": 0}
@@ -205,9 +205,9 @@ class Training:
         self.talk = _optimizers(talking, plan.rate)
         maybe_install_capturing_hooks(decoder)
         maybe_install_capturing_hooks(self.tower)
-        whole: Callable[..., Any] = llava
-        # One graph for one picture a row and one for two, each with its own sizes.
-        self.decoder = torch.compile(whole, dynamic=False) if compiled else whole
+        dense: Callable[..., Any] = llava
+        # One graph for one picture a row and one for two, each with fixed sizes.
+        self.decoder = torch.compile(dense, dynamic=False) if compiled else dense
         images = build_processor(self.tokenizer).image_processor
         self.mean, self.std = (
             torch.tensor(values, device=device)[:, None, None]
@@ -298,16 +298,16 @@ class Training:
         if not self._state.is_file():
             return
         with safe_open(self._state, "pt") as file:
-            told = json.loads(file.metadata()["training"])
+            state = json.loads(file.metadata()["training"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-        if told["plan"] != dataclasses.asdict(self.plan):
+        if state["plan"] != dataclasses.asdict(self.plan):
             raise InputError(
                 str(self._state),
                 expected=f"a run of {self.plan}",
-                found=f"a run of {told['plan']}",
+                found=f"a run of {state['plan']}",
                 fix="Name another folder, or repeat the options of that run.",
             )
-        self.done, self.log = told["done"], [tuple(entry) for entry in told["log"]]
+        self.done, self.log = state["done"], [tuple(entry) for entry in state["log"]]
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 parameter.copy_(tensors[f"model.{name}"])
@@ -324,14 +324,14 @@ class Training:
         for name, optimizers in (("see", self.see), ("talk", self.talk)):
             for index, optimizer in enumerate(optimizers):
                 tensors |= _named(f"{name}{index}", _optimizer_tensors(optimizer))
-        told = {
+        state = {
             "plan": dataclasses.asdict(self.plan),
             "done": self.done,
             "log": self.log,
         }
         self.folder.mkdir(parents=True, exist_ok=True)
         scratch = self._state.with_suffix(".part")
-        save_file(tensors, scratch, {"training": json.dumps(told)})
+        save_file(tensors, scratch, {"training": json.dumps(state)})
         scratch.rename(self._state)
 
     @property
@@ -401,7 +401,7 @@ def _descend(loss: Tensor, optimizers: Optimizers) -> float:
 
 
 def _loaded(batches: IterableDataset[AnyBatch]) -> Iterator[AnyBatch]:
-    """Batches, drawn ahead by a process of their own."""
+    """Batches, drawn in advance by a separate process."""
     yield from DataLoader(batches, batch_size=None, num_workers=1, prefetch_factor=4)
 
 
@@ -459,10 +459,10 @@ def main() -> None:
         option = f"--{field.name.replace('_', '-')}"
         kind: Any = type(field.default)
         parser.add_argument(option, type=kind, default=field.default)
-    told = vars(parser.parse_args())
-    folder, device = told.pop("folder"), torch.device(told.pop("device"))
-    compiled = told.pop("compile")
-    print(Training(folder, Plan(**told), device, compiled).run())
+    given = vars(parser.parse_args())
+    folder, device = given.pop("folder"), torch.device(given.pop("device"))
+    compiled = given.pop("compile")
+    print(Training(folder, Plan(**given), device, compiled).run())
 
 
 if __name__ == "__main__":

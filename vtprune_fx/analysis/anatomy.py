@@ -4,7 +4,7 @@ Nothing is found by a model's name or by counting nodes:
 
 * The *visual tokens* are where image features are placed into the embeddings with
   ``masked_scatter``; its mask says which positions are visual. Images and videos are
-  placed one after the other, each with a mask of its own.
+  placed one after the other, each with a separate mask.
 * The *token axis* is the symbol of that mask's second dimension: a dimension of any
   other value whose size is the same symbol runs over the same tokens.
 * The *decoder layers* are the attention nodes whose queries carry the token axis; their
@@ -272,7 +272,7 @@ def _visual_tokens(placements: list[_Placement], samples: int) -> int:
         return rows
     if len(placements) > 1:
         return each
-    # Less than an image has: a sample is text alone, and the others have whole images.
+    # Less than an image has: a sample is text alone, the others have complete images.
     return max(each, _smallest_image(placements[0].features))
 
 
@@ -338,7 +338,7 @@ def _attentions(graph: Graph, tokens: sympy.Symbol) -> Iterator[Logits]:
 
 
 def _check_sees_all(found: Logits) -> None:
-    """Refuse keys of which only the last are cached.
+    """Refuse layers that cache only the last keys.
 
     That is a sliding window: it counts tokens, and a cut changes the count.
     """

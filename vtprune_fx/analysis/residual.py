@@ -203,7 +203,7 @@ _TABLE = "a view of a table [batch or 1, prompt, head width]"
 
 
 def _table(factor: object) -> Node | None:
-    """The table [B or 1, S, D] of which a factor [B or 1, 1, S, D] is a view."""
+    """The table [B or 1, S, D] that a factor [B or 1, 1, S, D] is a view of."""
     if not isinstance(factor, Node):
         return None
     for node in seen_through(factor):

@@ -1,7 +1,7 @@
 """The vision tower's last attention before the image features. Reads only.
 
-From the image features that are placed into the prompt back to where they come from:
-through what treats every token alike (the projector) and what lists or joins whole
+The search goes back from the image features that are placed into the prompt:
+through what treats every token alike (the projector) and what lists or joins complete
 images, to the output of one layer of the tower. The attention of that layer, found by
 its module's path, is what VisionZip rates by. Tokens that are left out on the way come
 before the patches: the class token.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
+from PIL import Image
 from transformers import ProcessorMixin
 
 from vtprune_fx.errors import InputError
@@ -29,12 +29,12 @@ def answer(
         model: An exported folder, a checkpoint folder, or a hub id.
         prompt: The question.
         image: An image file, if any.
-        recipe: Shipped name or file; an exported folder has its own.
+        recipe: Shipped name or file; None for an exported folder.
         max_new_tokens: Tokens at most.
         inner: The ``torch.compile`` backend for a checkpoint.
 
     Raises:
-        VtpruneError: Something that was named is not usable; the subclass says what.
+        VtpruneError: An argument is not usable; the subclass says which.
     """
     picture = open_image(image) if image is not None else None
     exported = is_export(Path(model))
@@ -43,7 +43,7 @@ def answer(
             "--recipe",
             expected="none for an exported folder, whose graphs are pruned already",
             found=recipe,
-            fix="Leave it out, or export again with this recipe.",
+            fix="Omit it, or export again with this recipe.",
         )
     if exported:
         return _exported(Path(model), prompt, picture, max_new_tokens)
@@ -54,7 +54,9 @@ def answer(
         return _say(processor, continued(compiled, inputs, max_new_tokens))
 
 
-def _exported(folder: Path, prompt: str, picture: Any, max_new_tokens: int) -> str:
+def _exported(
+    folder: Path, prompt: str, picture: Image.Image | None, max_new_tokens: int
+) -> str:
     model, processor = load(folder), load_processor(folder)
     inputs = prompt_inputs(processor, prompt, picture)
     return _say(processor, continued(model, inputs, max_new_tokens))

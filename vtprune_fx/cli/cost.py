@@ -35,7 +35,7 @@ def show_cost(
     ] = None,
     text_tokens: TextTokens = 75,
     visual_tokens: Annotated[
-        int | None, typer.Option(help="Visual tokens. Default: the recipe's own.")
+        int | None, typer.Option(help="Visual tokens. Default: those of the recipe.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -78,7 +78,7 @@ def _add_work(table: Table, name: str, work: Work) -> None:
     table.add_row(f"TMACs, {name}", f"{dense:.3f}", f"{pruned:.3f}", saved)
     table.add_row(f"TFLOPs, {name}", f"{2 * dense:.3f}", f"{2 * pruned:.3f}", saved)
     scorer = work.scorer_macs / TERA
-    table.add_row(f"TMACs, {name}, the scorer's own", "", f"{scorer:.3f}", "")
+    table.add_row(f"TMACs, {name}, of the scorer", "", f"{scorer:.3f}", "")
     dense, pruned = work.dense_cache_bytes / MIB, work.pruned_cache_bytes / MIB
     saved = f"{1 - work.cache_ratio:.1%}"
     table.add_row(f"KV cache MiB, {name}", f"{dense:.1f}", f"{pruned:.1f}", saved)
@@ -110,9 +110,9 @@ def explain(
     text_tokens: TextTokens = 75,
     as_json: JsonOption = False,
 ) -> None:
-    """Tell what a recipe cuts in a model of full size, without its weights.
+    """Show what a recipe cuts in a model of full size, without its weights.
 
-    A minute for a deep model: it is traced on tensors that hold no data.
+    Takes a minute for a deep model, which is traced on tensors without data.
 
     Example: [bold]vtprune explain --config llava-1.5-7b
     --recipe fitprune-llava-1.5-7b-60[/bold]

@@ -1,4 +1,4 @@
-"""``vtprune demo``: the main job, end to end, on the reference model."""
+"""``vtprune demo``: prune, compile, export, run and compare the reference model."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class _Job:
 
     @contextmanager
     def step(self, what: str) -> Iterator[None]:
-        """Show what is going on, and how long it took."""
+        """Show a step while it runs, then its time."""
         start = time.perf_counter()
         with self.console.status(f"{what} ..."):
             yield
@@ -86,8 +86,8 @@ class _Job:
 
     def text(self, tokens: list[int]) -> str:
         """An answer in words."""
-        text: Any = self.processor.decode(tokens, skip_special_tokens=True)
-        return repr(text.strip())
+        text = self.processor.decode(tokens, skip_special_tokens=True)
+        return repr(str(text).strip())
 
 
 def run_demo(
@@ -149,8 +149,8 @@ def _open(checkpoint: Path) -> tuple[LlavaForConditionalGeneration, ProcessorMix
 def _ask_oracle(
     job: _Job, recipe: Recipe
 ) -> tuple[oracle.Sample, oracle.Prefill, list[int]]:
-    config: Any = job.model.generation_config
-    ends = () if config.eos_token_id is None else (config.eos_token_id,)
+    end = getattr(job.model.generation_config, "eos_token_id", None)
+    ends = () if end is None else (end,)
     [sample] = oracle.split_batch(
         job.model,
         job.inputs["input_ids"],
@@ -165,11 +165,11 @@ def _ask_oracle(
 def _on_torch(
     job: _Job, checkpoint: Path, expected: oracle.Prefill, inner: str
 ) -> RuntimeResult:
-    # A model of its own for each: both stay compiled while they are timed in turn.
-    whole, _ = _open(checkpoint)
+    # A second model: both stay compiled while they are timed in turn.
+    second, _ = _open(checkpoint)
     with (
         pruned(job.model, job.recipe, inner) as model,
-        pruned(whole, job.recipe.keep_all(), inner) as dense,
+        pruned(second, job.recipe.keep_all(), inner) as dense,
     ):
         with job.step("torch.compile, pruned prefill and decode"):
             answer = _generate(model, job.inputs, NEW_TOKENS)
@@ -183,8 +183,8 @@ def _on_onnx(job: _Job, expected: oracle.Prefill) -> RuntimeResult:
     with job.step("ONNX export, pruned prefill and decode"):
         write_onnx(job.model, job.processor, job.recipe, folder)
     with job.step("ONNX export, dense prefill and decode"):
-        whole = job.recipe.keep_all()
-        write_onnx(job.model, job.processor, whole, job.folder / "onnx-dense")
+        keep_all = job.recipe.keep_all()
+        write_onnx(job.model, job.processor, keep_all, job.folder / "onnx-dense")
     with job.step("ONNX Runtime"):
         model, dense = load(folder), load(job.folder / "onnx-dense")
         answer = _generate(model, job.inputs, NEW_TOKENS)
@@ -194,7 +194,7 @@ def _on_onnx(job: _Job, expected: oracle.Prefill) -> RuntimeResult:
 def _generate(
     model: Any, inputs: dict[str, Tensor], count: int
 ) -> tuple[list[int], Tensor]:
-    """Greedy ids, and the logits [vocabulary] behind the first of them."""
+    """Greedy ids, and the logits [vocabulary] that gave the first of them."""
     answer = model.generate(
         **inputs,
         max_new_tokens=count,
@@ -211,8 +211,8 @@ def _result(
     job: _Job,
     answer: tuple[list[int], Tensor],
     expected: oracle.Prefill,
-    dense: Any,
-    model: Any,
+    dense: object,
+    model: object,
 ) -> RuntimeResult:
     tokens, logits = answer
     difference = float((logits - expected.logits[-1]).abs().max())
@@ -223,7 +223,7 @@ def _result(
 
 
 def _check(outcome: RuntimeResult, answer: list[int]) -> None:
-    """Hold a runtime against the oracle."""
+    """Compare a runtime with the oracle."""
     fix = "This is a defect of vtprune_fx; please report it with the folder's report."
     if outcome.tokens != answer:
         raise VerifyError(
@@ -261,7 +261,7 @@ def _draw(job: _Job, sample: oracle.Sample, expected: oracle.Prefill) -> Path:
 
 
 def _report(job: _Job, outcomes: list[RuntimeResult], picture: Path) -> None:
-    """Print what was found, and write it down."""
+    """Print the results, and write them to ``report.json``."""
     ids = job.inputs["input_ids"][0]
     visual = int((ids == job.model.config.image_token_id).sum())
     geometry = Geometry.from_config(job.model.config)

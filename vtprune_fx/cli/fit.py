@@ -202,8 +202,8 @@ def calibrate(
 
 def _counted_table(counted: Sequence[Counted], samples: int) -> Table:
     table = Table(box=SIMPLE_HEAD, caption=f"Over {samples} samples.")
-    titles = ("layer", "rank\nmin / median / max", "stay\nmin / median / max")
-    for title in (*titles, "mean", "stay,\nfixed", "drop,\nfixed"):
+    titles = ("layer", "rank\nmin / median / max", "kept\nmin / median / max")
+    for title in (*titles, "mean", "kept,\nfixed", "drop,\nfixed"):
         table.add_column(title, justify="right", no_wrap=True)
     for one in counted:
         table.add_row(

@@ -1,4 +1,4 @@
-"""What a recipe does to a model of full size, told from its configuration alone."""
+"""What a recipe does to a model of full size, from its configuration alone."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class FullSize:
         geometry: Sizes of its decoder.
         cost: What one prompt costs.
         interface: Inputs and outputs of the pruned prefill graph.
-        weights: Numbers that the model's weights are.
+        weights: Number of parameters.
     """
 
     config: str
@@ -63,10 +63,10 @@ class FullSize:
         table = Table(
             title=f"{self.config} ({self.model}), {plan.layers} layers\n"
             f"{plan.recipe.name}: {plan.visual_tokens} visual tokens",
-            caption="Lengths: of its keys and values, and of what it gives the next.",
+            caption="Lengths: cache of its keys and values, output of what it returns.",
             box=SIMPLE_HEAD,
         )
-        for title in ("layer", "leave", "new", "stay"):
+        for title in ("layer", "dropped", "new", "kept"):
             table.add_column(title, justify="right")
         for title in ("cut", "cache", "output"):
             table.add_column(title, no_wrap=True)
@@ -83,8 +83,8 @@ class FullSize:
     def _cut(self, cut: PlannedCut | None) -> tuple[str, ...]:
         if cut is None:
             return ("", "", "", "")
-        stay = self.plan.visual_tokens - cut.dropped
-        return (str(cut.drop), str(cut.new or ""), str(stay), cut.site)
+        kept = self.plan.visual_tokens - cut.dropped
+        return (str(cut.drop), str(cut.new or ""), str(kept), cut.site)
 
     def _ports(self) -> Table:
         table = Table(title="An export's prefill graph", box=SIMPLE_HEAD)
@@ -101,7 +101,7 @@ class FullSize:
 
     def _weights(self) -> Table:
         table = Table(
-            title=f"Its weights: {self.weights:,} numbers",
+            title=f"Weights: {self.weights:,} numbers",
             caption="Without the scales of int8 and int4.",
             box=SIMPLE_HEAD,
         )
@@ -162,7 +162,7 @@ def explain_config(
             f"recipe {recipe.name}, field layers",
             expected=f"{geometry.layers}, the layers of {source}",
             found=str(recipe.layers),
-            fix="Leave the recipe out for one that is stretched to the model, or fit "
+            fix="Omit the recipe for one that is stretched to the model, or fit "
             "one with `vtprune fit`.",
         )
     model = build(config)

@@ -54,15 +54,15 @@ def _summary(recipe: Recipe) -> list[str]:
     saved = cost(recipe, decoder, recipe.visual_tokens, text_tokens=0).visual.saved
     left = recipe.tokens_per_layer(recipe.visual_tokens, recipe.layers)[-1]
     dropped = recipe.visual_tokens - left
-    told = (str(dropped), f"{saved:.1%}")
-    return [recipe.name, recipe.provenance.model, *sizes, *told]
+    figures = (str(dropped), f"{saved:.1%}")
+    return [recipe.name, recipe.provenance.model, *sizes, *figures]
 
 
 def show_recipe(
     name: Annotated[str, typer.Argument(help="Shipped name, or a recipe file.")],
     tile: Annotated[
         int | None,
-        typer.Option(min=1, help="Leave prompts that fill tiles of so many tokens."),
+        typer.Option(min=1, help="Fill tiles of this many tokens after each cut."),
     ] = None,
     text_tokens: TextTokens = 75,
     as_json: JsonOption = False,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -12,6 +12,9 @@ from rich.console import Console
 from vtprune_fx.cli.options import REFERENCE, OptionalRecipe, RecipeOption
 from vtprune_fx.recipes.loading import load_recipe
 from vtprune_fx.reference import CHECKPOINT
+
+if TYPE_CHECKING:
+    from vtprune_fx.recipes.schema import Recipe
 
 
 def generate(
@@ -91,10 +94,7 @@ def evaluate(
 
     if plot is not None:
         require_plots()
-    recipes = []
-    for name in recipe or [REFERENCE]:
-        loaded = load_recipe(name)
-        recipes += [loaded, *loaded.baselines()] if baselines else [loaded]
+    recipes = _recipes(recipe or [REFERENCE], baselines=baselines)
     samples = list(draw_samples(split, seed, limit))
     result = evaluation.evaluate(*open_checkpoint(model), recipes, samples, backend)
     Console().print(*result.tables())
@@ -105,6 +105,14 @@ def evaluate(
         replace_file(output, text.encode())
     if plot is not None:
         draw_curve(result, plot)
+
+
+def _recipes(names: list[str], *, baselines: bool) -> list[Recipe]:
+    """Recipes in the order given, each followed by its baselines if wanted."""
+    loaded = [load_recipe(name) for name in names]
+    if not baselines:
+        return loaded
+    return [each for one in loaded for each in (one, *one.baselines())]
 
 
 def demo(

@@ -33,19 +33,19 @@ class Uses:
         }
 
     def check_complete(self, name: str, recipe: Recipe, cut: Cut) -> None:
-        """Refuse a cut ahead of features that are placed by a mask once more.
+        """Refuse a cut before later features that a mask places once more.
 
-        They are as many as visual tokens came, and would no longer fit.
+        There is one for each visual token of the prompt: they would no longer fit.
         """
         edge = self.order[self.named[name]]
         later = [n for n in self.nodes[edge + 1 :] if _takes_features(n)]
         if later:
             raise PlanError(
                 f"recipe {recipe.name}, cut at layer {cut.layer}",
-                expected="a cut behind all layers that visual features enter",
-                found=f"features that enter {module_path(later[-1])} behind it, node "
+                expected="a cut after all layers that visual features enter",
+                found=f"features that enter {module_path(later[-1])} after it, node "
                 f"{later[-1].name}",
-                fix="Cut in later layers, behind the model's deep-stacked features.",
+                fix="Cut in later layers, after the model's deep-stacked features.",
             )
 
     def across(self, name: str) -> list[Node]:

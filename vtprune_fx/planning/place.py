@@ -101,7 +101,7 @@ def _cuts(
 def _counts(
     recipe: Recipe, visual_tokens: int, *, per_sample: bool
 ) -> dict[int, tuple[Count, Count, Count, Count]]:
-    """By layer: how many leave, are clustered and new, and are fewer in all."""
+    """By layer: tokens dropped, clustered, new, and fewer in all."""
     if recipe.adaptive:
         layers = [cut.layer for cut in recipe.cuts]
         return {layer: _symbols(layer, recipe.recycle is not None) for layer in layers}
@@ -177,7 +177,7 @@ def _check_per_sample(recipe: Recipe, anatomy: Anatomy) -> None:
 
 
 def _edge(recipe: Recipe, cut: Cut, attention: Attention) -> tuple[str, str | None]:
-    """The node behind which tokens leave, and the residual stream there."""
+    """The node after which tokens are dropped, and the residual stream there."""
     stream = attention.stream
     if cut.site == "after_attention":
         return attention.node, stream.entry

@@ -33,16 +33,16 @@ class PlannedCut:
     Attributes:
         attention: The layer's attention.
         site: Where in the layer.
-        edge: Name of the node behind which tokens leave.
+        edge: Name of the node after which tokens are dropped.
         hidden: Name of the residual stream there, [B, S, E], where the graph shows it.
-        drop: Tokens that leave: visual ones, of which each sample has as many. A symbol
-            where the number follows the rank.
-        share: Where samples lose numbers of their own, how many of ``PrunePlan.of``
-            visual tokens those are; ``drop`` then counts padding too.
+        drop: Tokens dropped per sample (visual; equal across the batch). A symbol where
+            the number follows the rank.
+        share: Where numbers are per sample, how many of ``PrunePlan.of`` visual tokens
+            they are; ``drop`` then counts padding too.
         clustered: How many of them are clustered into new tokens.
         new: New tokens that these become.
-        gone: Tokens fewer than ahead of the cut.
-        dropped: Tokens fewer when the cut is done than the prompt came with.
+        gone: Tokens fewer than before the cut.
+        dropped: Tokens fewer after the cut than in the prompt.
         live: What has to be gathered, beside the tokens' roles that passes add.
         places: Those of them that depend on a token's place alone (rotary tables,
             position ids) where positions are compacted.
@@ -79,7 +79,7 @@ class PrunePlan:
         lengths: Names of the symbolic ints that are the prompt's length.
         cuts: The cuts, in order.
         tower: The vision tower's attention, where the recipe reads it.
-        of: Where samples lose numbers of their own, what those are shares of.
+        of: Where numbers are per sample, what they are shares of.
     """
 
     recipe: Recipe

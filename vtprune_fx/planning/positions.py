@@ -41,10 +41,10 @@ def values_of_place(recipe: Recipe, graph: Graph, anatomy: Anatomy) -> frozenset
 
 def _check_one_axis(recipe: Recipe, tables: frozenset[Node], anatomy: Anatomy) -> None:
     """Refuse to renumber tokens whose positions count along several axes."""
-    ahead = {node for table in tables for node in seen_through(table)}
+    sources = {node for table in tables for node in seen_through(table)}
     for _ in range(_STEPS_TO_POSITIONS):
-        ahead |= {source for node in ahead for source in node.all_input_nodes}
-    if any(_has_axes(node, anatomy) for node in ahead):
+        sources |= {source for node in sources for source in node.all_input_nodes}
+    if any(_has_axes(node, anatomy) for node in sources):
         raise PlanError(
             f"recipe {recipe.name}, field positions",
             expected="positions along one axis, to compact them",

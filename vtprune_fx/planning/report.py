@@ -31,7 +31,7 @@ class PruneReport:
     Attributes:
         plan: The plan that was carried out.
         passes: The passes that ran, in order.
-        nodes_before: Nodes of the graph as it came.
+        nodes_before: Nodes of the graph before pruning.
         nodes_after: Nodes of the pruned graph.
         kept: What a run kept at each cut, [B, K]: positions among the tokens that the
             cuts before it kept. Only in the report of a run.
@@ -81,15 +81,15 @@ class PruneReport:
 
 
 def in_prompt(keep_sets: Mapping[int, Tensor]) -> dict[int, Tensor]:
-    """Keep sets followed back to the prompt.
+    """Keep sets as positions in the original prompt.
 
     Args:
         keep_sets: For each layer with a cut, [B, K]: positions among the tokens that
-            the cuts ahead of it left.
+            the cuts before it kept.
 
     Returns:
-        For each layer with a cut, [B, K]: positions in the prompt as it came, -1 for
-        tokens that did not come with it but were made of dropped ones.
+        For each layer with a cut, [B, K]: positions in the original prompt, -1 for
+        new tokens, which were made of dropped ones.
     """
     found: dict[int, Tensor] = {}
     before: Tensor | None = None
@@ -155,4 +155,4 @@ class Explanation:
             return f"{cut.rule}; gathers {gathered}"
         left = self.anatomy.visual_tokens - cut.dropped
         new = f", {cut.new} of them new" if cut.new else ""
-        return f"{cut.drop} leave, {left} stay{new}; gathers {gathered}"
+        return f"{cut.drop} dropped, {left} kept{new}; gathers {gathered}"

@@ -9,7 +9,7 @@ key/value heads of width ``w`` takes, per sample:
 * after it, with the ``n'`` tokens that are left: ``n' h w d`` (output projection) and
   ``3 n' d m`` (the three matrices of a gated MLP).
 
-With a cut ``after_layer`` the whole layer runs on ``n`` tokens, with one
+With a cut ``after_layer`` all of the layer runs on ``n`` tokens, with one
 ``before_layer`` on ``n'``.
 
 With ``h w = g w = d`` that is ``3nd^2 + 2n^2d`` and ``n'd^2 + 3n'dm``, the count of
@@ -18,7 +18,7 @@ causal mask or cropping it to a sliding window. Left out: the vision tower, proj
 and language-model head, which pruning does not change, and norms, softmax, rotary
 embedding and biases, which are linear in ``n`` and small.
 
-The scorer's own arithmetic is not in the pruned MACs; ``Work.scorer_macs`` has it.
+The scorer's arithmetic is not in the pruned MACs; ``Work.scorer_macs`` has it.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class Geometry:
         An upper bound: all columns, of which it reads the visual ones.
 
         Args:
-            tokens: Tokens ahead of the cut.
+            tokens: Tokens before the cut.
             rows: Query rows, None for all.
         """
         return (tokens if rows is None else rows) * tokens * self.heads * self.head_dim
@@ -128,7 +128,7 @@ class Work:
 
     Attributes:
         dense_macs: MACs without pruning.
-        pruned_macs: MACs with it, the scorer's own left out.
+        pruned_macs: MACs with it, without the scorer's.
         scorer_macs: MACs of the scorer, over all layers with a cut.
         dense_cache_bytes: KV cache without pruning.
         pruned_cache_bytes: KV cache with it; a layer caches the tokens that enter it.
@@ -176,7 +176,7 @@ class Cost:
         visual_tokens: Visual tokens of the sample.
         text_tokens: All its other tokens.
         entering: Visual tokens that enter each layer's attention.
-        after: Visual tokens left after each layer's own cut.
+        after: Visual tokens left after each layer's cut.
         visual: The count papers on FitPrune use: over the visual tokens alone.
         total: The count over visual and text tokens.
     """
@@ -195,7 +195,7 @@ def cost(
     """Count what a sample costs, dense and under a recipe.
 
     Args:
-        recipe: Where and how many visual tokens leave.
+        recipe: Where and how many visual tokens are dropped.
         geometry: Sizes of the decoder.
         visual_tokens: Visual tokens of the sample.
         text_tokens: All its other tokens.
@@ -226,7 +226,7 @@ def cost(
 def _work(
     recipe: Recipe, geometry: Geometry, visual: tuple[int, ...], text_tokens: int
 ) -> Work:
-    """The work of all layers, by the visual tokens ahead of and behind each."""
+    """The work of all layers, by the visual tokens before and after each."""
     sites = {cut.layer: cut.site for cut in recipe.cuts}
     counts = [tokens + text_tokens for tokens in visual]
     dense = _Spent(geometry, recipe.score)
@@ -251,7 +251,7 @@ class _Spent:
         self.macs = self.scorer_macs = self.cache_bytes = 0
 
     def add(self, came: int, left: int, site: Site | None) -> None:
-        """A layer that ``came`` tokens reach and ``left`` leave."""
+        """Add a layer with ``came`` tokens before and ``left`` after it."""
         geometry = self._geometry
         attended = left if site == "before_layer" else came
         finished = came if site == "after_layer" else left
@@ -289,7 +289,7 @@ def _size(config: PreTrainedConfig, field: str) -> int:
     value = getattr(config, field, None)
     if isinstance(value, int):
         return value
-    raise _config_error(config, field, expected="a whole number", found=repr(value))
+    raise _config_error(config, field, expected="an integer", found=repr(value))
 
 
 def _refuse_experts(config: PreTrainedConfig) -> None:

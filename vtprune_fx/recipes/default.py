@@ -1,4 +1,4 @@
-"""The recipe for a model that none was given for."""
+"""The recipe for a model without one."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ DEFAULT = "fitprune-llava-1.5-7b-60"
 
 
 def default_recipe(layers: int, visual_tokens: int) -> Recipe:
-    """The recipe for a model that none was given for.
+    """The recipe for a model without one.
 
-    ``DEFAULT``, with its schedule stretched over the model's depth (what has left by a
-    relative depth stays the same) and its counts taken as shares. It saves about 60 %
-    of the visual tokens' arithmetic. On LLaVA-1.5-7B it is the published recipe; on
-    another model it is a guess, and a recipe fitted to that model is better.
+    ``DEFAULT``, with its schedule stretched over the model's depth (the same share is
+    dropped by the same relative depth) and its counts taken as shares. It saves about
+    60 % of the visual tokens' arithmetic. On LLaVA-1.5-7B it is the published recipe;
+    on another model it is a guess, and a recipe fitted to that model is better.
 
     Args:
         layers: Decoder layers of the model.
         visual_tokens: Visual tokens that a sample comes with.
     """
     published = load_recipe(DEFAULT)
-    whole = published.visual_tokens
-    left = published.tokens_per_layer(whole, published.layers)
-    gone = [0, *(whole - tokens for tokens in left)]
+    original = published.visual_tokens
+    left = published.tokens_per_layer(original, published.layers)
+    gone = [0, *(original - tokens for tokens in left)]
     stretched = [
         _at(gone, layer * published.layers / layers) for layer in range(layers + 1)
     ]
@@ -36,7 +36,7 @@ def default_recipe(layers: int, visual_tokens: int) -> Recipe:
         if after > before
     )
     changes = {"name": f"{DEFAULT}-stretched", "layers": layers, "cuts": cuts}
-    scaled = {"of": whole, "visual_tokens": visual_tokens}
+    scaled = {"of": original, "visual_tokens": visual_tokens}
     return published.model_copy(update=changes | scaled)
 
 

@@ -24,16 +24,16 @@ METHODS: dict[str, Method] = {
     "fitprune": Method(
         "FitPrune",
         "arXiv:2409.10197",
-        "Behind the attention of nearly every layer a few tokens leave: those with the "
-        "least attention from the text behind the images, times the least from other "
-        "visual tokens, each the largest over heads.",
+        "After the attention of nearly every layer a few tokens are dropped: those "
+        "with the least attention from the text after the images, times the least from "
+        "other visual tokens, each the largest over heads.",
     ),
     "sparsevlm": Method(
         "SparseVLM",
         "arXiv:2410.04417, code of versions 1.0 and 1.5",
-        "Behind three layers the tokens leave that get the least attention from the "
-        "text that the images call for. Some of them are clustered into new tokens. "
-        "Positions are compacted. In the paper and in version 1.0 how many leave "
+        "After three layers those tokens are dropped that get the least attention from "
+        "the text that the images call for. Some are clustered into new tokens. "
+        "Positions are compacted. In the paper and in version 1.0 the number dropped "
         "follows the rank of that attention.",
     ),
     "sparsevlm-plus": Method(
@@ -45,36 +45,37 @@ METHODS: dict[str, Method] = {
     "fastv": Method(
         "FastV",
         "arXiv:2403.06764",
-        "Behind one early layer the tokens leave that the last token attends to least.",
+        "After one early layer those tokens are dropped that the last token attends "
+        "to least.",
     ),
     "pyramiddrop": Method(
         "PyramidDrop",
         "arXiv:2410.17247",
-        "Ahead of three layers half of the tokens leave: those that the last token "
+        "Before three layers half of the tokens are dropped: those that the last token "
         "would attend to least in that layer. Positions are compacted.",
     ),
     "vtw": Method(
         "VTW",
         "arXiv:2405.05803",
-        "All visual tokens leave in the middle of the decoder.",
+        "All visual tokens are dropped in the middle of the decoder.",
     ),
     "dart": Method(
         "DART",
         "arXiv:2502.11494",
-        "Behind one early layer the tokens leave whose keys are most like those of a "
-        "few pivots: duplicates. Needs no attention.",
+        "After one early layer those tokens are dropped whose keys are most like those "
+        "of a few pivots: duplicates. Needs no attention.",
     ),
     "divprune": Method(
         "DivPrune",
         "arXiv:2503.02175",
-        "Ahead of the first layer the tokens leave that are most like others: those "
-        "that stay are chosen one by one, each as far as can be from those before.",
+        "Before the first layer those tokens are dropped that are most like others: "
+        "the kept ones are chosen one by one, each as far as can be from those before.",
     ),
     "visionzip": Method(
         "VisionZip",
         "arXiv:2412.04467",
-        "Ahead of the first layer the tokens stay that the vision tower's class token "
-        "attends to most; the others are merged into a few by the tower's keys. "
+        "Before the first layer those tokens are kept that the vision tower's class "
+        "token attends to most; the others are merged into a few by the tower's keys. "
         "Positions are compacted.",
     ),
     "baseline": Method(
@@ -83,8 +84,6 @@ METHODS: dict[str, Method] = {
         "The cuts of another recipe, with tokens chosen at random, evenly spaced, or "
         "the wrong way round.",
     ),
-    "custom": Method(
-        "Custom", "a scorer of your own", "See vtprune_fx.register_scorer."
-    ),
+    "custom": Method("Custom", "your scorer", "See vtprune_fx.register_scorer."),
 }
 """Methods by the name that recipes use."""

@@ -1,4 +1,4 @@
-"""Counts of a sample's own: how many leave follows from the rank of its attention.
+"""Per-sample counts: the number dropped follows from the rank of its attention.
 
 SparseVLM (arXiv:2410.04417). P is the attention of the layer from the raters to the v
 visual tokens present, mean over heads, [raters, v]. Its rank is the number of singular
@@ -21,14 +21,14 @@ class _Rule(BaseModel):
 
 
 class KeepByRank(_Rule):
-    """``int(scale * rank + bias)`` stay, at least none and at most v - 1.
+    """``int(scale * rank + bias)`` are kept, at least none and at most v - 1.
 
     The published code of version 1.0.
 
     Attributes:
         rule: Which rule it is.
-        scale: Tokens that stay for each rank.
-        bias: Tokens that stay beside them.
+        scale: Tokens kept for each rank.
+        bias: Tokens kept beside them.
     """
 
     rule: Literal["keep"] = "keep"
@@ -36,15 +36,15 @@ class KeepByRank(_Rule):
     bias: Annotated[float, Field(allow_inf_nan=False)] = 0.0
 
     def __str__(self) -> str:
-        return f"int({self.scale:g} r + {self.bias:g}) stay, v - 1 at most"
+        return f"int({self.scale:g} r + {self.bias:g}) kept, v - 1 at most"
 
     def drop(self, rank: int, visual: int) -> int:
-        """How many of ``visual`` tokens leave."""
+        """How many of ``visual`` tokens are dropped."""
         return visual - max(0, min(int(self.scale * rank + self.bias), visual - 1))
 
 
 class DropByRank(_Rule):
-    """``int(lambda (v - rank))`` leave.
+    """``int(lambda (v - rank))`` are dropped.
 
     The paper; it does not say how the number is rounded.
 
@@ -57,19 +57,19 @@ class DropByRank(_Rule):
     factor: Annotated[float, Field(gt=0, le=1, alias="lambda")]
 
     def __str__(self) -> str:
-        return f"int({self.factor:g} (v - r)) leave"
+        return f"int({self.factor:g} (v - r)) dropped"
 
     def drop(self, rank: int, visual: int) -> int:
-        """How many of ``visual`` tokens leave."""
+        """How many of ``visual`` tokens are dropped."""
         return int(self.factor * (visual - rank))
 
 
 ByRank = Annotated[KeepByRank | DropByRank, Field(discriminator="rule")]
-"""A rule, told by its field ``rule``."""
+"""A rule; the field ``rule`` says which."""
 
 
 def not_counted(name: str) -> RecipeError:
-    """The error for a recipe whose counts are needed ahead of all samples."""
+    """The error for a recipe whose counts are needed before all samples."""
     return RecipeError(
         f"recipe {name}",
         expected="a number of tokens to drop at each cut",

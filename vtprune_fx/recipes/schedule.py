@@ -41,13 +41,13 @@ def common_count(
         visual_tokens: Of each sample.
         padding: Of each sample.
     """
-    own = [recipe.drops(count) for count in visual_tokens]
+    per_sample = [recipe.drops(count) for count in visual_tokens]
     least = min(filter(None, visual_tokens))
 
     def too_many(count: int) -> bool:
-        leave = recipe.drops(count)
-        for drops, room in zip(own, padding, strict=True):
-            more = (drops.get(c.layer, 0) - leave.get(c.layer, 0) for c in recipe.cuts)
+        common = recipe.drops(count)
+        for drops, room in zip(per_sample, padding, strict=True):
+            more = (drops.get(c.layer, 0) - common.get(c.layer, 0) for c in recipe.cuts)
             if min(itertools.accumulate(more, initial=room)) < 0:
                 return True
         return False
@@ -74,9 +74,9 @@ def aligned_to_tiles(recipe: Recipe, tile: int, text_tokens: int) -> Recipe:
     if recipe.recycle is not None:
         raise RecipeError(
             f"recipe {recipe.name}",
-            expected="cuts that only drop, to leave whole tiles",
+            expected="cuts that only drop, to fill complete tiles",
             found="cuts that make new tokens",
-            fix="Leave the tile out.",
+            fix="Omit the tile.",
         )
     prompt = recipe.visual_tokens + text_tokens
     drops = recipe.drops(recipe.visual_tokens)

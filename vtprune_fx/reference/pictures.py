@@ -43,7 +43,7 @@ SPLITS["test"] = _SCANS[1500:]
 _WHAT = "drawing the reference model's pictures"
 _PHOTOGRAPHS = ("astronaut", "brick", "chelsea", "coffee", "grass", "gravel", "rocket")
 _PLATE = 22.0
-"""Grey value of the dark disc behind a digit."""
+"""Grey value of the dark disc that a digit is drawn on."""
 
 Pixels = NDArray[np.floating[Any]]
 

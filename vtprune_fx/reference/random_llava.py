@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
 from transformers import (
     CLIPImageProcessorPil,
@@ -32,6 +31,14 @@ from transformers import (
 
 from vtprune_fx.errors import InputError
 from vtprune_fx.models.loading import quiet
+from vtprune_fx.reference.tokenizer import (
+    BOS_ID,
+    EOS_ID,
+    IMAGE_ID,
+    PAD_ID,
+    SPECIAL_TOKENS,
+    trained_tokenizer,
+)
 
 RECORD = "vtprune_checkpoint.json"
 """File in a built folder that says which checkpoint it holds."""
@@ -47,11 +54,6 @@ BRANCH_GAIN = 2.0
 
 SELF_AVERSION = 0.4
 """Share of its token's embedding over the root of the width that a row lacks."""
-
-SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>", "<image>")
-"""Special tokens of the tokenizer. Their ids are their positions here."""
-
-UNK_ID, BOS_ID, EOS_ID, PAD_ID, IMAGE_ID = range(len(SPECIAL_TOKENS))
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -127,12 +129,12 @@ class CheckpointSpec:
 
     def __post_init__(self) -> None:
         """Refuse sizes that no model can have."""
-        whole = (
+        divided = (
             ("image_size", "patch_size"),
             ("hidden", "heads"),
             ("vision_hidden", "vision_heads"),
         )
-        for big, small in whole:
+        for big, small in divided:
             if getattr(self, small) < 1 or getattr(self, big) % getattr(self, small):
                 raise _spec_error(
                     big, f"a multiple of {small}={getattr(self, small)}", self
@@ -177,7 +179,7 @@ def build_checkpoint(folder: Path, spec: CheckpointSpec | None = None) -> Path:
     """Build the checkpoint in ``folder``, unless it is there already.
 
     Everything is written to a new folder beside it, which is renamed at the end: an
-    interrupted build leaves no partial checkpoint.
+    interrupted build makes no partial checkpoint.
 
     Args:
         folder: Where the checkpoint goes. Must be missing, empty, or hold the
@@ -202,7 +204,7 @@ def build_checkpoint(folder: Path, spec: CheckpointSpec | None = None) -> Path:
             folder.rmdir()  # empty, or _holds would have refused it
         scratch.rename(folder)
     except OSError as error:
-        if folder.is_dir() and _holds(folder, spec):  # built by somebody else meanwhile
+        if folder.is_dir() and _holds(folder, spec):  # another process built it
             return folder
         raise InputError(
             f"folder {str(folder)!r}",
@@ -264,43 +266,16 @@ def _size(file: Path) -> int | None:
 
 
 def _write(folder: Path, spec: CheckpointSpec) -> None:
-    tokenizer = _tokenizer(spec)
+    text = " ".join(TRAINING_TEXT.split())
+    tokenizer = trained_tokenizer([text], spec.vocab_size, longest=4096)
     model = _model(spec, tokenizer)
     with quiet():
         model.save_pretrained(folder)
         _processor(spec, tokenizer).save_pretrained(folder)
     files = {entry.name: entry.stat().st_size for entry in sorted(folder.iterdir())}
     record = {"format": RECORD_FORMAT, "spec": asdict(spec), "files": files}
-    text = json.dumps(record, indent=2) + "\n"
-    (folder / RECORD).write_text(text, encoding="utf-8")
-
-
-def _tokenizer(spec: CheckpointSpec) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer that has learnt the words of ``TRAINING_TEXT``."""
-    bpe = Tokenizer(models.BPE(unk_token="<unk>"))
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=spec.vocab_size,
-        special_tokens=list(SPECIAL_TOKENS),
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    bpe.train_from_iterator([" ".join(TRAINING_TEXT.split())], trainer)
-    bpe.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", BOS_ID)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        unk_token="<unk>",
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        extra_special_tokens={"image_token": "<image>"},
-        padding_side="left",
-        model_max_length=4096,
-        clean_up_tokenization_spaces=False,
-    )
+    lines = json.dumps(record, indent=2) + "\n"
+    (folder / RECORD).write_text(lines, encoding="utf-8")
 
 
 def _processor(
@@ -378,7 +353,7 @@ def _draw(name: str, parameter: nn.Parameter, spec: CheckpointSpec) -> None:
     """Draw one parameter: unit variance goes in, unit variance comes out.
 
     Two exceptions. What a layer adds to the residual stream shrinks with the number
-    of layers, so that tokens stay different from each other to the last one. Queries
+    of layers, so that tokens differ from each other up to the last one. Queries
     and keys of the decoder are larger: with unit inputs their products, over the root
     of the head's width, have the standard deviation ``LOGIT_STD``.
     """
@@ -402,11 +377,11 @@ def _draw(name: str, parameter: nn.Parameter, spec: CheckpointSpec) -> None:
 def _shape_head(
     model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """Make greedy decoding readable: whole words, and no word right after itself.
+    """Make greedy decoding readable: complete words, no word twice in a row.
 
     Rows of special tokens and of parts of words are zero, so decoding always runs to
-    the number of tokens that was asked for. The others lean away from their own
-    embedding.
+    the number of tokens that was asked for. The others have a part of their
+    token's embedding subtracted.
     """
     head, embedding = model.lm_head, model.model.language_model.embed_tokens
     head.weight -= SELF_AVERSION / head.in_features**0.5 * embedding.weight
