@@ -185,6 +185,27 @@ def not_pruned(model: PreTrainedModel, found: str) -> AnatomyError:
     )
 
 
+def failed_check(message: str) -> InputError | None:
+    """The error for a check that failed in a graph; None if it is no such check.
+
+    Args:
+        message: The model's own check (``passes.async_checks``), or that of
+            ``passes.check_tokens``.
+    """
+    if message.startswith("recipe ") and "visual tokens" in message:
+        where, _, rest = message.partition(": ")
+        expected, _, fix = rest.partition("; ")
+        return InputError(
+            where,
+            expected=expected,
+            found="a sample with fewer",
+            fix=f"{fix[:1].upper()}{fix[1:]}.",
+        )
+    if "torch_compilable_check" in message or "_check_tensor_all" in message:
+        return mismatch("another number")
+    return None
+
+
 def mismatch(found: str) -> InputError:
     """The error for images that do not fit the prompt's placeholders."""
     return InputError(

@@ -103,7 +103,7 @@ class PrunedForward:
         self._encodes_first = False
         self._prompt: int | None = None
         self._must_prune = False
-        self._prompts = 0
+        self._calls = 0
         functools.update_wrapper(self, self._dense)
         self._signature = inspect.signature(self._dense)
         self._cache = cache_argument(self._dense) or PAST
@@ -150,6 +150,7 @@ class PrunedForward:
         """Run a prompt, or what follows on a filled cache."""
         checks.check_not_traced()
         checks.check_model(self._model)
+        self._calls += 1
         named = self._named(*args, **kwargs)
         checks.check_arguments(named)
         with _errors_of_ours():
@@ -166,7 +167,7 @@ class PrunedForward:
         """
         config = kwargs.get("generation_config") or self._model.generation_config
         checks.check_generation(config, kwargs)
-        before, prompts = self._prompt, self._prompts
+        before, calls = self._prompt, self._calls
         ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
         self._prompt = (
             ids.shape[1] if isinstance(ids, Tensor) and ids.dim() == 2 else None
@@ -175,7 +176,7 @@ class PrunedForward:
             answer = self._dense_generate(*args, **kwargs)
         finally:
             self._prompt = before
-        if self._prompts == prompts and gives_images(kwargs):
+        if self._calls == calls and gives_images(kwargs):
             raise checks.not_pruned(
                 self._model, "a generate that runs past its forward"
             )
@@ -216,7 +217,6 @@ class PrunedForward:
         numbers = self._numbers(prompt.visual, named)
         self._must_prune = gives_images(named) and self._drops(numbers.visual)
         outputs = self._run_encoded(named, numbers)
-        self._prompts += 1
         filled: Cache | None = cache_of(outputs)
         if filled is not None:
             room = None if static is None else static.get_max_length()
@@ -232,6 +232,8 @@ class PrunedForward:
         """Refuse a prompt of which something would be lost; map what can be mapped."""
         check_one_sequence(named.get("position_ids"), named.get("attention_mask"))
         if prompt.images is None:
+            if gives_images(named):
+                raise checks.mismatch("images, and no placeholder")
             return
         checks.check_labels(named)
         if (asked := named.get("logits_to_keep")) is not None:
@@ -270,13 +272,23 @@ class PrunedForward:
         named = encoded(self._model, named, anyway=self._encodes_first)
         _mark_prompt(named)
         try:
-            with self._encoding_images(named):
+            with self._encoding_images(named), self._forgetting_failures():
                 return self._compiled_for(numbers)(**named)
         except Unsupported:
             if self._encodes_first or not gives_pixels(named):
                 raise
         self._encodes_first = True
         return self._run_encoded(named, numbers)
+
+    @contextlib.contextmanager
+    def _forgetting_failures(self) -> Iterator[None]:
+        """Drop what was made for a prompt that fails: it fits no other prompt."""
+        before = dict(self._compiled)
+        try:
+            yield
+        except Exception:
+            self._compiled = before
+            raise
 
     def _encoding_images(
         self, named: dict[str, Any]
@@ -384,8 +396,8 @@ def _errors_of_ours() -> Iterator[None]:
     except TorchDynamoException as error:
         raise _not_traced(error) from error
     except RuntimeError as error:
-        if "torch_compilable_check" in str(error) or "_check_tensor_all" in str(error):
-            raise checks.mismatch("another number") from error
+        if (ours := checks.failed_check(str(error))) is not None:
+            raise ours from error
         raise
 
 
