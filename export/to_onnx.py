@@ -46,9 +46,10 @@ from vtprune_fx.export.onnx_model import require_onnxruntime
 from vtprune_fx.export.onnx_rank import define_rank, spell_rank
 from vtprune_fx.export.quantize import Quantized, WeightOnly
 from vtprune_fx.models.arguments import PAST
-from vtprune_fx.models.encoding import encoded, is_told_sizes
+from vtprune_fx.models.encoding import prefill_inputs, takes_sizes
+from vtprune_fx.models.placeholders import is_visual
 from vtprune_fx.models.prompts import image_token
-from vtprune_fx.models.ragged_attention import ragged_attention
+from vtprune_fx.models.ragged_attention import ATTENTION, attention_implementation
 from vtprune_fx.passes import KEEP_PREFIX
 from vtprune_fx.planning.report import PruneReport
 from vtprune_fx.pruning import prune_program
@@ -197,7 +198,7 @@ def export_onnx(
     """
     inputs = example(inputs)
     if options.prompt is not None:
-        visual = (inputs["input_ids"] == model.config.image_token_id).sum(dim=1)
+        visual = is_visual(inputs["input_ids"], model.config).sum(dim=1)
         _check_prompt(options.prompt, int(visual.max()))
     inputs = prefill_inputs(model, inputs)
     # After cuts nearly every symbolic size is new: remembering fakes doubles the time.
@@ -206,7 +207,7 @@ def export_onnx(
         with images_as_one_sequence(model):
             shapes = dynamic_shapes(inputs)
             prefill = _export(exporter, model, inputs, shapes, options)
-        with ragged_attention(model):
+        with attention_implementation(model, ATTENTION):
             step, shapes = _decode_example(model, inputs)
             decode = _export(OnnxExporter(), model, step, shapes, options)
     _fix_sizes(prefill.program.graph, options.batch, options.prompt)
@@ -227,19 +228,6 @@ def _check_prompt(prompt: int, visual: int) -> None:
             found=str(prompt),
             fix="Leave it out, or make it as long as the longest prompt.",
         )
-
-
-def prefill_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """What an exported prefill graph takes, made of what a processor returned.
-
-    Positions, and where a model's encoders are told sizes the features that they give
-    (``encoding.encoded``).
-    """
-    with torch.no_grad():
-        ready = encoded(model, inputs)
-    if ready.get("position_ids") is None:
-        ready["position_ids"] = (ready["attention_mask"].cumsum(1) - 1).clamp(min=0)
-    return ready
 
 
 _CHATTY = ("torch.onnx", "transformers.exporters.utils", "onnx_ir")
@@ -310,7 +298,7 @@ def check_encoders(model: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
     Raises:
         ExportError: They are told sizes, so that features depend on values.
     """
-    if is_told_sizes(model, inputs):
+    if takes_sizes(model, inputs):
         raise ExportError(
             f"model {type(model).__name__}",
             expected="encoders that see pixels alone, to write as a graph",

@@ -37,6 +37,7 @@ from vtprune_fx.models.encoding import (
     own_positions,
     token_axis,
 )
+from vtprune_fx.models.placeholders import visual_token_ids
 from vtprune_fx.models.ragged_attention import (
     mark_dynamic,
     set_attention,
@@ -285,9 +286,7 @@ class PrunedForward:
 
 def visual_ids(model: PreTrainedModel) -> list[int]:
     """Ids of the placeholders of images and videos."""
-    names = ("image_token_id", "video_token_id")
-    ids = [getattr(model.config, name, None) for name in names]
-    found = [token for token in ids if token is not None]
+    found = list(visual_token_ids(model.config))
     if not found:
         logger.warning(
             "%s has no visual tokens: it is compiled, not pruned.", type(model).__name__
