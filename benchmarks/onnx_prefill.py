@@ -38,7 +38,8 @@ from benchmarks.presets import (
     realisation,
 )
 from vtprune_fx.capture.aten import dynamic_shapes, images_as_one_sequence
-from vtprune_fx.export.to_onnx import OPSET, PrunedOnnxExporter, prefill_inputs
+from vtprune_fx.export.to_onnx import OPSET, PrunedOnnxExporter
+from vtprune_fx.models.encoding import prefill_inputs
 from vtprune_fx.recipes.counting import Geometry, cost
 from vtprune_fx.recipes.default import default_recipe
 from vtprune_fx.recipes.schema import Recipe

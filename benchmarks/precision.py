@@ -32,6 +32,7 @@ from vtprune_fx import oracle
 from vtprune_fx.evaluation.evaluate import BATCH, NEW_TOKENS, inputs_of
 from vtprune_fx.export import load, manifest, write_onnx
 from vtprune_fx.export.quantize import Quantized, WeightOnly
+from vtprune_fx.models.encoding import counted_positions
 from vtprune_fx.models.loading import open_checkpoint
 from vtprune_fx.recipes.loading import load_recipe
 from vtprune_fx.recipes.schema import Recipe
@@ -172,7 +173,7 @@ def _oracles(recipe: Recipe, batches: Sequence[dict[str, Any]]) -> Answers:
     ends = (processor.tokenizer.eos_token_id,)
     answers: Answers = []
     for inputs in batches:
-        positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        positions = counted_positions(inputs["attention_mask"])
         samples = oracle.split_batch(model, **inputs, position_ids=positions)
         answers += [
             oracle.generate(model, recipe, sample, NEW_TOKENS, ends)

@@ -12,9 +12,9 @@ from transformers.exporters import ExportedModel
 
 from vtprune_fx.export.tensorrt_model import TensorRTRunner
 from vtprune_fx.export.tensorrt_profile import EngineSizes, Span
-from vtprune_fx.export.to_onnx import export_onnx, prefill_inputs
+from vtprune_fx.export.to_onnx import export_onnx
 from vtprune_fx.export.to_tensorrt import build_engines, engines_of
-from vtprune_fx.models.encoding import FEATURES
+from vtprune_fx.models.encoding import FEATURES, prefill_inputs
 from vtprune_fx.recipes.schema import Recipe
 
 NEW_TOKENS = 8

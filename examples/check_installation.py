@@ -24,6 +24,7 @@ from vtprune_fx import oracle
 from vtprune_fx.evaluation.evaluate import inputs_of
 from vtprune_fx.export import load, write_onnx
 from vtprune_fx.generation.compile import pruned
+from vtprune_fx.models.encoding import counted_positions
 from vtprune_fx.models.loading import open_checkpoint
 from vtprune_fx.recipes import Recipe, load_recipe
 from vtprune_fx.reference import CHECKPOINT
@@ -91,7 +92,7 @@ def prompts() -> dict[str, list[Sample]]:
 
 def by_oracle(model: Any, recipe: Recipe, inputs: Inputs) -> Answers:
     """The oracle's answers; it runs one prompt at a time."""
-    positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    positions = counted_positions(inputs["attention_mask"])
     samples = oracle.split_batch(model, **inputs, position_ids=positions)
     return [oracle.generate(model, recipe, sample, NEW_TOKENS) for sample in samples]
 

@@ -28,11 +28,11 @@ from vtprune_fx.export.to_onnx import (
     OnnxOptions,
     export_onnx,
     manifest_fields,
-    prefill_inputs,
     write_onnx,
 )
 from vtprune_fx.export.to_tensorrt import write_tensorrt
 from vtprune_fx.export.to_triton import write_triton
+from vtprune_fx.models.encoding import prefill_inputs
 
 Sizes = EngineSizes
 """The earlier name of ``EngineSizes``."""

@@ -25,7 +25,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from vtprune_fx.errors import ExportError, InputError
 from vtprune_fx.export.manifest import Manifest
 from vtprune_fx.models.arguments import CACHE_NAMES, PAST, given_cache, refuse_unknown
+from vtprune_fx.models.encoding import counted_positions
 from vtprune_fx.planning.report import in_prompt
+from vtprune_fx.recipes.counting import key_value_sizes
 from vtprune_fx.selection.attention_rank import check_alone
 
 
@@ -162,7 +164,8 @@ class GraphModel(PreTrainedModel, GenerationMixin):
             samples, new = input_ids.shape
             attention_mask = input_ids.new_ones(samples, past + new)
         if position_ids is None:
-            position_ids = _positions(attention_mask, input_ids.shape[1])
+            positions = counted_positions(attention_mask)
+            position_ids = positions[:, -input_ids.shape[1] :]
         if pixel_values is None:
             return self._run_decode(input_ids, attention_mask, position_ids, cache)
         if past:
@@ -287,20 +290,13 @@ def zero_cache(
         samples: Samples of the batch.
     """
     text = model.config.get_text_config()
-    heads = text.num_attention_heads
-    width = getattr(text, "head_dim", None) or text.hidden_size // heads
-    groups = getattr(text, "num_key_value_heads", None) or heads
+    groups, width = key_value_sizes(text)
     cache = DynamicCache()
     for layer, length in enumerate(lengths):
         shape = (samples, groups, length, width)
         keys, values = torch.zeros(2, *shape, dtype=model.dtype, device=model.device)
         cache.update(keys, values, layer)
     return cache
-
-
-def _positions(attention_mask: Tensor, new: int) -> Tensor:
-    """Positions [B, new] of the last tokens, counted from the mask [B, past + new]."""
-    return (attention_mask.cumsum(1) - 1).clamp(min=0)[:, -new:]
 
 
 def _image_after_prompt() -> InputError:

@@ -47,9 +47,10 @@ from vtprune_fx.export.onnx_model import require_onnxruntime
 from vtprune_fx.export.onnx_rank import define_rank, spell_rank
 from vtprune_fx.export.quantize import Quantized, WeightOnly
 from vtprune_fx.models.arguments import PAST
-from vtprune_fx.models.encoding import encoded, is_told_sizes
+from vtprune_fx.models.encoding import prefill_inputs, takes_sizes
+from vtprune_fx.models.placeholders import is_visual
 from vtprune_fx.models.prompts import image_token
-from vtprune_fx.models.ragged_attention import ragged_attention
+from vtprune_fx.models.ragged_attention import ATTENTION, attention_implementation
 from vtprune_fx.passes import KEEP_PREFIX
 from vtprune_fx.planning.report import PruneReport
 from vtprune_fx.pruning import prune_program
@@ -202,7 +203,7 @@ def export_onnx(
     """
     prompts = example(inputs)
     if options.prompt is not None:
-        visual = (prompts["input_ids"] == model.config.image_token_id).sum(dim=1)
+        visual = is_visual(prompts["input_ids"], model.config).sum(dim=1)
         _check_prompt(options.prompt, int(visual.max()))
     ready = prefill_inputs(model, prompts)
     # After cuts nearly every symbolic size is new: remembering fakes doubles the time.
@@ -211,7 +212,7 @@ def export_onnx(
         with images_as_one_sequence(model):
             shapes = dynamic_shapes(ready)
             prefill = _export(exporter, model, ready, shapes, options)
-        with ragged_attention(model):
+        with attention_implementation(model, ATTENTION):
             step, shapes = _decode_example(model, *ready["input_ids"].shape)
             decode = _export(OnnxExporter(), model, step, shapes, options)
     _fix_sizes(prefill.program.graph, options.batch, options.prompt)
@@ -232,21 +233,6 @@ def _check_prompt(prompt: int, visual: int) -> None:
             found=str(prompt),
             fix="Omit it, or make it as long as the longest prompt.",
         )
-
-
-def prefill_inputs(
-    model: PreTrainedModel, inputs: Mapping[str, object]
-) -> dict[str, Tensor]:
-    """What an exported prefill graph takes, made of what a processor returned.
-
-    Adds positions, and replaces pixels by features where a model's encoders take the
-    images' sizes too (``encoding.encoded``).
-    """
-    with torch.no_grad():
-        ready = encoded(model, inputs)
-    if ready.get("position_ids") is None:
-        ready["position_ids"] = (ready["attention_mask"].cumsum(1) - 1).clamp(min=0)
-    return ready
 
 
 _CHATTY = ("torch.onnx", "transformers.exporters.utils", "onnx_ir")
@@ -317,7 +303,7 @@ def check_encoders(model: PreTrainedModel, inputs: Mapping[str, object]) -> None
     Raises:
         ExportError: They take image sizes, so that features depend on values.
     """
-    if is_told_sizes(model, inputs):
+    if takes_sizes(model, inputs):
         raise ExportError(
             f"model {type(model).__name__}",
             expected="encoders that see pixels alone, to write as a graph",

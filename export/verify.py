@@ -35,6 +35,7 @@ from vtprune_fx.export.quantize import rounded
 from vtprune_fx.export.target import target_of
 from vtprune_fx.export.verify_cases import Case, draw_cases
 from vtprune_fx.models.arguments import cache_of
+from vtprune_fx.models.encoding import counted_positions
 from vtprune_fx.models.loading import load_model
 from vtprune_fx.recipes.schema import Recipe
 
@@ -220,7 +221,7 @@ def _compared(
 def _samples(
     original: LlavaForConditionalGeneration, inputs: dict[str, Tensor]
 ) -> list[oracle.Sample]:
-    positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    positions = counted_positions(inputs["attention_mask"])
     return oracle.split_batch(original, **inputs, position_ids=positions)
 
 

@@ -9,7 +9,11 @@ from torch import nn
 
 from tests.tiny import recipe_for, tiny_llava
 from vtprune_fx.generation.compile import pruned
-from vtprune_fx.models.ragged_attention import ATTENTION, ragged_attention, ragged_sdpa
+from vtprune_fx.models.ragged_attention import (
+    ATTENTION,
+    attention_implementation,
+    ragged_sdpa,
+)
 
 HEADS, KEYS, WIDTH = 2, 5, 4
 
@@ -45,7 +49,7 @@ def test_a_second_prompt_on_a_pruned_cache_sees_itself_causally() -> None:
 def test_the_attention_of_a_model_is_given_back() -> None:
     model = tiny_llava(layers=2)
     config: Any = model.config
-    with ragged_attention(model):
+    with attention_implementation(model, ATTENTION):
         assert config.text_config._attn_implementation == ATTENTION
         assert config.vision_config._attn_implementation == "sdpa"
     assert config.text_config._attn_implementation == "sdpa"

@@ -30,7 +30,7 @@ from tests.tiny import (
 from vtprune_fx import oracle
 from vtprune_fx.analysis.anatomy import read
 from vtprune_fx.errors import InputError, PlanError
-from vtprune_fx.generation.forward import _refuse_mixed_up
+from vtprune_fx.generation.arguments import refuse_mixed_up
 from vtprune_fx.oracle import tower
 from vtprune_fx.planning.place import place
 from vtprune_fx.selection import contextual
@@ -211,10 +211,10 @@ def test_several_images_are_not_repeated_for_beams() -> None:
 
 def test_the_same_text_about_other_images_is_no_repetition() -> None:
     ids, pixels = torch.ones(2, 8), torch.arange(4.0)[:, None]
-    _refuse_mixed_up(ids, pixels)
-    _refuse_mixed_up(ids, pixels[:2].repeat_interleave(1, dim=0))
+    refuse_mixed_up(ids, pixels)
+    refuse_mixed_up(ids, pixels[:2].repeat_interleave(1, dim=0))
     with pytest.raises(InputError, match="found 4 images in 2 prompts"):
-        _refuse_mixed_up(ids, pixels[:2].repeat_interleave(2, dim=0))
+        refuse_mixed_up(ids, pixels[:2].repeat_interleave(2, dim=0))
 
 
 def test_encoded_images_do_not_show_the_tower() -> None:

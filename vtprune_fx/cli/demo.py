@@ -22,6 +22,7 @@ from vtprune_fx.evaluation.picture import draw_kept, unnormalise
 from vtprune_fx.export import load, require_onnxruntime, write_onnx
 from vtprune_fx.generation.compile import pruned
 from vtprune_fx.models.loading import open_checkpoint
+from vtprune_fx.models.placeholders import is_visual
 from vtprune_fx.models.prompts import prompt_inputs
 from vtprune_fx.recipes.counting import Geometry, cost
 from vtprune_fx.recipes.schema import Recipe
@@ -246,7 +247,7 @@ def _draw(job: _Job, sample: oracle.Sample, expected: oracle.Prefill) -> Path:
     config = job.model.config
     vision: Any = config.vision_config  # typed as what LlavaConfig takes, dicts too
     side = vision.image_size // vision.patch_size
-    visual = (sample.input_ids == config.image_token_id).nonzero()[:, 0]
+    visual = is_visual(sample.input_ids, config).nonzero()[:, 0]
     patches = {int(position): patch for patch, position in enumerate(visual)}
     cuts = [cut.layer for cut in job.recipe.cuts]
     shown = [cuts[i * (len(cuts) - 1) // (PANELS - 1)] for i in range(PANELS)]
@@ -263,7 +264,7 @@ def _draw(job: _Job, sample: oracle.Sample, expected: oracle.Prefill) -> Path:
 def _report(job: _Job, outcomes: list[RuntimeResult], picture: Path) -> None:
     """Print the results, and write them to ``report.json``."""
     ids = job.inputs["input_ids"][0]
-    visual = int((ids == job.model.config.image_token_id).sum())
+    visual = int(is_visual(ids, job.model.config).sum())
     geometry = Geometry.from_config(job.model.config)
     spent = cost(job.recipe, geometry, visual, len(ids) - visual)
     console = job.console

@@ -21,7 +21,8 @@ from transformers import PreTrainedModel, ProcessorMixin
 from vtprune_fx import oracle
 from vtprune_fx.errors import InputError
 from vtprune_fx.evaluation.results import Evaluation, Result
-from vtprune_fx.models.encoding import own_positions
+from vtprune_fx.models.encoding import counted_positions, own_positions
+from vtprune_fx.models.placeholders import is_visual
 from vtprune_fx.models.prompts import batch_inputs
 from vtprune_fx.recipes.counting import Cost, Geometry, cost
 from vtprune_fx.recipes.schema import Recipe
@@ -112,13 +113,13 @@ class _Asked:
     ) -> None:
         self.recipe, self.processor = recipe, processor
         self.geometry = Geometry.from_config(model.config)
-        self.image_token: int = model.config.image_token_id
+        self.config = model.config
         self.answers: dict[int, str] = {}
         self.costs: dict[int, Cost] = {}
 
     def bound(self, inputs: dict[str, Tensor]) -> Recipe:
         """The recipe for prompts with as many visual tokens as these."""
-        visual = (inputs["input_ids"] == self.image_token).sum(dim=1)
+        visual = is_visual(inputs["input_ids"], self.config).sum(dim=1)
         return self.recipe.bound(int(visual[0]))
 
     def ask(self, samples: Sequence[tuple[int, Sample]], answer: Answerer) -> None:
@@ -131,7 +132,7 @@ class _Asked:
             self.costs[index] = self._cost(*row)
 
     def _cost(self, ids: Tensor, mask: Tensor) -> Cost:
-        visual = int((ids == self.image_token).sum())
+        visual = int(is_visual(ids, self.config).sum())
         return cost(self.recipe, self.geometry, visual, int(mask.sum()) - visual)
 
     def result(self, samples: Sequence[Sample]) -> Result:
@@ -227,7 +228,7 @@ def _oracle(
     def answer(inputs: dict[str, Tensor]) -> list[list[int]]:
         positions = own_positions(model, inputs)
         if positions is None:
-            positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+            positions = counted_positions(inputs["attention_mask"])
         samples = oracle.split_batch(model, **inputs, position_ids=positions)
         ends = (tokenizer.eos_token_id,)
         return [oracle.generate(model, recipe, s, NEW_TOKENS, ends) for s in samples]

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from vtprune_fx.errors import InputError, first_sentence
 from vtprune_fx.files import replace_file
 from vtprune_fx.fitting.observe import Watch, unobservable, watching
+from vtprune_fx.models.placeholders import is_visual
 from vtprune_fx.scorers.roles import PADDING, VISUAL
 
 
@@ -71,7 +72,7 @@ def observe(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Statistics:
     Raises:
         InputError: A sample has no visual token, or the attention was not observed.
     """
-    visual = inputs["input_ids"] == model.config.image_token_id
+    visual = is_visual(inputs["input_ids"], model.config)
     if not visual.any(dim=1).all():
         raise InputError(
             "calibration prompts",

@@ -32,6 +32,7 @@ from vtprune_fx.fitting.observe import (
     unobservable,
     watching,
 )
+from vtprune_fx.models.placeholders import is_visual
 from vtprune_fx.scorers.roles import PADDING, VISUAL, token_roles
 
 ROOM = 2**29
@@ -229,7 +230,7 @@ def _entered(
     try:
         model.base_model(**inputs, use_cache=False)
     except _Entered as entered:
-        visual = inputs["input_ids"] == model.config.image_token_id
+        visual = is_visual(inputs["input_ids"], model.config)
         return _state(entered.hidden, entered.options, visual)
     finally:
         hook.remove()

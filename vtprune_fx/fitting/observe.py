@@ -20,7 +20,11 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import sdpa_mask
 
 from vtprune_fx.errors import InputError
-from vtprune_fx.models.ragged_attention import check_decoder, set_attention
+from vtprune_fx.models.ragged_attention import (
+    attention_implementation,
+    can_set_attention,
+    check_decoder,
+)
 from vtprune_fx.ops.attention import attention_bias
 from vtprune_fx.scorers.roles import INSTRUCTION, VISUAL, token_roles
 
@@ -72,18 +76,14 @@ _watch: ContextVar[Watch] = ContextVar("vtprune_watch")
 
 @contextlib.contextmanager
 def observed(model: PreTrainedModel) -> Iterator[None]:
-    """Let a model's decoder note what its tokens receive; the tower stays as it is.
+    """Let a model's decoder note what its tokens receive, inside the block.
 
     Raises:
         InputError: The model's attention cannot be observed.
     """
     _check_observable(model)
-    before = model.config.get_text_config()._attn_implementation
-    set_attention(model, ATTENTION)
-    try:
+    with attention_implementation(model, ATTENTION):
         yield
-    finally:
-        set_attention(model, before)
 
 
 @contextlib.contextmanager
@@ -125,7 +125,7 @@ def unobservable(model: PreTrainedModel, found: str) -> InputError:
 
 def _check_observable(model: PreTrainedModel) -> None:
     check_decoder(model.config.get_text_config())
-    if not model.get_decoder()._can_set_attn_implementation():
+    if not can_set_attention(model):
         raise unobservable(model, "attention of its own")
 
 

@@ -10,7 +10,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import TransformersKwargs
 
-from vtprune_fx.errors import AnatomyError, InputError
+from vtprune_fx.errors import InputError
 from vtprune_fx.models.arguments import CACHE_NAMES
 from vtprune_fx.models.ragged_attention import ATTENTION
 
@@ -171,47 +171,3 @@ def check_generation(
             found="False, which a pruned model cannot generate with",
             fix=f"A prompt grown by an answer is another prompt. {_UNDO}",
         )
-
-
-def not_pruned(model: PreTrainedModel, found: str) -> AnatomyError:
-    """The error for a prompt with images of which nothing would be dropped."""
-    return AnatomyError(
-        type(model).__name__,
-        expected="images whose features stand among the prompt's tokens, to be pruned "
-        "by the recipe",
-        found=found,
-        fix="This model cannot be pruned here. Call vtprune_fx.undo(model) to run it "
-        "without pruning.",
-    )
-
-
-def failed_check(message: str) -> InputError | None:
-    """The error for a check that failed in a graph; None if it is no such check.
-
-    Args:
-        message: The model's own check (``passes.async_checks``), or that of
-            ``passes.check_tokens``.
-    """
-    if message.startswith("recipe ") and "visual tokens" in message:
-        where, _, rest = message.partition(": ")
-        expected, _, fix = rest.partition("; ")
-        return InputError(
-            where,
-            expected=expected,
-            found="a sample with fewer",
-            fix=f"{fix[:1].upper()}{fix[1:]}.",
-        )
-    if "torch_compilable_check" in message or "_check_tensor_all" in message:
-        return mismatch("another number")
-    return None
-
-
-def mismatch(found: str) -> InputError:
-    """The error for images that do not fit the prompt's placeholders."""
-    return InputError(
-        "images of the prompt",
-        expected="as many image features as the prompt has image placeholders",
-        found=found,
-        fix="Make the prompt by the model's processor, with one placeholder for each "
-        "image, and pass input_ids and pixel values of the same call.",
-    )

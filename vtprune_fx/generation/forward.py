@@ -6,14 +6,13 @@ import contextlib
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException, Unsupported
-from torch.utils import _pytree as pytree
+from torch._dynamo.exc import Unsupported
 from transformers import (
     Cache,
     DynamicCache,
@@ -23,8 +22,16 @@ from transformers import (
 
 from vtprune_fx.backend import vtprune_backend
 from vtprune_fx.capture.aten import images_as_one_sequence
-from vtprune_fx.errors import CaptureError, InputError, VtpruneError, first_sentence
-from vtprune_fx.generation import checks
+from vtprune_fx.errors import InputError
+from vtprune_fx.generation import checks, failures
+from vtprune_fx.generation.arguments import (
+    first_given,
+    mark_prompt,
+    parted,
+    refuse_mixed_up,
+    without,
+    without_room,
+)
 from vtprune_fx.generation.positions import check_one_sequence, kept_logits
 from vtprune_fx.models import ragged_cache as ragged
 from vtprune_fx.models.arguments import (
@@ -41,8 +48,8 @@ from vtprune_fx.models.encoding import (
     gives_images,
     gives_pixels,
     own_positions,
-    token_axis,
 )
+from vtprune_fx.models.placeholders import visual_token_ids
 from vtprune_fx.models.ragged_attention import (
     mark_dynamic,
     set_attention,
@@ -111,7 +118,7 @@ class PrunedForward:
         recipe: Recipe | None = options["recipe"]
         self._sees_tower = recipe is not None and recipe.sees_tower
         if self._sees_tower:
-            self.__signature__ = _without(self._signature, FEATURES)
+            self.__signature__ = without(self._signature, FEATURES)
 
     @property
     def _dense(self) -> Callable[..., Any]:
@@ -144,7 +151,7 @@ class PrunedForward:
     def _note_dense(self) -> None:
         """Called where a graph is not pruned."""
         if self._must_prune:
-            raise checks.not_pruned(self._model, "a graph that places no image")
+            raise failures.not_pruned(self._model, "a graph that places no image")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run a prompt, or what follows on a filled cache."""
@@ -153,7 +160,7 @@ class PrunedForward:
         self._calls += 1
         named = self._named(*args, **kwargs)
         checks.check_arguments(named)
-        with _errors_of_ours():
+        with failures.errors_of_ours():
             if ragged.length_of(named.get(self._cache)):
                 return self._run_step(named)
             return self._run_first(named)
@@ -177,7 +184,7 @@ class PrunedForward:
         finally:
             self._prompt = before
         if self._calls == calls and gives_images(kwargs):
-            raise checks.not_pruned(
+            raise failures.not_pruned(
                 self._model, "a generate that runs past its forward"
             )
         return answer
@@ -197,7 +204,7 @@ class PrunedForward:
         if prompt is None or ids is None or ids.shape[1] <= prompt:
             return self._run_prompt(named)
         checks.check_states(named)
-        first, candidates = _parted(named, prompt, self._cache)
+        first, candidates = parted(named, prompt, self._cache)
         outputs = self._run_prompt(first | {"logits_to_keep": 1})
         step = self._run_step(candidates | {self._cache: cache_of(outputs)})
         step.logits = torch.cat([outputs.logits, step.logits], dim=1)
@@ -210,7 +217,7 @@ class PrunedForward:
         if static is not None:
             # Its layers are allocated once it is known how long they become.
             named[self._cache] = DynamicCache(config=self._text)
-            named["attention_mask"] = _without_room(named)
+            named["attention_mask"] = without_room(named)
         places = self._visual(named.get("input_ids"))
         prompt = ragged.Prompt.of(places, named.get("attention_mask"))
         self._check_prompt(named, prompt)
@@ -233,7 +240,7 @@ class PrunedForward:
         check_one_sequence(named.get("position_ids"), named.get("attention_mask"))
         if prompt.images is None:
             if gives_images(named):
-                raise checks.mismatch("images, and no placeholder")
+                raise failures.mismatch("images, and no placeholder")
             return
         checks.check_labels(named)
         if (asked := named.get("logits_to_keep")) is not None:
@@ -270,7 +277,7 @@ class PrunedForward:
     def _run_encoded(self, named: dict[str, Any], numbers: _Numbers) -> Any:
         """Run a prompt in one graph, after encoders that Dynamo cannot trace."""
         named = encoded(self._model, named, anyway=self._encodes_first)
-        _mark_prompt(named)
+        mark_prompt(named)
         try:
             with self._encoding_images(named), self._forgetting_failures():
                 return self._compiled_for(numbers)(**named)
@@ -297,7 +304,7 @@ class PrunedForward:
         pixels = named.get("pixel_values")
         if not self._sees_tower or pixels is None:
             return contextlib.nullcontext()
-        _refuse_mixed_up(named["input_ids"], pixels)
+        refuse_mixed_up(named["input_ids"], pixels)
         if named.get("return_dict") is self._model.config.return_dict:
             # Dynamo reads no signature, as encoding does, once that is taken off.
             del named["return_dict"]
@@ -349,7 +356,7 @@ class PrunedForward:
     def _run_step(self, named: dict[str, Any]) -> Any:
         self._must_prune = False
         cache: Cache = named[self._cache]
-        new = _first_given(named, "input_ids", "inputs_embeds").shape[1]
+        new = first_given(named, "input_ids", "inputs_embeds").shape[1]
         mask = ragged.attention_mask(cache, new)
         mark_dynamic(3, mask)
         if new > 1:
@@ -357,7 +364,7 @@ class PrunedForward:
         positions = own_positions(self._model, named)
         if positions is not None:
             named["position_ids"] = positions
-        _mark_prompt(named | {"attention_mask": None})
+        mark_prompt(named | {"attention_mask": None})
         layers: list[Any] = cache.layers
         for layer in layers:
             if isinstance(layer, ragged.RaggedLayer):
@@ -368,126 +375,9 @@ class PrunedForward:
 
 def visual_ids(model: PreTrainedModel) -> list[int]:
     """Ids of the placeholders of images and videos."""
-    names = ("image_token_id", "video_token_id")
-    ids = [getattr(model.config, name, None) for name in names]
-    found = [token for token in ids if token is not None]
+    found = list(visual_token_ids(model.config))
     if not found:
         logger.warning(
             "%s has no visual tokens: it is compiled, not pruned.", type(model).__name__
         )
     return found
-
-
-@contextlib.contextmanager
-def _errors_of_ours() -> Iterator[None]:
-    """Errors of Dynamo and of the model's own checks, as errors of this package.
-
-    Raises:
-        VtpruneError: As the backend raised it.
-        InputError: Images do not fit the prompt's placeholders.
-        CaptureError: Dynamo cannot trace the model.
-    """
-    try:
-        yield
-    except BackendCompilerFailed as error:
-        if isinstance(error.inner_exception, VtpruneError):
-            raise error.inner_exception from None
-        raise _not_traced(error.inner_exception) from error
-    except TorchDynamoException as error:
-        raise _not_traced(error) from error
-    except RuntimeError as error:
-        if (ours := checks.failed_check(str(error))) is not None:
-            raise ours from error
-        raise
-
-
-def _not_traced(error: BaseException) -> CaptureError:
-    return CaptureError(
-        "prompt",
-        expected="a model and inputs that torch.compile can trace in one graph",
-        found=first_sentence(error),
-        fix="Check that the model answers this prompt after vtprune_fx.undo(model). If "
-        "it does, this model cannot be pruned.",
-    )
-
-
-def _parted(
-    named: Mapping[str, Any], prompt: int, cache: str
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Arguments of a prompt, and of what follows it in the same call.
-
-    Args:
-        named: Arguments for both.
-        prompt: S, the prompt's tokens.
-        cache: Name of the cache, which the prompt gets.
-    """
-    shape = named["input_ids"].shape[:2]
-    axes = {name: token_axis(value, shape) for name, value in named.items()}
-    along = {name: axis for name, axis in axes.items() if axis is not None}
-    options = {
-        n: v for n, v in named.items() if not isinstance(v, Tensor) and n != cache
-    }
-    first = dict(named)
-    more = {n: v for n, v in options.items() if n != FEATURES}
-    for name, axis in along.items():
-        value = named[name]
-        first[name] = value.narrow(axis, 0, prompt)
-        more[name] = value.narrow(axis, prompt, shape[1] - prompt)
-    return first, more | {"logits_to_keep": 0}
-
-
-def _without(signature: inspect.Signature, name: str) -> inspect.Signature:
-    """A signature that lacks a parameter.
-
-    ``generate`` reads it to learn whether it should encode images by itself.
-    """
-    parameters = signature.parameters.values()
-    return signature.replace(parameters=[p for p in parameters if p.name != name])
-
-
-def _refuse_mixed_up(ids: Tensor, pixels: Tensor) -> None:
-    """Refuse prompts that ``generate`` repeated, with several images each.
-
-    It repeats every image by itself, so that they no longer stand in the prompts'
-    order.
-
-    Args:
-        ids: [B, S].
-        pixels: [I, ...].
-    """
-    twice = (ids[1:] == ids[:-1]).all(dim=1).any()
-    seen_twice = (pixels[1:] == pixels[:-1]).flatten(1).all(dim=1).any()
-    if len(pixels) > len(ids) and bool(twice & seen_twice):
-        raise InputError(
-            "prompts",
-            expected="one image in each, to be repeated for beams or sequences by a "
-            "recipe that looks at the vision tower",
-            found=f"{len(pixels)} images in {len(ids)} prompts",
-            fix="Generate greedily, or use another recipe.",
-        )
-
-
-def _first_given(named: Mapping[str, Any], *names: str) -> Any:
-    return next(named[name] for name in names if named.get(name) is not None)
-
-
-def _mark_prompt(named: dict[str, Any]) -> None:
-    """Let a prompt's length and its features' number vary; one token is a step's."""
-    prompt = _first_given(named, "input_ids", "inputs_embeds").shape[:2]
-    for value in named.values():
-        axis = token_axis(value, prompt)
-        if axis is not None and prompt[1] > 1:
-            mark_dynamic(axis, value)
-    for features in pytree.tree_leaves(named.get(FEATURES) or {}):
-        torch._dynamo.maybe_mark_dynamic(features, 0)
-
-
-def _without_room(named: dict[str, Any]) -> Tensor | None:
-    """[B, S]: a prompt's mask, of which ``generate`` made one for a whole static cache.
-
-    That is causal, so its last row has all the padding: [B, 1, S, M] with M > S.
-    """
-    mask: Tensor | None = named.get("attention_mask")
-    if mask is None or mask.dim() == 2:
-        return mask
-    return mask[:, 0, -1, : mask.shape[2]].long()

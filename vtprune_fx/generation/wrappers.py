@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import MethodType
 
 from torch import nn
 from torch._dynamo import OptimizedModule
@@ -66,7 +67,8 @@ def check_can_prune(model: PreTrainedModel) -> None:
             fix="Load it without device_map, or call "
             "accelerate.hooks.remove_hook_from_submodules(model), then compile it.",
         )
-    if forward_of(model) is not None:
+    forward = forward_of(model)
+    if forward is not None and forward != MethodType(type(model).forward, model):
         raise InputError(
             f"{name}.forward",
             expected="the model's class's",

@@ -1,11 +1,11 @@
-"""What a model works out from values ahead of its decoder, done before a graph is made.
+"""What a model computes from values before its decoder runs, done before tracing.
 
-An encoder that is told more than pixels (sizes of images, grids of patches, which of
-the pixels are padding) makes as many features as those values say, and some models
-count positions along three axes by them. No graph can: shapes may not depend on values.
-``encoded`` does both as ``generate`` does, through transformers' own methods, so the
-graph starts with features and positions. A model whose encoders see pixels alone stays
-whole.
+An encoder that takes more than pixels (sizes of images, grids of patches, which pixels
+are padding) makes as many features as those values say, and some models count
+positions along three axes by them. No graph can: shapes may not depend on values.
+``encoded`` does both as ``generate`` does, through transformers' methods, so the graph
+starts with features and positions. A model whose encoders take pixels alone is traced
+with its encoders.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vtprune_fx.models.arguments import cache_argument, given_cache
 
 _PIXELS = frozenset({"pixel_values", "pixel_values_videos", "pixel_values_images"})
 
 FEATURES = "mm_encoder_outputs"
-"""The argument of ``forward`` that takes what encoders gave."""
+"""The argument of ``forward`` that takes the encoders' outputs."""
 
 
 def encoded(
@@ -37,33 +38,62 @@ def encoded(
         anyway: Encode where sizes do not depend on values, too.
 
     Returns:
-        The same, or with ``mm_encoder_outputs`` and ``position_ids`` in the place of
-        pixels and what came with them.
+        The same, or with ``mm_encoder_outputs`` and ``position_ids`` in place of pixels
+        and their sizes.
     """
-    owner: Any = model
+    # Typed as taking keyword arguments that transformers does not declare.
+    encoder: Any = model
     ready = dict(inputs)
     positions = own_positions(model, ready)
     if positions is not None:
         ready["position_ids"] = positions
-    if gives_pixels(ready) and (anyway or is_told_sizes(model, ready)):
+    if gives_pixels(ready) and (anyway or takes_sizes(model, ready)):
         # The method by which ``generate`` encodes, for every model alike.
-        ready = owner._prepare_multimodal_encoder_kwargs_for_generation(ready)
+        ready = encoder._prepare_multimodal_encoder_kwargs_for_generation(ready)
     if ready.get(FEATURES):
         ready[FEATURES] = {kind: _joined(f) for kind, f in ready[FEATURES].items()}
     return ready
 
 
-def own_positions(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor | None:
-    """[axes, B, S]: positions that a model counts along several axes by itself.
-
-    None where they are given, or count along one axis as everywhere.
+def prefill_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What an exported prefill graph takes, from what a processor returned.
 
     Args:
-        model: The model, which remembers how far positions have come.
-        inputs: What it is called with; the cache among them if it is not empty.
+        model: An unmodified transformers model.
+        inputs: What its processor returned, ``attention_mask`` [B, S] among it.
+
+    Returns:
+        The same with ``position_ids``, and with features in place of pixels where the
+        model's encoders take sizes (``encoded``).
     """
-    base: Any = model.base_model
-    count = getattr(base, "compute_3d_position_ids", None)
+    with torch.no_grad():
+        ready = encoded(model, inputs)
+    if ready.get("position_ids") is None:
+        ready["position_ids"] = counted_positions(ready["attention_mask"])
+    return ready
+
+
+def counted_positions(attention_mask: Tensor) -> Tensor:
+    """Positions as ``generate`` counts them along one axis: [B, S] -> [B, S].
+
+    Each sample's first token has position 0; padding before it has 0 too.
+
+    Args:
+        attention_mask: 1 where a token is, 0 where padding is.
+    """
+    return (attention_mask.cumsum(1) - 1).clamp(min=0)
+
+
+def own_positions(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor | None:
+    """[axes, B, S]: positions of a model that counts them along several axes.
+
+    None where they are given, or are counted along one axis.
+
+    Args:
+        model: The model. It keeps how far it has counted, for later steps.
+        inputs: What it is called with, its cache among them unless that is empty.
+    """
+    count = getattr(model.base_model, "compute_3d_position_ids", None)
     ids: Tensor | None = inputs.get("input_ids")
     if count is None or ids is None or inputs.get("position_ids") is not None:
         return None
@@ -79,7 +109,7 @@ def own_positions(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor |
 
 
 def token_axis(value: object, prompt: torch.Size) -> int | None:
-    """Which axis of an input runs over the prompt's tokens.
+    """Which axis of an input runs over the prompt's tokens, None if none does.
 
     Args:
         value: The input: [B, S, ...], or positions along several axes [axes, B, S].
@@ -92,18 +122,18 @@ def token_axis(value: object, prompt: torch.Size) -> int | None:
     return value.dim() - 1 if value.shape[-2:] == prompt else None
 
 
-def gives_pixels(inputs: Mapping[str, Any]) -> bool:
+def gives_pixels(inputs: Mapping[str, object]) -> bool:
     """Whether there are images or videos to encode."""
     return any(inputs.get(name) is not None for name in _PIXELS)
 
 
-def gives_images(inputs: Mapping[str, Any]) -> bool:
+def gives_images(inputs: Mapping[str, object]) -> bool:
     """Whether there are images or videos, encoded or not."""
     return gives_pixels(inputs) or bool(inputs.get(FEATURES))
 
 
-def is_told_sizes(model: PreTrainedModel, inputs: Mapping[str, Any]) -> bool:
-    """Whether encoders are given more than pixels."""
+def takes_sizes(model: PreTrainedModel, inputs: Mapping[str, object]) -> bool:
+    """Whether the model's encoders take any of the inputs beside pixels."""
     given = {name for name, value in inputs.items() if value is not None}
     encoders = (
         getattr(model.base_model, f"get_{kind}_features", None) for kind in _KINDS
@@ -115,13 +145,18 @@ def is_told_sizes(model: PreTrainedModel, inputs: Mapping[str, Any]) -> bool:
 _KINDS = ("image", "video")
 
 
-def _joined(features: Any) -> Any:
-    """Features of all images as one tensor, whatever their number is."""
-    kept = {"pooler_output": _one(features.pooler_output)}
+def _joined(features: BaseModelOutputWithPooling) -> object:
+    """The features of all images as one tensor, whatever the number of images."""
+    kept: dict[str, object] = {"pooler_output": _one(features.pooler_output)}
     if (later := getattr(features, "deepstack_features", None)) is not None:
         kept["deepstack_features"] = [_one(each) for each in later]
-    return type(features)(**kept)
+    # Some models' output classes have fields beside these two.
+    made: type[object] = type(features)
+    return made(**kept)
 
 
-def _one(parts: Any) -> Any:
-    return parts if isinstance(parts, Tensor) else [torch.cat(list(parts))]
+def _one(parts: Tensor | list[Tensor] | tuple[Tensor, ...] | None) -> object:
+    """A tensor as it is; several as a list of one, their rows in order."""
+    if parts is None or isinstance(parts, Tensor):
+        return parts
+    return [torch.cat(list(parts))]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -126,25 +126,45 @@ def check_rotary(text: PreTrainedConfig) -> None:
 
 
 def use_ragged_attention(model: PreTrainedModel) -> None:
-    """Let a model's decoder run on ragged caches; its vision tower stays as it is."""
+    """Let a model's decoder run on ragged caches; its vision tower is unchanged."""
     set_attention(model, ATTENTION)
 
 
 def set_attention(model: PreTrainedModel, name: str) -> None:
-    """Choose the attention implementation of a model's decoder alone.
+    """Choose the attention implementation of a model's decoder.
 
-    Told to the whole model, it would be checked against every tower's parts too, some
-    of which have no attention.
+    Set on the decoder alone: for a model, transformers would validate the towers too,
+    and some of their parts have no attention.
     """
-    decoder: Any = model.get_decoder()
+    decoder: _Decoder = model.get_decoder()
     decoder.set_attn_implementation(name)
 
 
+def can_set_attention(model: PreTrainedModel) -> bool:
+    """Whether the decoder takes its attention from transformers' registry."""
+    decoder: _Decoder = model.get_decoder()
+    return decoder._can_set_attn_implementation()
+
+
+class _Decoder(Protocol):
+    """What is called of a decoder, which transformers types as a plain module."""
+
+    def set_attn_implementation(self, name: str, /) -> None: ...
+
+    def _can_set_attn_implementation(self) -> bool: ...
+
+
 @contextlib.contextmanager
-def ragged_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Let a model's decoder run on ragged caches for a while."""
+def attention_implementation(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Run a model's decoder with an attention implementation inside the block.
+
+    Args:
+        model: An unmodified transformers model.
+        name: Of the implementation, in transformers' registry. The one that was set
+            before is set again at the end of the block.
+    """
     before = model.config.get_text_config()._attn_implementation
-    use_ragged_attention(model)
+    set_attention(model, name)
     try:
         yield
     finally:
@@ -152,7 +172,7 @@ def ragged_attention(model: PreTrainedModel) -> Iterator[None]:
 
 
 def mark_dynamic(axis: int, *values: Tensor | None) -> None:
-    """Tell Dynamo that a dimension of each value varies from call to call."""
+    """Mark a dimension of each value as one that varies from call to call."""
     for value in values:
         if value is not None:
             torch._dynamo.mark_dynamic(value, axis)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +22,11 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import sdpa_mask
 
 from vtprune_fx.errors import PlanError
-from vtprune_fx.models.ragged_attention import check_decoder, set_attention
+from vtprune_fx.models.ragged_attention import (
+    attention_implementation,
+    can_set_attention,
+    check_decoder,
+)
 
 ATTENTION = "vtprune_oracle"
 """Name of the attention implementation in transformers' registries."""
@@ -100,7 +104,7 @@ class Decoder:
         check_decoder(model.config.get_text_config())
         parts = ("layers", "rotary_emb", "norm", "embed_tokens")
         missing = [part for part in parts if not hasattr(self._decoder, part)]
-        if missing or not self._decoder._can_set_attn_implementation():
+        if missing or not can_set_attention(model):
             raise PlanError(
                 "oracle",
                 expected="a decoder that is built as transformers' are",
@@ -109,15 +113,9 @@ class Decoder:
             )
         self.layers: list[Any] = list(self._decoder.layers)
 
-    @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
-        """Let the layers attend as is written here, for a while."""
-        before = self._model.config.get_text_config()._attn_implementation
-        set_attention(self._model, ATTENTION)
-        try:
-            yield
-        finally:
-            set_attention(self._model, before)
+    def running(self) -> AbstractContextManager[None]:
+        """Let the layers attend as is written here, inside the block."""
+        return attention_implementation(self._model, ATTENTION)
 
     def embed(self, ids: Tensor) -> Tensor:
         """[n] -> [n, h]."""

@@ -36,9 +36,10 @@ import torch
 from torch import Tensor
 
 from vtprune_fx.errors import InputError, PlanError
+from vtprune_fx.models.placeholders import is_visual
 from vtprune_fx.oracle.cut import Rated, Row, cut_row
 from vtprune_fx.oracle.decoder import Decoder, Heads
-from vtprune_fx.oracle.sample import Sample, check_features, is_visual
+from vtprune_fx.oracle.sample import Sample, check_features
 from vtprune_fx.oracle.scores import Seen, raters
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def prefill(
             not tell the patches that the recipe looks at.
     """
     decoder = Decoder(model)
-    visual = is_visual(model, sample.input_ids)
+    visual = is_visual(sample.input_ids, model.config)
     cuts = _cuts(recipe, int(visual.sum()), len(decoder.layers))
     row = _first_row(model, recipe, sample, bool(cuts))
     kept, keys, values, scores, ranks = [], [], [], {}, {}
@@ -131,7 +132,7 @@ def _first_row(
     model: PreTrainedModel, recipe: Recipe, sample: Sample, pruned: bool
 ) -> Row:
     """The whole sample, ahead of the first layer."""
-    visual = is_visual(model, sample.input_ids)
+    visual = is_visual(sample.input_ids, model.config)
     hidden = _embed(model, sample)
     present = torch.arange(len(hidden), device=hidden.device)
     rating = raters(recipe, hidden, visual, _after_last(visual)) if pruned else visual
@@ -318,7 +319,7 @@ def _patches(recipe: Recipe, sample: Sample, visual: Tensor) -> Tensor:
 def _embed(model: PreTrainedModel, sample: Sample) -> Tensor:
     """Embeddings with the features in the visual tokens' places. [n] -> [n, h]."""
     hidden = Decoder(model).embed(sample.input_ids)
-    visual = is_visual(model, sample.input_ids)
+    visual = is_visual(sample.input_ids, model.config)
     check_features(len(sample.features), int(visual.sum()))
     hidden[visual] = sample.features.to(hidden)
     return hidden

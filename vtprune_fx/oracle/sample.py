@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vtprune_fx.errors import InputError
 from vtprune_fx.models.encoding import FEATURES
+from vtprune_fx.models.placeholders import is_visual
 from vtprune_fx.oracle import tower
 from vtprune_fx.oracle.decoder import Entered, enter
 
@@ -81,7 +82,7 @@ def split_batch(
         InputError: There are more or fewer features than placeholders.
     """
     attended = attention_mask.bool()
-    visual = is_visual(model, input_ids) & attended
+    visual = is_visual(input_ids, model.config) & attended
     counts: list[int] = visual.sum(dim=1).tolist()
     patches = None
     pictures = ("pixel_values", "pixel_values_videos", FEATURES)
@@ -145,14 +146,6 @@ def check_features(features: int, placeholders: int) -> None:
             found=str(features),
             fix="Put one image token into the prompt for each feature of its images.",
         )
-
-
-def is_visual(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Which tokens are placeholders of an image or a video."""
-    names = ("image_token_id", "video_token_id")
-    found = [getattr(model.config, name, None) for name in names]
-    placeholders = [token for token in found if token is not None]
-    return torch.isin(ids, torch.tensor(placeholders, device=ids.device))
 
 
 def _width(model: PreTrainedModel) -> int:

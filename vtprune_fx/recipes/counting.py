@@ -74,14 +74,15 @@ class Geometry:
         text = config.get_text_config(decoder=True)
         _refuse_experts(text)
         hidden, heads = _size(text, "hidden_size"), _size(text, "num_attention_heads")
+        kv_heads, head_dim = key_value_sizes(text)
         dtype = getattr(text, "dtype", None) or getattr(config, "dtype", None)
         return cls(
             layers=_size(text, "num_hidden_layers"),
             hidden=hidden,
             intermediate=_size(text, "intermediate_size"),
             heads=heads,
-            kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-            head_dim=getattr(text, "head_dim", None) or hidden // heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
             kv_bytes=getattr(dtype, "itemsize", 2),
         )
 
@@ -114,6 +115,21 @@ class Geometry:
     def cache_bytes(self, tokens: int) -> int:
         """Bytes of one layer's keys and values."""
         return 2 * tokens * self.kv_heads * self.head_dim * self.kv_bytes
+
+
+def key_value_sizes(text: PreTrainedConfig) -> tuple[int, int]:
+    """Key/value heads of a decoder, and the width of a head.
+
+    Args:
+        text: The decoder's configuration.
+
+    Raises:
+        InputError: It lacks a size.
+    """
+    heads = _size(text, "num_attention_heads")
+    groups = getattr(text, "num_key_value_heads", None) or heads
+    given = getattr(text, "head_dim", None)
+    return groups, given or _size(text, "hidden_size") // heads
 
 
 LLAVA_1_5_7B = Geometry(

@@ -1,0 +1,99 @@
+"""Arguments of a prompt: parted, marked for Dynamo, and checked."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from vtprune_fx.errors import InputError
+from vtprune_fx.models.encoding import FEATURES, token_axis
+from vtprune_fx.models.ragged_attention import mark_dynamic
+
+
+def without(signature: inspect.Signature, name: str) -> inspect.Signature:
+    """A signature that lacks a parameter.
+
+    ``generate`` reads it to learn whether it should encode images by itself.
+    """
+    parameters = signature.parameters.values()
+    return signature.replace(parameters=[p for p in parameters if p.name != name])
+
+
+def parted(
+    named: Mapping[str, Any], prompt: int, cache: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments of a prompt, and of what follows it in the same call.
+
+    Args:
+        named: Arguments for both.
+        prompt: S, the prompt's tokens.
+        cache: Name of the cache, which the prompt gets.
+    """
+    shape = named["input_ids"].shape[:2]
+    axes = {name: token_axis(value, shape) for name, value in named.items()}
+    along = {name: axis for name, axis in axes.items() if axis is not None}
+    options = {
+        n: v for n, v in named.items() if not isinstance(v, Tensor) and n != cache
+    }
+    first = dict(named)
+    more = {n: v for n, v in options.items() if n != FEATURES}
+    for name, axis in along.items():
+        value = named[name]
+        first[name] = value.narrow(axis, 0, prompt)
+        more[name] = value.narrow(axis, prompt, shape[1] - prompt)
+    return first, more | {"logits_to_keep": 0}
+
+
+def refuse_mixed_up(ids: Tensor, pixels: Tensor) -> None:
+    """Refuse prompts that ``generate`` repeated, with several images each.
+
+    It repeats every image by itself, so that they no longer stand in the prompts'
+    order.
+
+    Args:
+        ids: [B, S].
+        pixels: [I, ...].
+    """
+    twice = (ids[1:] == ids[:-1]).all(dim=1).any()
+    seen_twice = (pixels[1:] == pixels[:-1]).flatten(1).all(dim=1).any()
+    if len(pixels) > len(ids) and bool(twice & seen_twice):
+        raise InputError(
+            "prompts",
+            expected="one image in each, to be repeated for beams or sequences by a "
+            "recipe that looks at the vision tower",
+            found=f"{len(pixels)} images in {len(ids)} prompts",
+            fix="Generate greedily, or use another recipe.",
+        )
+
+
+def first_given(named: Mapping[str, Any], *names: str) -> Tensor:
+    """The first of these arguments that is given."""
+    found: Tensor = next(v for v in map(named.get, names) if v is not None)
+    return found
+
+
+def mark_prompt(named: dict[str, Any]) -> None:
+    """Let a prompt's length and its features' number vary; one token is a step's."""
+    prompt = first_given(named, "input_ids", "inputs_embeds").shape[:2]
+    for value in named.values():
+        axis = token_axis(value, prompt)
+        if axis is not None and prompt[1] > 1:
+            mark_dynamic(axis, value)
+    for features in pytree.tree_leaves(named.get(FEATURES) or {}):
+        torch._dynamo.maybe_mark_dynamic(features, 0)
+
+
+def without_room(named: dict[str, Any]) -> Tensor | None:
+    """[B, S]: a prompt's mask, of which ``generate`` made one for a whole static cache.
+
+    That is causal, so its last row has all the padding: [B, 1, S, M] with M > S.
+    """
+    mask: Tensor | None = named.get("attention_mask")
+    if mask is None or mask.dim() == 2:
+        return mask
+    return mask[:, 0, -1, : mask.shape[2]].long()
