@@ -19,7 +19,7 @@ _DOMAIN = "vtprune"
 
 
 def spell_rank(module: GraphModule) -> None:
-    """Replace these operators in a graph, in place; the rank by a call of a function."""
+    """Replace these operators in a graph, in place; the rank by a function's name."""
     spelled: dict[object, Callable[..., Tensor]] = {
         attention_rank.attention_rank: _named,
         attention_rank.merge: recycling.merge,
