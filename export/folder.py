@@ -98,7 +98,7 @@ def written_at_once(folder: Path) -> Iterator[Path]:
 
 
 def _take_place(scratch: Path, folder: Path) -> None:
-    """Rename ``scratch`` to ``folder``; what stood there goes only when that worked."""
+    """Rename ``scratch`` to ``folder``; the old folder goes only if that worked."""
     retired = scratch.with_name(f"{scratch.name}-old")
     if folder.exists():
         folder.rename(retired)

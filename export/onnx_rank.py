@@ -1,4 +1,4 @@
-"""Write out for ONNX what torch has as one operator where counts follow the rank."""
+"""Write the operators of rank rules for ONNX, which lacks them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _DOMAIN = "vtprune"
 
 
 def spell_rank(module: GraphModule) -> None:
-    """Write the operators out in a graph, in place: the rank as a function's name."""
+    """Replace these operators in a graph, in place; the rank by a function's name."""
     spelled: dict[object, Callable[..., Tensor]] = {
         attention_rank.attention_rank: _named,
         attention_rank.merge: recycling.merge,

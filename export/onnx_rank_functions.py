@@ -9,7 +9,7 @@ iteration: P has no negative entries, so a vector of ones is never far from its 
 """
 
 # mypy: ignore-errors
-# What stands in these functions is ONNX in Python's syntax, not Python.
+# These functions are ONNX in Python's syntax, not Python.
 
 from __future__ import annotations
 

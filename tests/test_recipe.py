@@ -261,7 +261,7 @@ def test_shares_are_aligned_as_counts() -> None:
 
 
 def test_recipes_with_new_tokens_are_not_aligned() -> None:
-    with pytest.raises(RecipeError, match=r"cuts that make new tokens\. Leave"):
+    with pytest.raises(RecipeError, match=r"cuts that make new tokens\. Omit"):
         aligned_to_tiles(load_recipe("sparsevlm-llava-1.5-7b-64"), 64, 75)
 
 

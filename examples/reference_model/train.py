@@ -143,12 +143,12 @@ class Readouts(nn.Module):
     def hand_over(
         self, projector: Any, features: Tensor, words: dict[str, Tensor]
     ) -> None:
-        """Let a projector say in words what is read off.
+        """Let a projector turn readouts into words' embeddings.
 
         Its hidden units become the readouts, and each adds the embedding of its word:
         a patch of a red star starts as the sum of what "red" and "star" start as. A
-        linear layer has no norm: the mean spread of some features stands for each
-        one's own. Units that are left keep their weights, over that spread.
+        linear layer has no norm: the mean spread of some features stands for the
+        spread of each. Units that are left keep their weights, over that spread.
 
         Args:
             projector: From WIDTH features by way of WIDTH units.

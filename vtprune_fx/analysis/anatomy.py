@@ -53,7 +53,7 @@ _VIEWS_OF_A_MASK: frozenset[object] = frozenset(
 
 _PLACES_OF_FEATURES: frozenset[object] = frozenset(
     {
-        # The steps from a flat mask to "how many marked positions came before me", by
+        # The steps from a flat mask to the number of marked positions before each, by
         # which exporters spell masked_scatter for runtimes that lack it.
         aten.to.dtype,
         aten.cumsum.default,

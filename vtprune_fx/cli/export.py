@@ -14,15 +14,24 @@ from vtprune_fx.recipes.loading import load_recipe
 OutputOption = Annotated[Path, typer.Option(help="New folder, or an earlier export.")]
 
 
+QuantizeOption = Annotated[
+    Literal["int8", "int4"] | None,
+    typer.Option(help="Round weight matrices, in blocks of 32."),
+]
+
+
+KeepSetsOption = Annotated[
+    bool,
+    typer.Option("--keep-sets", help="Make the tokens kept at each cut outputs."),
+]
+
+
 def export_to_onnx(
     model: ModelArgument,
     output: OutputOption,
     recipe: OptionalRecipe = None,
     dtype: DtypeOption = "float32",
-    quantize: Annotated[
-        Literal["int8", "int4"] | None,
-        typer.Option(help="Round weight matrices, in blocks of 32."),
-    ] = None,
+    quantize: QuantizeOption = None,
     opset: Annotated[
         Literal["20", "23"],
         typer.Option(help="Version of ONNX; in 23 attention is one operator."),
@@ -33,10 +42,7 @@ def export_to_onnx(
     prompt: Annotated[
         int | None, typer.Option(min=3, help="Fix the length of prompts with images.")
     ] = None,
-    keep_sets: Annotated[
-        bool,
-        typer.Option("--keep-sets", help="Make the tokens kept at each cut outputs."),
-    ] = False,
+    keep_sets: KeepSetsOption = False,
 ) -> None:
     """Export a pruned model to ONNX: prefill and decode graphs, processor, manifest.
 

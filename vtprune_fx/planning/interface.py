@@ -96,7 +96,7 @@ def _inputs(program: ExportedProgram) -> Iterable[tuple[str, Tensor]]:
 def _outputs(
     program: ExportedProgram, plan: PrunePlan
 ) -> Iterator[tuple[str, Tensor, int]]:
-    """Name, value at full length, and tokens that have left, of each output."""
+    """Name, value at full length, and tokens dropped before, of each output."""
     place = {node.name: i for i, node in enumerate(program.graph.nodes)}
     named = {node.name: node for node in program.graph.nodes}
     # What a model does not return (features without images, say) has no node.
