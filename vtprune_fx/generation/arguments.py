@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,6 +12,9 @@ from torch.utils import _pytree as pytree
 from vtprune_fx.errors import InputError
 from vtprune_fx.models.encoding import FEATURES, token_axis
 from vtprune_fx.models.ragged_attention import mark_dynamic
+
+Arguments = dict[str, Any]
+"""What a model's ``forward`` is called with, by name."""
 
 
 def without(signature: inspect.Signature, name: str) -> inspect.Signature:
@@ -24,9 +26,7 @@ def without(signature: inspect.Signature, name: str) -> inspect.Signature:
     return signature.replace(parameters=[p for p in parameters if p.name != name])
 
 
-def parted(
-    named: Mapping[str, Any], prompt: int, cache: str
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def parted(named: Arguments, prompt: int, cache: str) -> tuple[Arguments, Arguments]:
     """Arguments of a prompt, and of what follows it in the same call.
 
     Args:
@@ -71,13 +71,13 @@ def refuse_mixed_up(ids: Tensor, pixels: Tensor) -> None:
         )
 
 
-def first_given(named: Mapping[str, Any], *names: str) -> Tensor:
+def first_given(named: Arguments, *names: str) -> Tensor:
     """The first of these arguments that is given."""
     found: Tensor = next(v for v in map(named.get, names) if v is not None)
     return found
 
 
-def mark_prompt(named: dict[str, Any]) -> None:
+def mark_prompt(named: Arguments) -> None:
     """Let a prompt's length and its features' number vary; one token is a step's."""
     prompt = first_given(named, "input_ids", "inputs_embeds").shape[:2]
     for value in named.values():
@@ -88,8 +88,8 @@ def mark_prompt(named: dict[str, Any]) -> None:
         torch._dynamo.maybe_mark_dynamic(features, 0)
 
 
-def without_room(named: dict[str, Any]) -> Tensor | None:
-    """[B, S]: a prompt's mask, of which ``generate`` made one for a whole static cache.
+def without_room(named: Arguments) -> Tensor | None:
+    """[B, S]: a prompt's mask, where ``generate`` made one for all of a static cache.
 
     That is causal, so its last row has all the padding: [B, 1, S, M] with M > S.
     """

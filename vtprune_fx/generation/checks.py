@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import TransformersKwargs
 
 from vtprune_fx.errors import InputError
@@ -140,13 +140,11 @@ _REFUSED_OPTIONS = {
 }
 
 
-def check_generation(
-    config: GenerationConfig | None, options: Mapping[str, object]
-) -> None:
+def check_generation(config: object, options: Mapping[str, object]) -> None:
     """Refuse ways to generate that a pruned prompt cannot serve.
 
     Args:
-        config: The configuration that ``generate`` will use.
+        config: The ``GenerationConfig`` that ``generate`` will use.
         options: Keyword arguments of ``generate``, which come before it.
 
     Raises:

@@ -45,13 +45,13 @@ def compile(
     pruned, what follows on the ragged cache. One graph serves all prompt lengths, and
     one all decode steps. Greedy, sampling, beams, several sequences, batches with
     padding in front, streaming and further turns on the cache work as in transformers;
-    with ``cache_implementation="static"`` every layer is allocated at its own pruned
+    with ``cache_implementation="static"`` every layer is allocated at its pruned
     length and the new tokens.
 
     A further turn on a filled cache is not pruned.
 
     Where a recipe looks at the vision tower (VisionZip) the tower is part of the
-    compiled prompt; ``generate`` then does not encode images ahead of it. Beams and
+    compiled prompt; ``generate`` then does not encode images before it. Beams and
     several sequences take prompts with one image at most.
 
     Args:
@@ -86,8 +86,8 @@ def compile(
     if loaded is not None:
         check_layers(loaded, text.num_hidden_layers)
     compiler = inner_compiler(inner, mode)
-    options = {"recipe": loaded, "inner": compiler, "passes": passes}
-    PrunedForward(inner_most, options, decode).attach()
+    options = {"inner": compiler, "passes": passes}
+    PrunedForward(inner_most, loaded, options, decode).attach()
     return model
 
 

@@ -19,7 +19,7 @@ from vtprune_fx.errors import (
 
 @contextlib.contextmanager
 def errors_of_ours() -> Iterator[None]:
-    """Errors of Dynamo and of the model's own checks, as errors of this package.
+    """Errors of Dynamo and of the model's checks, as errors of this package.
 
     Raises:
         VtpruneError: As the backend raised it.
@@ -66,7 +66,7 @@ def failed_check(message: str) -> InputError | None:
     """The error for a check that failed in a graph; None if it is no such check.
 
     Args:
-        message: The model's own check (``passes.async_checks``), or that of
+        message: The model's check (``passes.async_checks``), or that of
             ``passes.check_tokens``.
     """
     if message.startswith("recipe ") and "visual tokens" in message:

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +19,14 @@ from transformers import (
     PreTrainedModel,
     StaticCache,
 )
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from vtprune_fx.backend import vtprune_backend
 from vtprune_fx.capture.aten import images_as_one_sequence
 from vtprune_fx.errors import InputError
 from vtprune_fx.generation import checks, failures
 from vtprune_fx.generation.arguments import (
+    Arguments,
     first_given,
     mark_prompt,
     parted,
@@ -63,20 +65,24 @@ from vtprune_fx.recipes.schema import Recipe
 logger = logging.getLogger(__name__)
 
 
+Forward = Callable[..., CausalLMOutputWithPast]
+"""The ``forward`` of a model, compiled or not."""
+
+
 @dataclass(frozen=True)
 class _Numbers:
     """What a graph is made for.
 
     Attributes:
         visual: Visual tokens that shares are taken of.
-        own: Whether each sample loses its own share.
+        per_sample: Whether each sample drops its share.
     """
 
     visual: int
-    own: bool
+    per_sample: bool
 
 
-_TEXT = _Numbers(0, own=False)
+_TEXT = _Numbers(0, per_sample=False)
 
 
 _GRAPHS = 64
@@ -85,7 +91,7 @@ are graphs of one function: more than the 8 after which Dynamo makes no other.""
 
 
 _NEARLY = 0.9
-"""Share of what could leave that a graph made before must let leave, to be taken."""
+"""A graph made before is used if it drops this share of what could be dropped."""
 
 
 class PrunedForward:
@@ -93,19 +99,23 @@ class PrunedForward:
 
     Its ``generate`` stands for the model's, and says where the prompt ends when
     candidates for the answer come with it. A copy of the model has a copy of this
-    object, with graphs of its own.
+    object, with other graphs.
     """
 
     def __init__(
-        self, model: PreTrainedModel, options: dict[str, Any], decode: bool
+        self,
+        model: PreTrainedModel,
+        recipe: Recipe | None,
+        options: Mapping[str, object],
+        decode: bool,
     ) -> None:
         self._model = model
         self._text = model.config.get_text_config()
         self._attention = self._text._attn_implementation
         self._visual_ids = torch.tensor(visual_ids(model))
-        self._options = options
+        self._options = {**options, "recipe": recipe}
         self.report: PruneReport | None = None
-        self._compiled: dict[_Numbers, Callable[..., Any]] = {}
+        self._compiled: dict[_Numbers, Forward] = {}
         self._decode = decode
         self._encodes_first = False
         self._prompt: int | None = None
@@ -115,18 +125,18 @@ class PrunedForward:
         self._signature = inspect.signature(self._dense)
         self._cache = cache_argument(self._dense) or PAST
         self._known = checks.known_arguments(model)
-        recipe: Recipe | None = options["recipe"]
+        self._recipe = recipe
         self._sees_tower = recipe is not None and recipe.sees_tower
         if self._sees_tower:
             self.__signature__ = without(self._signature, FEATURES)
 
     @property
-    def _dense(self) -> Callable[..., Any]:
+    def _dense(self) -> Forward:
         """The forward of the model's class."""
         return functools.partial(type(self._model).forward, self._model)
 
     @property
-    def _dense_generate(self) -> Callable[..., Any]:
+    def _dense_generate(self) -> Callable[..., object]:
         """The generate of the model's class."""
         kind: Any = type(self._model)
         return functools.partial(kind.generate, self._model)
@@ -141,7 +151,7 @@ class PrunedForward:
         set_attention(self._model, self._attention)
         del self._model.forward, self._model.generate
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         """Without graphs: they hold the weights of the model that they are made of."""
         return vars(self) | {"_compiled": {}}
 
@@ -153,7 +163,7 @@ class PrunedForward:
         if self._must_prune:
             raise failures.not_pruned(self._model, "a graph that places no image")
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> CausalLMOutputWithPast:
         """Run a prompt, or what follows on a filled cache."""
         checks.check_not_traced()
         checks.check_model(self._model)
@@ -165,14 +175,15 @@ class PrunedForward:
                 return self._run_step(named)
             return self._run_first(named)
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
+    def generate(self, *args: object, **kwargs: object) -> object:
         """Transformers' ``generate``, of which only the prompt is pruned.
 
         Raises:
             InputError: It is asked for what a pruned prompt cannot serve, or its model
                 did not run the prompt by its ``forward``.
         """
-        config = kwargs.get("generation_config") or self._model.generation_config
+        given = kwargs.get("generation_config")
+        config = given if given is not None else self._model.generation_config
         checks.check_generation(config, kwargs)
         before, calls = self._prompt, self._calls
         ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
@@ -189,7 +200,7 @@ class PrunedForward:
             )
         return answer
 
-    def _named(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def _named(self, *args: object, **kwargs: object) -> Arguments:
         """Arguments by the names that the model has for them."""
         given = self._signature.bind_partial(*args, **kwargs)
         named = given.arguments | given.arguments.pop("kwargs", {})
@@ -198,7 +209,7 @@ class PrunedForward:
         named = {n: value for n, value in named.items() if n not in CACHE_NAMES}
         return named if cache is None else named | {self._cache: cache}
 
-    def _run_first(self, named: dict[str, Any]) -> Any:
+    def _run_first(self, named: Arguments) -> CausalLMOutputWithPast:
         """Run a prompt, and candidates for its answer that come with it."""
         prompt, ids = self._prompt, named.get("input_ids")
         if prompt is None or ids is None or ids.shape[1] <= prompt:
@@ -207,10 +218,11 @@ class PrunedForward:
         first, candidates = parted(named, prompt, self._cache)
         outputs = self._run_prompt(first | {"logits_to_keep": 1})
         step = self._run_step(candidates | {self._cache: cache_of(outputs)})
-        step.logits = torch.cat([outputs.logits, step.logits], dim=1)
+        parts = [part.logits for part in (outputs, step) if part.logits is not None]
+        step.logits = torch.cat(parts, dim=1)
         return step
 
-    def _run_prompt(self, named: dict[str, Any]) -> Any:
+    def _run_prompt(self, named: Arguments) -> CausalLMOutputWithPast:
         given: Cache | None = named.get(self._cache)
         ragged.check_can_be_ragged(given)
         static = given if isinstance(given, StaticCache) else None
@@ -227,7 +239,7 @@ class PrunedForward:
         filled: Cache | None = cache_of(outputs)
         if filled is not None:
             room = None if static is None else static.get_max_length()
-            lost = self._lost(prompt.visual) if numbers.own else None
+            lost = self._lost(prompt.visual) if numbers.per_sample else None
             ragged.make_ragged(filled, prompt, room, lost)
         if static is not None:
             assert filled is not None, "a cache that was passed is returned"
@@ -235,7 +247,7 @@ class PrunedForward:
             setattr(outputs, self._cache, static)
         return outputs
 
-    def _check_prompt(self, named: dict[str, Any], prompt: ragged.Prompt) -> None:
+    def _check_prompt(self, named: Arguments, prompt: ragged.Prompt) -> None:
         """Refuse a prompt of which something would be lost; map what can be mapped."""
         check_one_sequence(named.get("position_ids"), named.get("attention_mask"))
         if prompt.images is None:
@@ -247,34 +259,36 @@ class PrunedForward:
             span, came = prompt.images, prompt.came
             named["logits_to_keep"] = kept_logits(asked, span, came)
 
-    def _numbers(self, visual: Tensor, named: dict[str, Any]) -> _Numbers:
+    def _numbers(self, visual: Tensor, named: Arguments) -> _Numbers:
         """How many visual tokens shares are taken of."""
         counts: list[int] = visual.tolist()
-        recipe = self._recipe(max(counts))
+        recipe = self._recipe_for(max(counts))
         if recipe.of is None or not recipe.cuts or len({*counts} - {0}) <= 1:
-            return _Numbers(max(counts), own=False)
+            return _Numbers(max(counts), per_sample=False)
         if named.get("attention_mask") is None:
             named["attention_mask"] = torch.ones_like(named["input_ids"])
         padding = named["attention_mask"].shape[1] - named["attention_mask"].sum(dim=1)
-        return _Numbers(common_count(recipe, counts, padding.tolist()), own=True)
+        return _Numbers(common_count(recipe, counts, padding.tolist()), per_sample=True)
 
-    def _recipe(self, visual: int) -> Recipe:
-        given: Recipe | None = self._options["recipe"]
-        return given or default_recipe(self._text.num_hidden_layers, max(visual, 1))
+    def _recipe_for(self, visual: int) -> Recipe:
+        layers = self._text.num_hidden_layers
+        return self._recipe or default_recipe(layers, max(visual, 1))
 
     def _drops(self, visual: int) -> bool:
         """Whether a sample with so many visual tokens drops any."""
-        recipe = self._recipe(visual)
+        recipe = self._recipe_for(visual)
         return bool(recipe.cuts if recipe.adaptive else recipe.drops(max(visual, 1)))
 
     def _lost(self, visual: Tensor) -> list[Tensor]:
         """[B] for each layer: visual tokens that each sample dropped before it."""
         layers = self._text.num_hidden_layers
-        recipe = self._recipe(int(visual.max()))
+        recipe = self._recipe_for(int(visual.max()))
         lost = [dropped_before(recipe, count, layers) for count in visual.tolist()]
         return list(torch.tensor(lost, device=visual.device).unbind(dim=1))
 
-    def _run_encoded(self, named: dict[str, Any], numbers: _Numbers) -> Any:
+    def _run_encoded(
+        self, named: Arguments, numbers: _Numbers
+    ) -> CausalLMOutputWithPast:
         """Run a prompt in one graph, after encoders that Dynamo cannot trace."""
         named = encoded(self._model, named, anyway=self._encodes_first)
         mark_prompt(named)
@@ -298,7 +312,7 @@ class PrunedForward:
             raise
 
     def _encoding_images(
-        self, named: dict[str, Any]
+        self, named: Arguments
     ) -> contextlib.AbstractContextManager[None]:
         """Let one graph encode images, any number of them."""
         pixels = named.get("pixel_values")
@@ -315,24 +329,23 @@ class PrunedForward:
         if ids is None:
             raise InputError(
                 "input_ids",
-                expected="the prompt's ids, which tell the visual tokens",
+                expected="the prompt's ids, of which some are visual tokens",
                 found="none",
                 fix="Pass input_ids, not inputs_embeds.",
             )
         return torch.isin(ids, self._visual_ids.to(ids.device))
 
-    def _compiled_for(self, numbers: _Numbers) -> Callable[..., Any]:
+    def _compiled_for(self, numbers: _Numbers) -> Forward:
         """The compiled model for prompts with at most so many visual tokens.
 
         Shares become counts when a graph is made; counts fit any number. Where samples
-        lose numbers of their own, a graph by which nearly as many leave will do.
+        drop different numbers, a graph that drops nearly as many will do.
         """
-        recipe: Recipe | None = self._options["recipe"]
-        counted = recipe is not None and recipe.of is None
+        counted = self._recipe is not None and self._recipe.of is None
         key = _TEXT if counted or numbers.visual == 0 else numbers
-        if key.own:
+        if key.per_sample:
             enough = range(int(_NEARLY * key.visual), key.visual + 1)
-            made = [k for k in self._compiled if k.own and k.visual in enough]
+            made = [k for k in self._compiled if k.per_sample and k.visual in enough]
             key = max(made, default=key, key=lambda k: k.visual)
         if key not in self._compiled:
             options = self._options | {
@@ -341,7 +354,7 @@ class PrunedForward:
             }
             if numbers.visual:
                 visual = key.visual or numbers.visual
-                options |= {"visual_tokens": visual, "per_sample": key.own}
+                options |= {"visual_tokens": visual, "per_sample": key.per_sample}
             self._compiled[key] = torch.compile(  # type: ignore[call-overload] # missing
                 self._dense,
                 backend=vtprune_backend,
@@ -353,7 +366,7 @@ class PrunedForward:
             )
         return self._compiled[key]
 
-    def _run_step(self, named: dict[str, Any]) -> Any:
+    def _run_step(self, named: Arguments) -> CausalLMOutputWithPast:
         self._must_prune = False
         cache: Cache = named[self._cache]
         new = first_given(named, "input_ids", "inputs_embeds").shape[1]
@@ -365,7 +378,7 @@ class PrunedForward:
         if positions is not None:
             named["position_ids"] = positions
         mark_prompt(named | {"attention_mask": None})
-        layers: list[Any] = cache.layers
+        layers: Sequence[object] = cache.layers
         for layer in layers:
             if isinstance(layer, ragged.RaggedLayer):
                 mark_dynamic(2, layer.keys, layer.values)

@@ -1,7 +1,7 @@
-"""Caches whose layers hold different numbers of tokens, on transformers' own classes.
+"""Caches whose layers hold different numbers of tokens, on transformers' classes.
 
-After a pruned prefill each layer holds keys of its own number, and each sample has
-padding of its own number in each layer: a prompt of text alone lost padding where
+After a pruned prefill layers hold different numbers of keys, and samples have
+different padding in each layer: a prompt of text alone lost padding where
 others lost visual tokens. So every layer knows its padding, and one mask is made for
 all layers, ``attention_mask``, of which ``ragged_attention.ragged_sdpa`` reads its
 layer's.
@@ -185,7 +185,7 @@ Layer = RaggedLayer | RaggedStaticLayer
 
 
 def length_of(cache: Cache | None) -> int:
-    """Tokens that came: those of the first layer, and what left ahead of it."""
+    """Tokens that came: those of the first layer, and what was dropped before it."""
     return 0 if cache is None else int(cache.get_seq_length())
 
 
@@ -294,7 +294,7 @@ def attention_mask(cache: Cache, new: int) -> Tensor:
         new: The number Q of the next tokens.
 
     Returns:
-        [B, L, Q, M] bool for L layers, M the keys of the longest behind the update.
+        [B, L, Q, M] bool for L layers, M the keys of the longest after the update.
         A layer with fewer reads as many from the left.
 
     Raises:
@@ -318,6 +318,6 @@ def _ragged_layers(cache: Cache) -> Sequence[Layer]:
             "past_key_values",
             expected="a cache that this model filled",
             found=f"layers of type {', '.join(sorted(strange))}",
-            fix="Start from an empty cache, with the whole conversation.",
+            fix="Start from an empty cache, with the full conversation.",
         )
     return layers
