@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from vtprune_fx.graph.insert import Inserter, Stamp
+from vtprune_fx.graph.insert import Inserter
+from vtprune_fx.graph.stamps import Stamp, StampKind
 from vtprune_fx.selection import attention_rank, recycling
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ def spell_rank(module: GraphModule) -> None:
         attention_rank.attention_rank: _named,
         attention_rank.merge: recycling.merge,
     }
-    graph, stamp = module.graph, Stamp("keep", -1)
+    graph, stamp = module.graph, Stamp(StampKind.CHOICE)
     nodes = [node for node in graph.nodes if node.target in spelled]
     for node in nodes:
         written = Inserter(graph).trace(node, stamp, spelled[node.target], *node.args)

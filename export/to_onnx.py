@@ -51,7 +51,7 @@ from vtprune_fx.models.encoding import prefill_inputs, takes_sizes
 from vtprune_fx.models.placeholders import is_visual
 from vtprune_fx.models.prompts import image_token
 from vtprune_fx.models.ragged_attention import ATTENTION, attention_implementation
-from vtprune_fx.passes import KEEP_PREFIX
+from vtprune_fx.passes import cut_nodes
 from vtprune_fx.planning.report import PruneReport
 from vtprune_fx.pruning import prune_program
 from vtprune_fx.recipes.schema import Recipe
@@ -123,9 +123,8 @@ class _Pruning(DynamoExporter):
 
 def _return_keep_sets(program: ExportedProgram, report: PruneReport) -> None:
     """Let a program return its keep sets too: in graph, signature and structure."""
-    nodes = {node.name: node for node in program.graph.nodes}
-    layers = [cut.attention.layer for cut in report.plan.cuts]
-    keep_sets = [nodes[f"{KEEP_PREFIX}{layer}"] for layer in layers]
+    found = cut_nodes(program.graph)
+    keep_sets = [found[cut.attention.layer].keep for cut in report.plan.cuts]
     [output] = program.graph.find_nodes(op="output")
     output.args = ((*output.args[0], *keep_sets),)
     program.graph_module.recompile()

@@ -25,7 +25,7 @@ from typing import Any, cast
 import torch
 from torch.fx import GraphModule, Node, map_arg
 
-from vtprune_fx.graph.insert import STAMP, Stamp
+from vtprune_fx.graph.stamps import STAMP, Stamp, StampKind
 from vtprune_fx.passes.base import Pass
 
 aten = torch.ops.aten
@@ -87,7 +87,7 @@ def _rewrite(module: GraphModule, item: Node, readers: list[Node]) -> None:
         check = module.graph.call_function(
             aten._assert_async.msg, (item.args[0], message)
         )
-    check.meta = {**item.meta, "val": None, STAMP: Stamp("check", -1)}
+    check.meta = {**item.meta, "val": None, STAMP: Stamp(StampKind.CHECK)}
     check.meta.pop("unbacked_bindings", None)
     for node in (*reversed(readers), item):
         module.graph.erase_node(node)

@@ -21,9 +21,9 @@ from functools import partial
 import torch
 from torch.fx import GraphModule
 
-from vtprune_fx.graph.insert import Inserter, Stamp
+from vtprune_fx.graph.insert import Inserter
+from vtprune_fx.graph.stamps import ALL_CUTS, Stamp, StampKind, stamped
 from vtprune_fx.passes.base import Pass
-from vtprune_fx.passes.insert_scores import ROLES
 from vtprune_fx.planning.plan import PrunePlan
 from vtprune_fx.selection.order import enough_to_drop
 from vtprune_fx.selection.per_sample import enough_padding
@@ -50,9 +50,9 @@ class CheckTokens(Pass):
         plan, graph = self._plan, module.graph
         if not plan.cuts or plan.recipe.adaptive:
             return False
-        [roles] = [node for node in graph.nodes if node.name == ROLES]
+        roles = stamped(graph, StampKind.ROLES)[ALL_CUTS]
         exactly = plan.visual_tokens if plan.recipe.of is not None else None
-        stamp = Stamp("check", -1)
+        stamp = Stamp(StampKind.CHECK)
         inserter = Inserter(graph)
         anchor = roles.next
         check = partial(inserter.trace, anchor, stamp)

@@ -1,8 +1,8 @@
-"""Let tokens leave: gather every live value at every cut.
+"""Drop tokens: gather every live value at every cut.
 
 At a cut, each value that is live across it and carries the token axis is gathered along
 it; everything after reads the gathered version. Graph outputs do not: a layer's keys
-and values go into the cache as they were made, ahead of the layer's own cut::
+and values go into the cache as they were made, before that layer's cut::
 
     attention: "f32[B, H, S, D]" = aten.scaled_dot_product_attention(q, k, v, mask)
     vtprune_keep_3: "i64[B, S - 36]"
@@ -38,54 +38,56 @@ each that reads it. Besides, they become smaller::
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import sympy
 import torch
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from vtprune_fx.graph.insert import Inserter, Stamp
+from vtprune_fx.graph.insert import Inserter
 from vtprune_fx.graph.nodes import replace_inputs
-from vtprune_fx.graph.sizes import mentions, size_expr
+from vtprune_fx.graph.sizes import Count, mentions, size_expr
+from vtprune_fx.graph.stamps import (
+    CutNodes,
+    Stamp,
+    StampKind,
+    cut_nodes,
+    stamp_result,
+)
 from vtprune_fx.graph.trace import kind_of
 from vtprune_fx.graph.values import dropped_tokens, set_value, value_at_full_length
 from vtprune_fx.passes.base import Form, Pass
-from vtprune_fx.passes.insert_scores import (
-    CLASS_ATTENTION,
-    KEEP_PREFIX,
-    NEW_PREFIX,
-    ROLES,
-    STAND_IN_PREFIX,
-)
 from vtprune_fx.passes.keep_sets import Insert
 from vtprune_fx.planning.plan import LiveValue, PlannedCut, PrunePlan
 from vtprune_fx.scorers.roles import VISUAL, padding_counts
 from vtprune_fx.selection import operators
-from vtprune_fx.selection.per_sample import mask_without, own_places, roles_without
+from vtprune_fx.selection.per_sample import (
+    mask_without,
+    per_sample_places,
+    roles_without,
+)
 from vtprune_fx.selection.recycling import hidden_from_each_other, hide
 
 aten = torch.ops.aten
-
-IN_PROMPT_PREFIX = "vtprune_in_prompt_"
-"""Positions of the tokens left, in the prompt as it came, and the layer's number."""
 
 
 class GatherTokens(Pass):
     """Gather what is live at each cut, in one walk over the graph.
 
-    1. A node behind a cut: reads the current versions of its inputs; its value has
+    1. A node after a cut: reads the current versions of its inputs; its value has
        the shorter length.
-    2. A keep set: what is live is gathered behind it; from the prompt as it came, where
-       no cut makes anything else of it than a choice.
+    2. A keep set: what is live is gathered after it; from the prompt as it came, where
+       every cut only chooses from it.
     3. A value shared by all samples, [1, ..., S, ...] (rotary tables): gathered to
-       [B, ..., K, ...], since each sample keeps tokens of its own.
+       [B, ..., K, ...], since samples keep different tokens.
     4. Rotary tables where positions are compacted: the first K of each row, in samples
        that have visual tokens.
     5. The residual stream where dropped tokens become new ones: gathered from the
-       stream with the new tokens behind it, all else by stand-in.
-    6. Samples that lose numbers of their own: roles and masks have padding in the
-       places of those who left without the row becoming shorter.
+       stream with the new tokens appended, all else by stand-in.
+    6. Per-sample counts: roles and masks have padding in the places of tokens that are
+       dropped without the row becoming shorter.
     7. The output: reads what it read.
     8. No cuts: unchanged.
     """
@@ -102,21 +104,24 @@ class GatherTokens(Pass):
         if not plan.cuts:
             return False
         named = {node.name: node for node in graph.nodes}
+        inserted = cut_nodes(graph)
+        nodes_of = [inserted[cut.attention.layer] for cut in plan.cuts]
+        cuts = {n.positions: (c, n) for c, n in zip(plan.cuts, nodes_of, strict=True)}
         lengths = [named[name] for name in plan.lengths]
-        behind = {_last_inserted(cut): cut for cut in plan.cuts}
         inserter = Inserter(graph)
         values = _Values(inserter, plan.tokens)
-        gather = _Gather(inserter, plan, self._form)
+        gather = _Gather(inserter, plan, self._form, nodes_of[0])
         current: dict[Node, Node] = {}
-        dropped = 0
+        dropped: Count = 0
         for node in list(graph.nodes):
             if node.op == "output":
                 break
             if current:
                 replace_inputs(node, current)
                 values.refresh(node, dropped)
-            if cut := behind.get(node.name):
-                length, shorter = gather.behind(cut, named, current)
+            if node in cuts:
+                cut, nodes = cuts[node]
+                length, shorter = gather.after(cut, nodes, named, current)
                 values.watch(shorter)
                 current |= shorter | dict.fromkeys(lengths, length)
                 dropped = cut.dropped
@@ -124,141 +129,164 @@ class GatherTokens(Pass):
 
 
 class _Gather:
-    """Inserts the gathers of one cut after another."""
+    """Inserts the gathers of one cut after another.
 
-    def __init__(self, inserter: Inserter, plan: PrunePlan, form: Form) -> None:
+    Args:
+        inserter: Inserts them.
+        plan: The cuts.
+        form: How they are written.
+        first: The first cut's nodes.
+    """
+
+    def __init__(
+        self, inserter: Inserter, plan: PrunePlan, form: Form, first: CutNodes
+    ) -> None:
         self._inserter = inserter
-        constant = _constant(plan)
-        self._whole = constant if form == "cut_op" else frozenset()
-        self._of_prompt = constant - self._whole
+        # Read by the scores of later cuts.
+        found = (first.roles, first.class_attention)
+        self._read_later = [node.name for node in found if node is not None]
+        constant = _constant(plan) | frozenset(self._read_later)
+        if _changes_roles(plan):
+            constant = frozenset()
+        self._by_operator = constant if form == "cut_op" else frozenset()
+        self._of_prompt = constant - self._by_operator
         self._in_prompt: Node | None = None
         self._rows: Node | None = None
         self._has_visual: Node | None = None
 
-    def behind(
+    def after(
         self,
         cut: PlannedCut,
+        nodes: CutNodes,
         named: Mapping[str, Node],
         current: Mapping[Node, Node],
     ) -> tuple[Node, dict[Node, Node]]:
         """Gather what is live across a cut.
 
         Returns:
-            The prompt's new length, and for each live value the version behind the cut.
+            The prompt's new length, and for each live value the version after the cut.
         """
         layer = cut.attention.layer
-        keep, stand_in = named[f"{KEEP_PREFIX}{layer}"], named[_last_inserted(cut)]
-        anchor, stamp = stand_in.next, Stamp("gather", layer)
+        keep, positions = nodes.keep, nodes.positions
+        anchor, stamp = positions.next, Stamp(StampKind.GATHER, layer)
         insert = partial(self._inserter.call, anchor, stamp)
         length = insert(aten.sym_size.int, keep, 1)
         if self._rows is None:
             self._rows = _sample_rows(insert, keep)
-        places = stand_in
+        places = positions
         if cut.places and cut.share is not None:
-            roles = current.get(named[ROLES], named[ROLES])
-            places = self._own_places(anchor, stamp, roles, stand_in, keep)
+            roles = current.get(nodes.roles, nodes.roles)
+            places = self._per_sample_places(anchor, stamp, roles, nodes)
         elif cut.places:
-            places = self._places(insert, stand_in, length, named[ROLES])
-        self._in_prompt = self._follow(insert, stand_in, layer)
+            places = self._places(insert, positions, length, nodes.roles)
+        self._in_prompt = self._follow(insert, positions, layer)
         shorter: dict[Node, Node] = {}
-        # Read by the scores of later cuts.
-        own = [name for name in (ROLES, CLASS_ATTENTION) if name in named]
-        for live in (*cut.live, *(LiveValue(name, (1,)) for name in own)):
+        for live in (*cut.live, *(LiveValue(name, (1,)) for name in self._read_later)):
             original = named[live.node]
-            value, index = current.get(original, original), stand_in
+            value, index = current.get(original, original), positions
             if live.node in cut.places:
                 index = places
             elif live.node in self._of_prompt:
                 value, index = original, self._in_prompt
-            if cut.new and live.node == cut.hidden:
-                value, index = self._with_new(insert, value, cut, named), keep
-            take = _take_whole if live.node in self._whole else _take
+            if nodes.new is not None and live.node == cut.hidden:
+                value, index = _with_new(insert, value, nodes.new, cut), keep
+            take = _take_by_operator if live.node in self._by_operator else _take
             taken = take(insert, value, self._rows, index, live.axes)
-            if cut.new and len(live.axes) == 2:
-                taken = self._in_order(anchor, stamp, taken, stand_in)
+            if nodes.new is not None and len(live.axes) == 2:
+                taken = self._in_order(anchor, stamp, taken, positions)
             if cut.share is not None:
-                taken = self._without_gone(anchor, stamp, taken, keep, live)
+                change = _change_of(live, nodes)
+                taken = self._changed(anchor, stamp, change, taken, keep)
             shorter[original] = taken
         return length, shorter
 
-    def _follow(self, insert: Insert, keep: Node, layer: int) -> Node:
-        """[B, K]: where the tokens that are left stood in the prompt as it came."""
+    def _follow(self, insert: Insert, positions: Node, layer: int) -> Node:
+        """[B, K]: positions of the kept tokens in the prompt as it came."""
         if self._in_prompt is None or not self._of_prompt:
-            return keep
+            return positions
         assert self._rows is not None
-        found = _take(insert, self._in_prompt, self._rows, keep, (1,))
-        found._rename(f"{IN_PROMPT_PREFIX}{layer}")
-        return found
+        found = _take(insert, self._in_prompt, self._rows, positions, (1,))
+        return stamp_result(found, StampKind.IN_PROMPT, layer)
 
     def _places(
-        self, insert: Insert, stand_in: Node, length: Node, roles: Node
+        self, insert: Insert, positions: Node, length: Node, roles: Node
     ) -> Node:
-        """[B, K]: the first places of the row, or a prompt's own without image."""
+        """[B, K]: the first places; ``positions`` in a sample without an image."""
         if self._has_visual is None:
             visual = insert(aten.eq.Scalar, roles, VISUAL)
             self._has_visual = insert(aten.any.dim, visual, 1, True)
-        device = value_at_full_length(stand_in).device
+        device = value_at_full_length(positions).device
         first = insert(aten.arange.default, length, device=device)
-        return insert(aten.where.self, self._has_visual, first, stand_in)
+        return insert(aten.where.self, self._has_visual, first, positions)
 
-    def _own_places(
-        self, anchor: Node, stamp: Stamp, roles: Node, stand_in: Node, keep: Node
+    def _per_sample_places(
+        self, anchor: Node, stamp: Stamp, roles: Node, nodes: CutNodes
     ) -> Node:
         """[B, K]: the first places of each sample, wherever its padding ends."""
         trace = partial(self._inserter.trace, anchor, stamp)
-        padding = trace(padding_counts, roles, dropped=dropped_tokens(roles))
-        gone = dropped_tokens(keep)
-        return trace(own_places, roles, stand_in, keep, padding, dropped=gone)
+        padding = trace(padding_counts, roles, dropped=_known(roles))
+        gone = _known(nodes.keep)
+        found = (roles, nodes.positions, nodes.keep, padding)
+        return trace(per_sample_places, *found, dropped=gone)
 
-    def _with_new(
-        self, insert: Insert, value: Node, cut: PlannedCut, named: Mapping[str, Node]
+    def _in_order(
+        self, anchor: Node, stamp: Stamp, mask: Node, positions: Node
     ) -> Node:
-        """The residual stream, and behind it the new tokens."""
-        new = named[f"{NEW_PREFIX}{cut.attention.layer}"]
-        longer = insert(aten.cat.default, [value, new], 1)
-        gone = dropped_tokens(value)
-        assert gone is not None
-        set_value(longer, value_at_full_length(value), gone - cut.new)
-        return longer
-
-    def _in_order(self, anchor: Node, stamp: Stamp, mask: Node, stand_in: Node) -> Node:
-        """A gathered mask, in which no new token sees one behind it."""
-        gone = dropped_tokens(stand_in)
-        assert gone is not None
+        """A gathered mask in which no new token attends to a later one."""
+        gone = _known(positions)
         trace = partial(self._inserter.trace, anchor, stamp, dropped=gone)
-        hidden = trace(hidden_from_each_other, stand_in)
+        hidden = trace(hidden_from_each_other, positions)
         return trace(hide, mask, hidden)
 
-    def _without_gone(
-        self, anchor: Node, stamp: Stamp, taken: Node, keep: Node, live: LiveValue
+    def _changed(
+        self,
+        anchor: Node,
+        stamp: Stamp,
+        change: Callable[[Tensor, Tensor], Tensor] | None,
+        taken: Node,
+        keep: Node,
     ) -> Node:
-        """Gathered roles or a mask, in which who left in place is padding."""
-        gone = dropped_tokens(keep)
-        assert gone is not None
-        trace = partial(self._inserter.trace, anchor, stamp, dropped=gone)
-        if live.node == ROLES:
-            return trace(roles_without, taken, keep)
-        return trace(mask_without, taken, keep) if len(live.axes) == 2 else taken
+        """Gathered roles or a mask in which tokens dropped in place are padding."""
+        if change is None:
+            return taken
+        trace = partial(self._inserter.trace, anchor, stamp, dropped=_known(keep))
+        return trace(change, taken, keep)
+
+
+def _change_of(
+    live: LiveValue, nodes: CutNodes
+) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """What makes padding of tokens that are dropped in place, in a gathered value."""
+    if live.node == nodes.roles.name:
+        return roles_without
+    return mask_without if len(live.axes) == 2 else None
+
+
+def _known(node: Node) -> Count:
+    """The number of tokens that a value lacks, where that is known."""
+    gone = dropped_tokens(node)
+    assert gone is not None, f"{node} lacks a known number of tokens"
+    return gone
+
+
+def _with_new(insert: Insert, value: Node, new: Node, cut: PlannedCut) -> Node:
+    """The residual stream with the new tokens appended."""
+    longer = insert(aten.cat.default, [value, new], 1)
+    set_value(longer, value_at_full_length(value), _known(value) - cut.new)
+    return longer
+
+
+def _changes_roles(plan: PrunePlan) -> bool:
+    """Whether cuts make more of masks and roles than a choice.
+
+    New tokens and tokens that are dropped in place change both at each cut.
+    """
+    return any(cut.new or cut.share is not None for cut in plan.cuts)
 
 
 def _constant(plan: PrunePlan) -> frozenset[str]:
-    """Values that are there at the first cut: later cuts only choose from them.
-
-    New tokens and those that left in place change masks and roles at each cut.
-    """
-    first, *_ = plan.cuts
-    if any(cut.new or cut.share is not None for cut in plan.cuts):
-        return frozenset()
-    return frozenset({live.node for live in first.live} | {ROLES, CLASS_ATTENTION})
-
-
-def _last_inserted(cut: PlannedCut) -> str:
-    """Name of the positions that a cut gathers by, the last node of its score.
-
-    The keep set, unless that has negative numbers.
-    """
-    stands_in = cut.new or cut.share is not None
-    return f"{STAND_IN_PREFIX if stands_in else KEEP_PREFIX}{cut.attention.layer}"
+    """Values that are there at the first cut: later cuts only choose from them."""
+    return frozenset(live.node for live in plan.cuts[0].live)
 
 
 def _sample_rows(insert: Insert, keep: Node) -> Node:
@@ -272,7 +300,7 @@ def _sample_rows(insert: Insert, keep: Node) -> Node:
 def _take(
     insert: Insert, value: Node, rows: Node, keep: Node, axes: tuple[int, ...]
 ) -> Node:
-    """Each sample's own tokens along its token axes, by ``value[rows, keep]``.
+    """The kept tokens of each sample along the token axes, by ``value[rows, keep]``.
 
     Not ``aten.gather``: its index would be blown up to the value's shape, and TensorRT
     has no converter for it with dynamic shapes.
@@ -294,13 +322,13 @@ def _take(
     return value
 
 
-def _take_whole(
+def _take_by_operator(
     insert: Insert, value: Node, rows: Node, keep: Node, axes: tuple[int, ...]
 ) -> Node:
     """As ``_take``, in one operator.
 
     An attention's output lies in memory token by token, whatever its axes say: it is
-    turned, so that the operator copies a token as a whole.
+    transposed first, so that the operator copies one token after the other.
     """
     turned = len(axes) == 1 and axes != (1,)
     if turned:
@@ -314,7 +342,7 @@ def _take_whole(
 
 
 class _Values:
-    """Keeps every value behind a cut true.
+    """Keeps every recorded value after a cut correct.
 
     Nearly always it is the value that it was, with fewer tokens. The exceptions are
     values that all samples shared and, once gathered, no longer do: what reads one of
@@ -327,13 +355,13 @@ class _Values:
         self._widened: set[Node] = set()
 
     def watch(self, shorter: Mapping[Node, Node]) -> None:
-        """Note which values a cut made one per sample."""
+        """Note which values have one row per sample since a cut, and had one."""
         self._widened |= {
             now for was, now in shorter.items() if _samples(was) != _samples(now)
         }
 
-    def refresh(self, node: Node, dropped: int) -> None:
-        """Set the value of a node behind a cut."""
+    def refresh(self, node: Node, dropped: Count) -> None:
+        """Set the value of a node after a cut."""
         full, gone = value_at_full_length(node), dropped_tokens(node)
         if not self._widened.isdisjoint(node.all_input_nodes):
             shared = full

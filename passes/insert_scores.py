@@ -45,7 +45,8 @@ from torch.fx import GraphModule, Node
 
 from vtprune_fx.analysis.vision_tower import Tower
 from vtprune_fx.errors import PlanError, VtpruneError, first_sentence
-from vtprune_fx.graph.insert import Inserter, Stamp
+from vtprune_fx.graph.insert import Inserter
+from vtprune_fx.graph.stamps import Stamp, StampKind, stamp_result
 from vtprune_fx.graph.values import set_value, value_at_full_length
 from vtprune_fx.ops.received import DEFINITIONS
 from vtprune_fx.passes.base import Form, Pass
@@ -62,33 +63,14 @@ from vtprune_fx.scorers.roles import marked, token_roles, visual_counts
 from vtprune_fx.selection import attention_rank, contextual, operators, recycling
 from vtprune_fx.selection.order import lowest_first
 from vtprune_fx.selection.per_sample import (
-    front_keys,
-    own_keep_set,
-    own_leaving,
-    own_order,
-    own_stand_ins,
+    per_sample_dropped,
+    per_sample_keep_set,
+    per_sample_keys,
+    per_sample_order,
+    per_sample_stand_ins,
 )
 
 aten = torch.ops.aten
-
-ROLES = "vtprune_roles"
-"""Name of the tokens' roles, [B, S]."""
-
-CLASS_ATTENTION = "vtprune_class_attention"
-"""Name of what the vision tower's class token attends to, [B, S], if it is read."""
-
-KEEP_PREFIX = "vtprune_keep_"
-"""A cut's keep set is named this and the layer's number, in every exported form too."""
-
-KEYS_PREFIX = "vtprune_keys_"
-"""Where a keep set has negative numbers: the sorted keys that it is read off."""
-
-NEW_PREFIX = "vtprune_new_"
-"""The new tokens that a cut makes of dropped ones are named this and its layer."""
-
-STAND_IN_PREFIX = "vtprune_stand_in_"
-"""Where a keep set has negative numbers: positions, new tokens having those of another
-one, and who left in place as padding its own."""
 
 
 class InsertScores(Pass):
@@ -122,7 +104,7 @@ class InsertScores(Pass):
         came: Node | None = None
         for cut in plan.cuts:
             anchor = named[cut.edge].next
-            stamp = Stamp("score", cut.attention.layer)
+            stamp = Stamp(StampKind.SCORE, cut.attention.layer)
             seen = _Seen(named, _look_ahead(inserter, anchor, cut, named))
             if roles is None:
                 roles = self._insert_roles(inserter, anchor, cut, seen)
@@ -140,7 +122,7 @@ class InsertScores(Pass):
             else:
                 rated = trace(insert)
                 came = came or inserter.trace(
-                    anchor, Stamp("score", -1), visual_counts, roles
+                    anchor, Stamp(StampKind.SCORE), visual_counts, roles
                 )
                 rating = (rated, roles, came)
                 _insert_own(inserter, anchor, cut, rating, plan.of)
@@ -160,13 +142,13 @@ class InsertScores(Pass):
         query, key, mask, _, *others = read
         keep = inserter.call(
             anchor,
-            Stamp("keep", layer),
+            Stamp(StampKind.CHOICE, layer),
             operators.choose,
             *(roles, cut.drop, recipe.score, json.dumps(recipe.scorer_options())),
             *(query, key, mask, *others),
             drop=cut.drop,
         )
-        keep._rename(f"{KEEP_PREFIX}{layer}")
+        stamp_result(keep, StampKind.KEEP, layer)
 
     def _insert_keep_set(
         self,
@@ -184,20 +166,22 @@ class InsertScores(Pass):
             merged = new.merge(seen, leaving, self._tower_of_new, self._plan.visual)
             new.insert(merged, roles, leaving)
             return
-        insert = partial(inserter.call, anchor, Stamp("keep", cut.attention.layer))
+        insert = partial(
+            inserter.call, anchor, Stamp(StampKind.CHOICE, cut.attention.layer)
+        )
         keep = insert(getitem, insert(aten.sort.default, leaving.staying, 1), 0)
-        keep._rename(f"{KEEP_PREFIX}{cut.attention.layer}")
+        stamp_result(keep, StampKind.KEEP, cut.attention.layer)
 
     def _insert_roles(
         self, inserter: Inserter, anchor: Node, cut: PlannedCut, seen: _Seen
     ) -> Node:
         """Insert the roles with the first cut, whose layer's mask tells the padding."""
-        insert = partial(inserter.trace, anchor, Stamp("score", -1))
+        insert = partial(inserter.trace, anchor, Stamp(StampKind.SCORE))
         visual = insert(marked, *map(seen.node, self._plan.visual))
         roles = insert(token_roles, visual, seen.node(cut.attention.mask))
         if raters := scorer(self._plan.recipe.score).raters:
             roles = insert(raters, self._embeddings(seen), roles)
-        roles._rename(ROLES)
+        stamp_result(roles, StampKind.ROLES)
         return roles
 
     def _insert_class_attention(
@@ -208,10 +192,10 @@ class InsertScores(Pass):
         if tower is None or not scorer(self._plan.recipe.score).tower:
             return None
         heads = map(seen.node, (tower.query, tower.key, *self._plan.visual))
-        insert = partial(inserter.trace, anchor, Stamp("score", -1))
+        insert = partial(inserter.trace, anchor, Stamp(StampKind.SCORE))
         sizes = tower.scale, tower.leading
         attended = insert(contextual.class_attention, *heads, *sizes)
-        attended._rename(CLASS_ATTENTION)
+        stamp_result(attended, StampKind.CLASS_ATTENTION)
         return attended
 
     @property
@@ -316,7 +300,7 @@ def _look_ahead(
             behind.append(node)
             wanted.update(node.all_input_nodes)
         node = node.prev
-    return inserter.copy(anchor, Stamp("score", at.layer), reversed(behind))
+    return inserter.copy(anchor, Stamp(StampKind.SCORE, at.layer), reversed(behind))
 
 
 def _insert_own(
@@ -334,21 +318,21 @@ def _insert_own(
     """
     rated, roles, came = rating
     layer = cut.attention.layer
-    stamp = Stamp("keep", layer)
+    stamp = Stamp(StampKind.CHOICE, layer)
     trace, insert = (partial(f, anchor, stamp) for f in (inserter.trace, inserter.call))
     numbers = (came, cut.share, of)
-    order = trace(own_order, rated, roles, *numbers)
-    leaving = trace(own_leaving, order, *numbers)
+    order = trace(per_sample_order, rated, roles, *numbers)
+    leaving = trace(per_sample_dropped, order, *numbers)
     staying, gone = (behind_those_leaving(insert, n, cut) for n in (order, leaving))
-    keys = trace(front_keys, staying, gone, dropped=cut.drop)
+    keys = trace(per_sample_keys, staying, gone, dropped=cut.drop)
     ascending = insert(getitem, insert(aten.sort.default, keys, 1), 0)
-    ascending._rename(f"{KEYS_PREFIX}{layer}")
-    for name, function in (
-        (KEEP_PREFIX, own_keep_set),
-        (STAND_IN_PREFIX, own_stand_ins),
+    stamp_result(ascending, StampKind.KEYS, layer)
+    for kind, function in (
+        (StampKind.KEEP, per_sample_keep_set),
+        (StampKind.STAND_IN, per_sample_stand_ins),
     ):
         found = trace(function, ascending, dropped=cut.drop)
-        found._rename(f"{name}{layer}")
+        stamp_result(found, kind, layer)
 
 
 class _New:
@@ -357,7 +341,7 @@ class _New:
     def __init__(
         self, inserter: Inserter, anchor: Node, cut: PlannedCut, recipe: Recipe
     ) -> None:
-        stamp = Stamp("keep", cut.attention.layer)
+        stamp = Stamp(StampKind.CHOICE, cut.attention.layer)
         self._trace = partial(inserter.trace, anchor, stamp)
         self._call = partial(inserter.call, anchor, stamp)
         self._cut = cut
@@ -388,17 +372,17 @@ class _New:
     def insert(self, merged: Node, roles: Node, leaving: Leaving) -> None:
         """Insert the keep set that holds them."""
         cut, layer = self._cut, self._cut.attention.layer
-        merged._rename(f"{NEW_PREFIX}{layer}")
+        stamp_result(merged, StampKind.NEW, layer)
         last = self._trace(recycling.last_keys, leaving.order, roles, leaving.new)
         staying = (leaving.staying, leaving.new)
         stays = self._trace(recycling.stay_keys, *staying, dropped=cut.drop)
         keys = self._call(aten.cat.default, [stays, last], 1)
         set_value(keys, value_at_full_length(stays), cut.gone)
         ascending = self._call(getitem, self._call(aten.sort.default, keys, 1), 0)
-        ascending._rename(f"{KEYS_PREFIX}{layer}")
-        for name, function in (
-            (KEEP_PREFIX, recycling.keep_set),
-            (STAND_IN_PREFIX, recycling.stand_ins),
+        stamp_result(ascending, StampKind.KEYS, layer)
+        for kind, function in (
+            (StampKind.KEEP, recycling.keep_set),
+            (StampKind.STAND_IN, recycling.stand_ins),
         ):
             found = self._trace(function, ascending, leaving.new, dropped=cut.gone)
-            found._rename(f"{name}{layer}")
+            stamp_result(found, kind, layer)

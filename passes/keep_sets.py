@@ -21,8 +21,9 @@ from functools import partial
 import torch
 from torch.fx import Node
 
-from vtprune_fx.graph.insert import Inserter, Stamp
+from vtprune_fx.graph.insert import Inserter
 from vtprune_fx.graph.sizes import Count
+from vtprune_fx.graph.stamps import Stamp, StampKind
 from vtprune_fx.graph.values import set_value, value_at_full_length
 from vtprune_fx.planning.plan import PlannedCut
 from vtprune_fx.recipes.schema import Recipe
@@ -61,7 +62,7 @@ def by_number(
     inserter: Inserter, anchor: Node, order: Node, cut: PlannedCut
 ) -> Leaving:
     """As many as the plan says."""
-    stamp = Stamp("keep", cut.attention.layer)
+    stamp = Stamp(StampKind.CHOICE, cut.attention.layer)
     insert = partial(inserter.call, anchor, stamp)
     staying = behind_those_leaving(insert, order, cut)
     clustered = None
@@ -89,7 +90,7 @@ def by_rank(
     recipe: Recipe,
 ) -> Leaving:
     """As many as follow from the rank of the attention."""
-    stamp = Stamp("keep", cut.attention.layer)
+    stamp = Stamp(StampKind.CHOICE, cut.attention.layer)
     call, trace = partial(inserter.call, anchor, stamp), partial(inserter.trace, anchor)
     roles = evidence[3]
     attended = trace(stamp, attention_rank.attended, *evidence)

@@ -18,11 +18,10 @@ from __future__ import annotations
 
 from torch.fx import GraphModule
 
-from vtprune_fx.graph.insert import STAMP, Stamp
+from vtprune_fx.graph.stamps import cut_nodes
 from vtprune_fx.graph.values import dropped_tokens, set_value, value_at_full_length
 from vtprune_fx.ops.lengths import own_length
 from vtprune_fx.passes.base import Pass
-from vtprune_fx.passes.insert_scores import KEEP_PREFIX, KEYS_PREFIX
 from vtprune_fx.planning.plan import PrunePlan
 
 
@@ -44,19 +43,20 @@ class OwnLengths(Pass):
 
     def edit(self, module: GraphModule) -> bool:
         """Insert one operator a cut."""
-        named = {node.name: node for node in module.graph.nodes}
+        inserted = cut_nodes(module.graph)
         modified = False
         for cut in self._plan.cuts:
-            layer = cut.attention.layer
-            keep = named[f"{KEEP_PREFIX}{layer}"]
-            keys = named.get(f"{KEYS_PREFIX}{layer}", keep)
-            done = any(user.target == own_length for user in keys.users)
-            if cut.rule is not None or done:
+            nodes = inserted[cut.attention.layer]
+            keys = nodes.keys or nodes.keep
+            if cut.rule is not None or keys.target == own_length:
                 continue
+            readers = list(keys.users)
             with module.graph.inserting_after(keys):
-                own = module.graph.call_function(own_length, (keys,))
-            keys.replace_all_uses_with(own, lambda user, own=own: user is not own)
-            own.meta = keys.meta | {STAMP: Stamp("keep", layer)}
-            set_value(own, value_at_full_length(keys), dropped_tokens(keys))
+                copied = module.graph.call_function(own_length, (keys,))
+            for reader in readers:
+                reader.replace_input_with(keys, copied)
+            # The stamp too: from here on the copy is the keep set, or the keys of it.
+            copied.meta = dict(keys.meta)
+            set_value(copied, value_at_full_length(keys), dropped_tokens(keys))
             modified = True
         return modified

@@ -30,9 +30,10 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
 
-from vtprune_fx.graph.insert import Inserter, Stamp
+from vtprune_fx.graph.insert import Inserter
 from vtprune_fx.graph.nodes import replace_inputs
 from vtprune_fx.graph.sizes import axes_of, mentions
+from vtprune_fx.graph.stamps import Stamp, StampKind
 from vtprune_fx.graph.values import set_value, value_at_full_length
 from vtprune_fx.passes.base import Pass
 from vtprune_fx.planning.plan import PrunePlan
@@ -82,8 +83,9 @@ class ReadRows(Pass):
             for given in node.all_input_nodes:
                 if given in region or given in read or not self._has_tokens(given):
                     continue
+                stamp = Stamp(StampKind.ROWS)
                 rows = inserter.call(
-                    given.next, Stamp("rows", -1), last.target, given, *last.args[1:]
+                    given.next, stamp, last.target, given, *last.args[1:]
                 )
                 set_value(rows, value_at_full_length(rows), 0)
                 read[given] = rows

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from vtprune_fx.graph.stamps import STAMP, Stamp, StampKind, cut_nodes
 from vtprune_fx.graph.values import set_value, value_at_full_length
 from vtprune_fx.passes.base import Pass
-from vtprune_fx.passes.insert_scores import KEEP_PREFIX
 from vtprune_fx.planning.plan import PrunePlan
 from vtprune_fx.selection import operators
 
@@ -52,10 +52,11 @@ class ShareAttention(Pass):
     def edit(self, module: GraphModule) -> bool:
         """Replace both nodes of each such cut."""
         named = {node.name: node for node in module.graph.nodes}
+        inserted = cut_nodes(module.graph)
         changed = False
         for cut in self._plan.cuts:
             attention = named[cut.attention.node]
-            chosen = named[f"{KEEP_PREFIX}{cut.attention.layer}"]
+            chosen = inserted[cut.attention.layer].keep
             if cut.site == "after_attention" and _can_share(attention, chosen):
                 _share(attention, chosen)
                 changed = True
@@ -98,7 +99,8 @@ def _share(attention: Node, chosen: Node) -> None:
     with graph.inserting_before(chosen):
         args = (attention.args[2], *chosen.args)
         both = graph.call_function(operators.attend_and_choose, args)
-    both.meta = dict(chosen.meta)
+    layer = chosen.meta[STAMP].layer
+    both.meta = chosen.meta | {STAMP: Stamp(StampKind.CHOICE, layer)}
     parts = (attention, chosen)
     # They have lost different numbers of tokens.
     set_value(both, tuple(map(value_at_full_length, parts)), None)

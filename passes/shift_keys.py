@@ -25,7 +25,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from vtprune_fx.analysis.residual import rotary
-from vtprune_fx.graph.insert import Inserter, Stamp
+from vtprune_fx.graph.insert import Inserter
+from vtprune_fx.graph.stamps import Stamp, StampKind
 from vtprune_fx.graph.values import dropped_tokens
 from vtprune_fx.passes.base import Pass
 from vtprune_fx.planning.plan import PrunePlan
@@ -60,7 +61,7 @@ class ShiftKeys(Pass):
             cos, sin = found
             if cos is came:
                 continue
-            stamp, gone = Stamp("shift", layer.layer), dropped_tokens(keys)
+            stamp, gone = Stamp(StampKind.SHIFT, layer.layer), dropped_tokens(keys)
             assert gone is not None
             tables = (cos, sin, came, named[str(stream.sin)])
             own = _split(inserter, keys, stamp)

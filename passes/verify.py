@@ -24,8 +24,8 @@ from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 
 from vtprune_fx.errors import VerifyError
-from vtprune_fx.graph.insert import STAMP
 from vtprune_fx.graph.sizes import Count, size_expr
+from vtprune_fx.graph.stamps import STAMP
 from vtprune_fx.graph.values import READ, dropped_tokens, value_at_full_length
 from vtprune_fx.ops.lengths import own_length
 

@@ -27,8 +27,8 @@ from transformers import LlavaForConditionalGeneration as Llava
 from vtprune_fx.analysis.anatomy import Anatomy, read
 from vtprune_fx.analysis.residual import module_path
 from vtprune_fx.capture.aten import export
-from vtprune_fx.graph.insert import STAMP
 from vtprune_fx.graph.sizes import size_expr
+from vtprune_fx.graph.stamps import STAMP, StampKind
 from vtprune_fx.graph.values import dropped_tokens, value_at_full_length
 from vtprune_fx.pruning import prune_graph
 from vtprune_fx.recipes.loading import load_recipe
@@ -37,7 +37,15 @@ from vtprune_fx.recipes.schema import Cut, Recipe
 FOLDER = Path(__file__).parent.parent / "docs" / "images"
 LAYER = "language_model.layers.1."
 WIDTH, HEIGHT, GAP, REACH = 330, 40, 14, 16
-INSERTED = {"check": "#fdd", "score": "#ffe9b8", "keep": "#ffd37a", "gather": "#cfe8ff"}
+INSERTED = {
+    StampKind.CHECK: ("check", "#fdd"),
+    StampKind.SCORE: ("score", "#ffe9b8"),
+    StampKind.ROLES: ("score", "#ffe9b8"),
+    StampKind.CHOICE: ("keep", "#ffd37a"),
+    StampKind.KEEP: ("keep", "#ffd37a"),
+    StampKind.GATHER: ("gather", "#cfe8ff"),
+}
+"""Label and colour of what is inserted."""
 
 
 @dataclass
@@ -113,7 +121,8 @@ def kind(node: Node) -> tuple[str, str]:
     """Label and colour of the box that a node belongs to."""
     stamp = node.meta.get(STAMP)
     if stamp is not None:
-        return f"inserted: {stamp.role}", INSERTED[stamp.role]
+        label, fill = INSERTED[stamp.kind]
+        return f"inserted: {label}", fill
     _, _, inner = f"{module_path(node)}.".partition(LAYER)
     return inner.rstrip(".") or "residual stream", "#f4f4f4"
 

@@ -32,6 +32,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
+from vtprune_fx.graph.stamps import ALL_CUTS, STAMP, Stamp
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -326,15 +328,15 @@ def _line(node: Node, names: Mapping[str, str]) -> str:
     given = [_argument(arg) for arg in node.args]
     given += [f"{name}={_argument(arg)}" for name, arg in node.kwargs.items()]
     target = str(node.target) if not callable(node.target) else _target(node.target)
-    stamp = node.meta.get("vtprune")
+    stamp = node.meta.get(STAMP)
     mark = f"    # {_stamp_text(stamp)}" if stamp else ""
     return f"{node.name}: {value} = {target}({', '.join(given)}){mark}"
 
 
-def _stamp_text(stamp: Any) -> str:
+def _stamp_text(stamp: Stamp) -> str:
     """First and last field: what a node is, and the layer of its cut."""
-    kind, layer = vars(stamp).values()
-    return str(kind) if layer == -1 else f"{kind} {layer}"
+    kind, layer = stamp.kind.value, stamp.layer
+    return kind if layer == ALL_CUTS else f"{kind} {layer}"
 
 
 def _target(target: Any) -> str:

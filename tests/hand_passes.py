@@ -16,8 +16,8 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from tests.graphs import IMAGE, Inputs, Spec, decoder
 from vtprune_fx.analysis.anatomy import Anatomy, read
+from vtprune_fx.graph.stamps import STAMP
 from vtprune_fx.passes import (
-    KEEP_PREFIX,
     AsyncChecks,
     CheckTokens,
     Form,
@@ -29,6 +29,8 @@ from vtprune_fx.passes import (
     RefreshValues,
     ShareAttention,
     ShiftKeys,
+    StampKind,
+    cut_nodes,
 )
 from vtprune_fx.planning.place import place
 from vtprune_fx.planning.plan import PrunePlan
@@ -150,17 +152,19 @@ def anatomy_of(module: GraphModule) -> Anatomy:
 
 def keep_node(module: GraphModule, layer: int) -> Node:
     """The keep set of a layer's cut."""
-    return node_named(module, f"{KEEP_PREFIX}{layer}")
+    return cut_nodes(module.graph)[layer].keep
 
 
 def new_node(module: GraphModule, layer: int) -> Node:
     """The new tokens that a layer's cut makes."""
-    return node_named(module, f"vtprune_new_{layer}")
+    new = cut_nodes(module.graph)[layer].new
+    assert new is not None
+    return new
 
 
 def roles_node(module: GraphModule) -> Node:
     """The tokens' roles."""
-    return node_named(module, "vtprune_roles")
+    return next(iter(cut_nodes(module.graph).values())).roles
 
 
 def node_named(module: GraphModule, name: str) -> Node:
@@ -196,8 +200,8 @@ def keep_sets(module: GraphModule, given: Inputs) -> dict[int, Tensor]:
     _, values = run(module, given)
     found: dict[int, Tensor] = {}
     for node, value in values.items():
-        if node.name.startswith(KEEP_PREFIX):
-            found[int(node.name.removeprefix(KEEP_PREFIX))] = value
+        if STAMP in node.meta and node.meta[STAMP].kind is StampKind.KEEP:
+            found[node.meta[STAMP].layer] = value
     return found
 
 

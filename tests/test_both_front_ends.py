@@ -32,7 +32,7 @@ from vtprune_fx import backend, oracle, pruning
 from vtprune_fx.analysis.anatomy import read
 from vtprune_fx.api import PrunedProgram, prune
 from vtprune_fx.capture.aten import lower
-from vtprune_fx.graph.insert import STAMP
+from vtprune_fx.graph.stamps import STAMP, StampKind
 from vtprune_fx.graph.values import value_at_full_length
 from vtprune_fx.models.arguments import cache_of
 from vtprune_fx.models.ragged_attention import mark_dynamic
@@ -359,7 +359,7 @@ def _reads_of_gathers(module: GraphModule) -> int:
     gathered = {
         node
         for node in calls(module)
-        if STAMP in node.meta and node.meta[STAMP].role == "gather"
+        if STAMP in node.meta and node.meta[STAMP].kind is StampKind.GATHER
     }
     readers = {user for node in gathered for user in node.users} - gathered
     return sum(STAMP not in reader.meta for reader in readers)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.graphs import Builder, as_text
 from vtprune_fx.graph.fakes import fake_mode_of, lengths_from_data, uncached_fakes
-from vtprune_fx.graph.insert import STAMP, Inserter, Stamp
+from vtprune_fx.graph.insert import Inserter
 from vtprune_fx.graph.nodes import replace_inputs, walk_back
 from vtprune_fx.graph.sizes import (
     assume_at_least,
@@ -21,6 +21,7 @@ from vtprune_fx.graph.sizes import (
     size_expr,
     size_hint,
 )
+from vtprune_fx.graph.stamps import STAMP, Stamp, StampKind
 from vtprune_fx.graph.trace import kind_of
 from vtprune_fx.graph.values import (
     SHORTER,
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 
-HERE = Stamp("score", 3)
+HERE = Stamp(StampKind.SCORE, 3)
 
 
 class Small:

@@ -44,7 +44,7 @@ from tests.hand_passes import (
     run,
 )
 from tests.plain_scores import SCORES, expected, stays
-from vtprune_fx.graph.insert import STAMP
+from vtprune_fx.graph.stamps import STAMP
 from vtprune_fx.graph.values import SHORTER
 
 if TYPE_CHECKING:

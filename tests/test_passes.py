@@ -23,8 +23,8 @@ from tests.tiny import (
 from vtprune_fx import backend, oracle
 from vtprune_fx.api import prune
 from vtprune_fx.errors import InputError
-from vtprune_fx.graph.insert import STAMP
 from vtprune_fx.graph.nodes import readable
+from vtprune_fx.graph.stamps import STAMP, StampKind, stamped
 from vtprune_fx.graph.values import (
     SHORTER,
     dropped_tokens,
@@ -33,7 +33,6 @@ from vtprune_fx.graph.values import (
 )
 from vtprune_fx.models.arguments import cache_of
 from vtprune_fx.passes import (
-    KEEP_PREFIX,
     AsyncChecks,
     CheckTokens,
     Form,
@@ -45,10 +44,9 @@ from vtprune_fx.passes import (
     RefreshValues,
     ShareAttention,
     Target,
+    cut_nodes,
     default_pipeline,
 )
-from vtprune_fx.passes.gather_tokens import IN_PROMPT_PREFIX
-from vtprune_fx.passes.insert_scores import ROLES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -125,7 +123,7 @@ def test_pass_stamps_and_values_what_it_inserts(name: str) -> None:
     inserted = [node for node in module.graph.nodes if node not in before]
     assert inserted
     for node in inserted:
-        assert node.meta[STAMP].role in {"check", "score", "keep", "gather"}
+        assert node.meta[STAMP].kind in StampKind
         assert "val" in node.meta or SHORTER in node.meta, node.format_node()
         assert node.meta["nn_module_stack"], node.format_node()
 
@@ -320,12 +318,12 @@ def test_check_asserts_what_the_recipe_counts_on(
     [assertion] = calls(module, aten._assert_async.msg)
     message = str(assertion.args[1])
     assert f"hold {held} visual tokens, or none and 8 tokens of padding" in message
-    checks = _of_role(module, "check")
+    checks = _of_kind(module, StampKind.CHECK)
     compared = [(n.target, n.args[1]) for n in checks if len(n.args) == 2]
     assert comparison in compared
     assert (aten.ge.Scalar, 8) in compared  # padding
     read = {i for n in checks for i in n.all_input_nodes} - set(checks)
-    assert names(read) == [ROLES]
+    assert names(read) == ["vtprune_roles"]
 
 
 # ----------------------------------------------------------------------- InsertScores
@@ -335,13 +333,10 @@ def test_scores_stand_behind_the_edge_and_nothing_reads_a_keep_set_yet() -> None
     module, pass_, plan = ready_for("InsertScores")
     pass_(module)
     order = {node.name: place for place, node in enumerate(module.graph.nodes)}
-    named = {node.name: node for node in module.graph.nodes}
-    assert names(n for n in named.values() if n.name.startswith(KEEP_PREFIX)) == [
-        f"{KEEP_PREFIX}0",
-        f"{KEEP_PREFIX}1",
-    ]
+    inserted = cut_nodes(module.graph)
+    assert list(inserted) == [0, 1]
     for cut in plan.cuts:
-        keep = named[f"{KEEP_PREFIX}{cut.attention.layer}"]
+        keep = inserted[cut.attention.layer].keep
         assert order[keep.name] > order[cut.edge]
         assert all(
             STAMP in node.meta or order[node.name] > order[keep.name]
@@ -352,15 +347,18 @@ def test_scores_stand_behind_the_edge_and_nothing_reads_a_keep_set_yet() -> None
         assert dropped_tokens(keep) == cut.drop
         path = list(keep.meta["nn_module_stack"].values())[-1][0]
         assert path == cut.attention.path
-    assert named[ROLES].meta[STAMP].layer == -1
-    readers = {user.meta[STAMP].layer for user in named[ROLES].users}
+    roles = inserted[0].roles
+    assert roles is inserted[1].roles
+    readers = {user.meta[STAMP].layer for user in roles.users}
     assert readers == {0, 1}
 
 
 def test_the_number_that_leaves_is_a_constant() -> None:
     module, pass_, _ = ready_for("InsertScores")
     pass_(module)
-    slices = [n for n in _of_role(module, "keep") if n.target == aten.slice.Tensor]
+    slices = [
+        n for n in _of_kind(module, StampKind.CHOICE) if n.target == aten.slice.Tensor
+    ]
     assert [node.args[2] for node in slices] == [3, 5]
 
 
@@ -371,7 +369,12 @@ def test_whole_cuts_are_one_operator_that_is_given_what_the_scorer_reads() -> No
     assert [node.name for node in chosen] == ["vtprune_keep_0", "vtprune_keep_1"]
     for node, cut in zip(chosen, plan.cuts, strict=True):
         roles, drop, score, options, query, key, mask, _, *unread = node.args
-        assert (str(roles), drop, score, options) == (ROLES, cut.drop, "fitprune", "{}")
+        assert (str(roles), drop, score, options) == (
+            "vtprune_roles",
+            cut.drop,
+            "fitprune",
+            "{}",
+        )
         read = names((query, key, mask))
         assert read == [cut.attention.query, cut.attention.key, cut.attention.mask]
         assert unread == [None] * 4
@@ -395,8 +398,8 @@ def test_scores_alone_change_no_result() -> None:
     assert torch.equal(ours, plain)
 
 
-def _of_role(module: GraphModule, role: str) -> list[Node]:
-    return [n for n in calls(module) if STAMP in n.meta and n.meta[STAMP].role == role]
+def _of_kind(module: GraphModule, kind: StampKind) -> list[Node]:
+    return [n for n in calls(module) if STAMP in n.meta and n.meta[STAMP].kind is kind]
 
 
 # ----------------------------------------------------------------------- GatherTokens
@@ -405,18 +408,20 @@ def _of_role(module: GraphModule, role: str) -> list[Node]:
 def test_every_live_value_is_gathered_by_the_keep_set_of_its_cut() -> None:
     module, pass_, plan = ready_for("GatherTokens")
     pass_(module)
-    gathers = [n for n in _of_role(module, "gather") if n.target == aten.index.Tensor]
+    gathers = [
+        n for n in _of_kind(module, StampKind.GATHER) if n.target == aten.index.Tensor
+    ]
     first, second = ([n for n in gathers if n.meta[STAMP].layer == i] for i in (0, 1))
     # Beside what is live, the tokens' roles: one gather an axis.
     axes = [sum(len(live.axes) for live in cut.live) + 1 for cut in plan.cuts]
-    assert [_index(node) for node in first] == [f"{KEEP_PREFIX}0"] * axes[0]
+    assert [_index(node) for node in first] == ["vtprune_keep_0"] * axes[0]
     came = {live.node for live in plan.cuts[0].live}
     made = [live for live in plan.cuts[1].live if live.node not in came]
-    by_keep = [n for n in second if _index(n) == f"{KEEP_PREFIX}1"]
-    assert len(by_keep) == len(made) + 1, "what layers made, and places in the prompt"
+    by_keep = [n for n in second if _index(n) == "vtprune_keep_1"]
+    assert len(by_keep) == len(made), "what layers made"
     others = {_index(n) for n in second if n not in by_keep}
-    assert others == {f"{IN_PROMPT_PREFIX}1"}
-    assert len(second) == axes[1] + 1
+    assert others == {"vtprune_in_prompt_1"}
+    assert len(second) == axes[1]
 
 
 def _index(gather: Node) -> str:
@@ -428,16 +433,17 @@ def _index(gather: Node) -> str:
 def test_what_came_with_the_prompt_is_gathered_from_it_at_every_cut() -> None:
     module, pass_, plan = ready_for("GatherTokens")
     pass_(module)
-    named = {node.name: node for node in module.graph.nodes}
-    in_prompt = named[f"{IN_PROMPT_PREFIX}1"]
+    in_prompt = stamped(module.graph, StampKind.IN_PROMPT)[1]
     assert names(in_prompt.all_input_nodes)[::2] == [
-        f"{KEEP_PREFIX}{i}" for i in (0, 1)
+        f"vtprune_keep_{i}" for i in (0, 1)
     ]
     for reader in in_prompt.users:
         node = reader
-        while STAMP in node.meta and node.name != ROLES:
+        while STAMP in node.meta and node.meta[STAMP].kind is not StampKind.ROLES:
             node = node.all_input_nodes[0]
-        assert node.name in {live.node for live in plan.cuts[0].live} | {ROLES}
+        assert node.name in {live.node for live in plan.cuts[0].live} | {
+            "vtprune_roles"
+        }
 
 
 def test_nothing_behind_a_cut_reads_what_is_as_long_as_before() -> None:
@@ -493,7 +499,7 @@ def test_attention_and_the_choice_by_it_become_one_operator() -> None:
     module, plan = whole_graph()
     named = {node.name: node for node in module.graph.nodes}
     before = [
-        (named[cut.attention.node].args, named[f"{KEEP_PREFIX}{i}"].args)
+        (named[cut.attention.node].args, named[f"vtprune_keep_{i}"].args)
         for i, cut in enumerate(plan.cuts)
     ]
     assert ShareAttention(plan)(module).modified
@@ -502,7 +508,7 @@ def test_attention_and_the_choice_by_it_become_one_operator() -> None:
     for i, cut in enumerate(plan.cuts):
         attention, chosen = before[i]
         assert both[i].args == (attention[2], *chosen)
-        for place, name in enumerate((cut.attention.node, f"{KEEP_PREFIX}{i}")):
+        for place, name in enumerate((cut.attention.node, f"vtprune_keep_{i}")):
             part = named[name]
             assert (part.target, part.args) == (operator.getitem, (both[i], place))
         # Layer 1 attends to what layer 0 left; what leaves it there is 5 tokens less.
@@ -552,7 +558,7 @@ def test_what_an_attention_is_told_decides(
     named = {node.name: node for node in module.graph.nodes}
     for cut in plan.cuts:
         attention = named[cut.attention.node]
-        chosen = named[f"{KEEP_PREFIX}{cut.attention.layer}"]
+        chosen = cut_nodes(module.graph)[cut.attention.layer].keep
         given = {"attn_mask": chosen.args[6], "dropout_p": 0.0, "is_causal": False}
         given |= told
         attention.args = (*attention.args[:3], *(given.values() if in_place else ()))

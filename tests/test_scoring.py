@@ -20,7 +20,7 @@ from vtprune_fx.scorers.roles import (
     token_roles,
 )
 from vtprune_fx.selection.order import enough_to_drop, lowest_first
-from vtprune_fx.selection.per_sample import own_places
+from vtprune_fx.selection.per_sample import per_sample_places
 
 HEADS, TOKENS, WIDTH = 4, 12, 8
 SCALE = WIDTH**-0.5
@@ -199,7 +199,7 @@ def test_compacted_positions_begin_with_a_samples_first_token() -> None:
     )
     stand_in = torch.tensor([[1, 2, 3, 4], [0, 2, 3, 4]])
     keep = torch.tensor([[1, 2, 3, 4], [-1, 2, 3, 4]])
-    places = own_places(roles, stand_in, keep, padding_counts(roles))
+    places = per_sample_places(roles, stand_in, keep, padding_counts(roles))
     # What the padding of the second sample gets is read by nobody.
     assert places[0].tolist() == [1, 2, 3, 4]
     assert places[1, 1:].tolist() == [0, 1, 2]

@@ -155,9 +155,9 @@ def test_a_sample_loses_its_share_then_padding(
 ) -> None:
     marks = roles(row)
     came = visual_counts(marks)
-    found = per_sample.own_order(torch.tensor([scores]), marks, came, share, 4)
+    found = per_sample.per_sample_order(torch.tensor([scores]), marks, came, share, 4)
     assert found.tolist() == [order]
-    gone = per_sample.own_leaving(found, came, share, 4)
+    gone = per_sample.per_sample_dropped(found, came, share, 4)
     assert gone.tolist() == [[place < leaving for place in range(6)]]
 
 
@@ -173,9 +173,9 @@ def test_tokens_dropped_in_place_stand_in_front(
     staying: list[int], leaving: list[int], keep: list[int], stand_in: list[int]
 ) -> None:
     gone = torch.tensor([leaving], dtype=torch.bool)
-    keys = per_sample.front_keys(torch.tensor([staying]), gone).sort(dim=1).values
-    assert per_sample.own_keep_set(keys).tolist() == [keep]
-    assert per_sample.own_stand_ins(keys).tolist() == [stand_in]
+    keys = per_sample.per_sample_keys(torch.tensor([staying]), gone).sort(dim=1).values
+    assert per_sample.per_sample_keep_set(keys).tolist() == [keep]
+    assert per_sample.per_sample_stand_ins(keys).tolist() == [stand_in]
 
 
 def test_places_begin_with_a_samples_first_token() -> None:
@@ -183,7 +183,7 @@ def test_places_begin_with_a_samples_first_token() -> None:
     rows = roles("ppvvvi")
     stand_in = torch.tensor([[0, 1, 2, 4, 5]])
     keep = torch.tensor([[0, 1, -1, 4, 5]])
-    found = per_sample.own_places(rows, stand_in, keep, padding_counts(rows))
+    found = per_sample.per_sample_places(rows, stand_in, keep, padding_counts(rows))
     # The fourth in the row takes the place of the first token, which is 2.
     assert found.tolist() == [[0, 0, 1, 2, 3]]
 

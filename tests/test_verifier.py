@@ -12,20 +12,19 @@ from torch.fx import GraphModule, Node
 
 from tests.tiny import calls, planned
 from vtprune_fx.errors import VerifyError
-from vtprune_fx.graph.insert import STAMP, Stamp
+from vtprune_fx.graph.stamps import STAMP, Stamp, StampKind
 from vtprune_fx.graph.values import dropped_tokens, set_value, value_at_full_length
 from vtprune_fx.ops.lengths import own_length
 from vtprune_fx.passes import (
-    KEEP_PREFIX,
     Form,
     OwnLengths,
     Pass,
     Pipeline,
     RefreshValues,
     Target,
+    cut_nodes,
     default_pipeline,
 )
-from vtprune_fx.passes.insert_scores import ROLES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -67,7 +66,7 @@ def gathers(module: GraphModule, layer: int) -> list[Node]:
     return [
         node
         for node in calls(module, aten.index.Tensor)
-        if STAMP in node.meta and node.meta[STAMP] == Stamp("gather", layer)
+        if STAMP in node.meta and node.meta[STAMP] == Stamp(StampKind.GATHER, layer)
     ]
 
 
@@ -143,8 +142,8 @@ def test_gather_of_one_axis_of_a_mask() -> None:
 def test_gather_by_the_keep_set_of_another_cut() -> None:
     def edit(module: GraphModule) -> Node:
         node = residual(module, 1)
-        earlier = named(module, f"{KEEP_PREFIX}0")
-        node.replace_input_with(named(module, f"{KEEP_PREFIX}1"), earlier)
+        earlier = cut_nodes(module.graph)[0].keep
+        node.replace_input_with(cut_nodes(module.graph)[1].keep, earlier)
         return node
 
     assert "its recorded value" in str(assert_caught(edit))
@@ -153,8 +152,8 @@ def test_gather_by_the_keep_set_of_another_cut() -> None:
 def test_gather_by_an_earlier_keep_set_of_the_same_number_of_tokens() -> None:
     def edit(module: GraphModule) -> Node:
         node = residual(module, 1)
-        earlier = named(module, f"{KEEP_PREFIX}0")
-        node.replace_input_with(named(module, f"{KEEP_PREFIX}1"), earlier)
+        earlier = cut_nodes(module.graph)[0].keep
+        node.replace_input_with(cut_nodes(module.graph)[1].keep, earlier)
         return node
 
     assert_caught(edit, drops={0: 4, 1: 4})
@@ -163,7 +162,7 @@ def test_gather_by_an_earlier_keep_set_of_the_same_number_of_tokens() -> None:
 def _live_values() -> list[tuple[int, str]]:
     _, plan = planned({0: 3, 1: 5})
     named = [(cut.attention.layer, live.node) for cut in plan.cuts for live in cut.live]
-    return [*named, (0, ROLES)]
+    return [*named, (0, "vtprune_roles")]
 
 
 def test_every_forgotten_live_value_is_caught() -> None:
@@ -196,12 +195,12 @@ def _last_version(whole: Node, layer: int) -> Node:
 
 
 def _is_gather(node: Node) -> bool:
-    return STAMP in node.meta and node.meta[STAMP].role == "gather"
+    return STAMP in node.meta and node.meta[STAMP].kind is StampKind.GATHER
 
 
 def test_forgotten_length_is_caught() -> None:
     def edit(module: GraphModule) -> None:
-        keep = named(module, f"{KEEP_PREFIX}0")
+        keep = cut_nodes(module.graph)[0].keep
         [short] = [n for n in keep.users if n.target == aten.sym_size.int][:1]
         [whole] = [
             n
@@ -220,7 +219,7 @@ def test_forgotten_length_is_caught() -> None:
 def test_added_output() -> None:
     def edit(module: GraphModule) -> None:
         [output] = module.graph.find_nodes(op="output")
-        keep = named(module, f"{KEEP_PREFIX}0")
+        keep = cut_nodes(module.graph)[0].keep
         output.args = ((*output.args[0], keep),)
 
     assert "inputs and outputs kept" in str(assert_caught(edit))
@@ -285,7 +284,7 @@ def test_inserted_operator_whose_shape_depends_on_data(op: str, stamped: bool) -
         }
         node = insert(module, mask, *made[op])
         if stamped:
-            node.meta[STAMP] = Stamp("gather", 0)
+            node.meta[STAMP] = Stamp(StampKind.GATHER, 0)
         return node
 
     assert "does not depend on data" in str(assert_caught(edit))
@@ -312,7 +311,7 @@ def test_wrong_recorded_number_of_tokens(dropped: int) -> None:
 
 def test_wrong_recorded_type() -> None:
     def edit(module: GraphModule) -> Node:
-        node = named(module, ROLES)
+        node = cut_nodes(module.graph)[0].roles
         set_value(node, value_at_full_length(node).float(), 0)
         return node
 
@@ -321,7 +320,7 @@ def test_wrong_recorded_type() -> None:
 
 def test_missing_recorded_value() -> None:
     def edit(module: GraphModule) -> Node:
-        node = named(module, ROLES)
+        node = cut_nodes(module.graph)[0].roles
         del node.meta["val"]
         return node
 
@@ -408,7 +407,7 @@ def test_what_a_finishing_pass_writes_wrongly_is_caught(
 
     def wrong(self: Any, module: GraphModule) -> bool:
         modified = edit(self, module)
-        node = named(module, ROLES)
+        node = cut_nodes(module.graph)[0].roles
         set_value(node, value_at_full_length(node).float(), 0)
         return modified
 

@@ -20,8 +20,9 @@ from transformers import PreTrainedModel
 from vtprune_fx.analysis.anatomy import read
 from vtprune_fx.capture.aten import export
 from vtprune_fx.errors import CaptureError, InputError, VtpruneError
+from vtprune_fx.graph.stamps import STAMP, Stamp, StampKind
 from vtprune_fx.models.arguments import refuse_unknown
-from vtprune_fx.passes import KEEP_PREFIX, ExtraPass
+from vtprune_fx.passes import ExtraPass
 from vtprune_fx.planning.interface import interface
 from vtprune_fx.planning.place import place
 from vtprune_fx.planning.report import Explanation, PruneReport, in_prompt
@@ -88,8 +89,9 @@ class KeepRecorder(Interpreter):
     def run_node(self, n: Node) -> Any:
         """Run one node; note what it says of a cut."""
         result = super().run_node(n)
-        if n.name.startswith(KEEP_PREFIX):
-            self._found[int(n.name.removeprefix(KEEP_PREFIX))] = result
+        stamp: Stamp | None = n.meta.get(STAMP)
+        if stamp is not None and stamp.kind is StampKind.KEEP:
+            self._found[stamp.layer] = result
         return result
 
 

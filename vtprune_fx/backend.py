@@ -39,7 +39,8 @@ from vtprune_fx.capture.subclasses import has_any, parts
 from vtprune_fx.capture.weights import hold, lifted
 from vtprune_fx.errors import InputError
 from vtprune_fx.graph.fakes import fake_mode_of, lengths_from_data, uncached_fakes
-from vtprune_fx.passes import KEEP_PREFIX, ExtraPass, Form, Target, default_pipeline
+from vtprune_fx.graph.stamps import cut_nodes
+from vtprune_fx.passes import ExtraPass, Form, Target, default_pipeline
 from vtprune_fx.planning.plan import PrunePlan
 from vtprune_fx.planning.report import PruneReport
 from vtprune_fx.pruning import prune_graph
@@ -264,8 +265,8 @@ def _form_for(module: GraphModule) -> Form:
 
 def _return_keep_sets(module: GraphModule, plan: PrunePlan) -> None:
     """Let a graph return its keep sets, behind its outputs."""
-    named = {node.name: node for node in module.graph.nodes}
-    keep_sets = [named[f"{KEEP_PREFIX}{cut.attention.layer}"] for cut in plan.cuts]
+    found = cut_nodes(module.graph)
+    keep_sets = [found[cut.attention.layer].keep for cut in plan.cuts]
     [output] = module.graph.find_nodes(op="output")
     output.args = ((*output.args[0], *keep_sets),)
     module.recompile()

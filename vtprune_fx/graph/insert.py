@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from torch.fx.experimental.symbolic_shapes import (
 
 from vtprune_fx.graph.fakes import fake_mode_of
 from vtprune_fx.graph.sizes import Count
+from vtprune_fx.graph.stamps import STAMP, Stamp
 from vtprune_fx.graph.trace import kind_of, traced
 from vtprune_fx.graph.values import (
     READ,
@@ -30,22 +30,6 @@ from vtprune_fx.graph.values import (
     set_value,
     value_at_full_length,
 )
-
-STAMP = "vtprune"
-"""Key of ``node.meta`` under which inserted nodes carry their ``Stamp``."""
-
-
-@dataclass(frozen=True)
-class Stamp:
-    """Who inserted a node.
-
-    Attributes:
-        role: ``check``, ``score``, ``keep``, ``gather``, ``shift`` or ``rows``.
-        layer: Decoder layer of the cut, -1 where the node serves all cuts.
-    """
-
-    role: str
-    layer: int
 
 
 class Inserter:

@@ -22,7 +22,7 @@ from vtprune_fx.scorers.roles import (
 from vtprune_fx.selection.order import lowest_first
 
 
-def own_order(
+def per_sample_order(
     scores: Tensor, roles: Tensor, came: Tensor, share: int, of: int
 ) -> Tensor:
     """[B, S] positions in the order of leaving, each sample losing its own number.
@@ -47,8 +47,8 @@ def own_order(
     return ascending.gather(1, turns)
 
 
-def own_leaving(order: Tensor, came: Tensor, share: int, of: int) -> Tensor:
-    """[B, S] bool: which of ``own_order``'s are visual tokens that leave."""
+def per_sample_dropped(order: Tensor, came: Tensor, share: int, of: int) -> Tensor:
+    """[B, S] bool: which of ``per_sample_order``'s are visual tokens that leave."""
     place = torch.arange(order.shape[1], device=order.device)
     return place < (came * share // of)[:, None]
 
@@ -57,22 +57,22 @@ _FRONT = 2**32
 """More than a prompt's tokens."""
 
 
-def front_keys(staying: Tensor, leaving: Tensor) -> Tensor:
+def per_sample_keys(staying: Tensor, leaving: Tensor) -> Tensor:
     """[B, K] int64: sort keys, ascending by position, who leaves ahead of all."""
     return staying - leaving.long() * _FRONT
 
 
-def own_keep_set(keys: Tensor) -> Tensor:
+def per_sample_keep_set(keys: Tensor) -> Tensor:
     """[B, K]: positions, and -1 in the places of those who left. Of sorted keys."""
     return keys.clamp(min=-1)
 
 
-def own_stand_ins(keys: Tensor) -> Tensor:
+def per_sample_stand_ins(keys: Tensor) -> Tensor:
     """[B, K]: positions, also of those who left. Of sorted keys."""
     return torch.where(keys < 0, keys + _FRONT, keys)
 
 
-def own_places(
+def per_sample_places(
     roles: Tensor, stand_in: Tensor, keep: Tensor, padding: Tensor
 ) -> Tensor:
     """[B, K]: whose positions the tokens left take, where positions are compacted.
