@@ -340,6 +340,7 @@ def smaller(model: Any) -> Any:
 
 
 def reloaded(model: Any) -> Any:
+    """Saved before its first call: transformers' hooks cannot be saved after it."""
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
@@ -350,10 +351,11 @@ def reloaded(model: Any) -> Any:
 def test_a_copy_has_weights_and_graphs_of_its_own(
     model: Any, twin_of: Callable[[Any], Any]
 ) -> None:
-    before = answer(model, one())
+    if twin_of is copy.deepcopy:
+        answer(model, one())
     twin = smaller(twin_of(model))
     assert answer(twin, one()) == by_oracle(one(), smaller(fresh()))
-    assert answer(model, one()) == before == by_oracle(one())
+    assert answer(model, one()) == by_oracle(one())
     assert_prunes(twin)
     assert vtprune_fx.report_of(twin) is not vtprune_fx.report_of(model)
     vtprune_fx.undo(twin)
@@ -388,6 +390,7 @@ def test_a_model_inside_of_an_adapter_is_pruned() -> None:
     assert cache_lengths(prefilled(wrapped, one(after=6))) == [25, 25, 25]
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")  # peft asks for it
 def test_a_peft_model_is_pruned() -> None:
     peft = pytest.importorskip("peft")
     torch.compiler.reset()
@@ -460,12 +463,18 @@ def test_attention_that_is_switched_later_is_refused(model: Any) -> None:
 # -------------------------------------------------------------------------- training
 
 
+def set_checkpointing(model: Any, what: str) -> None:
+    """By the name that the installed transformers has for it."""
+    new = getattr(model, f"activation_checkpointing_{what}", None)
+    (new or getattr(model, f"gradient_checkpointing_{what}"))()
+
+
 def test_gradient_checkpointing_is_refused_in_training(model: Any) -> None:
-    model.gradient_checkpointing_enable()
+    set_checkpointing(model, "enable")
     assert answer(model, one()) == by_oracle(one())
-    with pytest.raises(InputError, match="gradient_checkpointing_disable"):
+    with pytest.raises(InputError, match=r"checkpointing_disable\(\)"):
         model.train()(**one(), use_cache=False)
-    model.gradient_checkpointing_disable()
+    set_checkpointing(model, "disable")
     model(**one(), use_cache=False).logits.sum().backward()
     layers = model.model.language_model.layers
     assert all(weight.grad is not None for weight in layers.parameters())
@@ -527,7 +536,12 @@ def test_a_model_that_generates_past_its_forward_is_refused() -> None:
 
 
 def test_a_model_that_reads_images_by_cross_attention_is_refused() -> None:
-    text = {**TEXT, "model_type": "mllama_text_model", "cross_attention_layers": [1]}
+    text = {
+        **TEXT,
+        "model_type": "mllama_text_model",
+        "cross_attention_layers": [1],
+        "pad_token_id": 0,
+    }
     tower = {
         "hidden_size": 16,
         "intermediate_size": 32,

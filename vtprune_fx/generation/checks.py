@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 """Arguments by which transformers' attention takes several sequences in one row."""
 
+_CHECKPOINTING = "gradient_checkpointing"
+"""What modules note that compute their inner values a second time in training."""
+
 _UNDO = "Leave the option out, or call vtprune_fx.undo(model)."
 
 
@@ -53,12 +56,14 @@ def check_model(model: PreTrainedModel) -> None:
             found=now,
             fix="Call vtprune_fx.undo(model), switch, and compile the model again.",
         )
-    if model.training and model.is_gradient_checkpointing:
+    modules = model.modules()
+    if model.training and any(getattr(m, _CHECKPOINTING, False) for m in modules):
         raise InputError(
             type(model).__name__,
             expected="training without gradient checkpointing",
             found="gradient checkpointing, which runs layers a second time",
-            fix="Call model.gradient_checkpointing_disable(), or "
+            fix="Turn it off (model.gradient_checkpointing_disable(), from transformers "
+            "5.24 on activation_checkpointing_disable()), or call "
             "vtprune_fx.undo(model).",
         )
 

@@ -112,7 +112,7 @@ def undo(model: Model) -> Model:
     found = _pruned_forward(inner_most)
     if found is None:
         return model
-    if forward_of(inner_most) is not found:
+    if next(layers_of(forward_of(inner_most))) is not found:
         raise InputError(
             f"{type(inner_most).__name__}.forward",
             expected="what vtprune_fx.compile set",

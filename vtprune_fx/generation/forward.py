@@ -202,6 +202,8 @@ class PrunedForward:
 
     def _named(self, *args: object, **kwargs: object) -> Arguments:
         """Arguments by the names that the model has for them."""
+        if args and args[0] is self._model:
+            args = args[1:]  # bound to the model, as accelerate binds what it unwraps
         given = self._signature.bind_partial(*args, **kwargs)
         named = given.arguments | given.arguments.pop("kwargs", {})
         refuse_unknown(named, self._known)
@@ -371,7 +373,8 @@ class PrunedForward:
         cache: Cache = named[self._cache]
         new = first_given(named, "input_ids", "inputs_embeds").shape[1]
         mask = ragged.attention_mask(cache, new)
-        mark_dynamic(3, mask)
+        if not any(isinstance(n, ragged.RaggedStaticLayer) for n in cache.layers):
+            mark_dynamic(3, mask)
         if new > 1:
             mark_dynamic(2, mask)
         positions = own_positions(self._model, named)

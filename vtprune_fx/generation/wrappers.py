@@ -18,8 +18,12 @@ def forward_of(model: nn.Module) -> object:
 
 
 def layers_of(function: object) -> Iterator[object]:
-    """A function, and what it wraps, as ``functools.wraps`` records it."""
+    """A function, and what it wraps, as ``functools.wraps`` records it.
+
+    Of a bound method its function: accelerate binds what it unwraps.
+    """
     while function is not None:
+        function = getattr(function, "__func__", function)
         yield function
         function = getattr(function, "__wrapped__", None)
 
