@@ -47,7 +47,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from vtprune_fx.graph.insert import Inserter
-from vtprune_fx.graph.nodes import replace_inputs
+from vtprune_fx.graph.nodes import operator_of, replace_inputs
 from vtprune_fx.graph.sizes import Count, mentions, size_expr
 from vtprune_fx.graph.stamps import (
     CutNodes,
@@ -59,7 +59,6 @@ from vtprune_fx.graph.stamps import (
 from vtprune_fx.graph.trace import kind_of
 from vtprune_fx.graph.values import dropped_tokens, set_value, value_at_full_length
 from vtprune_fx.passes.base import Form, Pass
-from vtprune_fx.passes.keep_sets import Insert
 from vtprune_fx.planning.plan import LiveValue, PlannedCut, PrunePlan
 from vtprune_fx.scorers.roles import VISUAL, padding_counts
 from vtprune_fx.selection import operators
@@ -71,6 +70,9 @@ from vtprune_fx.selection.per_sample import (
 from vtprune_fx.selection.recycling import hidden_from_each_other, hide
 
 aten = torch.ops.aten
+
+Insert = Callable[..., Node]
+"""``(operator, *args) -> node``: inserts at the cut at hand."""
 
 
 class GatherTokens(Pass):
@@ -365,7 +367,7 @@ class _Values:
         full, gone = value_at_full_length(node), dropped_tokens(node)
         if not self._widened.isdisjoint(node.all_input_nodes):
             shared = full
-            full = self._inserter.value(node.target, node.args, dict(node.kwargs))
+            full = self._inserter.value(operator_of(node), node.args, dict(node.kwargs))
             if kind_of(full) != kind_of(shared):
                 self._widened.add(node)
         if mentions(full, self._tokens):

@@ -1,6 +1,6 @@
-"""Rate the visual tokens at every cut and choose what stays.
+"""Score the visual tokens at every cut and choose which are kept.
 
-A side branch behind the node at which tokens will leave; attention stays fused::
+A side branch after the node at which tokens will be dropped; attention stays fused::
 
     q: "f32[B, H, S, D]"    k: "f32[B, G, S, D]"    mask: "b8[B, 1, S, S]"
     attention: "f32[B, H, S, D]" = aten.scaled_dot_product_attention(q, k, v, mask)
@@ -24,20 +24,18 @@ Where the best of the dropped tokens become C new ones, these are made here too:
     vtprune_keep_3: "i64[B, S - 36 + C]"          # -C to -1 are the new tokens
     vtprune_stand_in_3: "i64[B, S - 36 + C]"      # the position that each passes for
 
-Ahead of a layer (``before_layer``) its queries and keys are not there yet: the nodes
-that make them are copied in, to be rated by, and run again behind the cut on what is
-left.
+Before a layer (``before_layer``) its queries and keys are not there yet: the nodes that
+make them are copied in, to score by, and run again after the cut on what is kept.
 
 Nothing reads ``vtprune_keep_3`` yet: the graph computes what it did before.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Mapping
-from functools import partial
-from operator import getitem
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -50,14 +48,9 @@ from vtprune_fx.graph.stamps import Stamp, StampKind, stamp_result
 from vtprune_fx.graph.values import set_value, value_at_full_length
 from vtprune_fx.ops.received import DEFINITIONS
 from vtprune_fx.passes.base import Form, Pass
-from vtprune_fx.passes.keep_sets import (
-    Leaving,
-    behind_those_leaving,
-    by_number,
-    by_rank,
-)
+from vtprune_fx.passes.keep_sets import Chosen, CutWriter, by_number, by_rank
 from vtprune_fx.planning.plan import PlannedCut, PrunePlan
-from vtprune_fx.recipes.schema import Recipe
+from vtprune_fx.scorers.evidence import Evidence
 from vtprune_fx.scorers.registry import rate_of, scorer
 from vtprune_fx.scorers.roles import marked, token_roles, visual_counts
 from vtprune_fx.selection import attention_rank, contextual, operators, recycling
@@ -74,12 +67,12 @@ aten = torch.ops.aten
 
 
 class InsertScores(Pass):
-    """Insert score and keep set of every cut, behind the node at which tokens leave.
+    """Insert score and keep set of every cut, after the node where tokens are dropped.
 
-    1. A cut behind attention or layer: rated by the layer's own queries and keys.
-    2. A cut ahead of a layer: rated by copies of what will be its queries and keys.
-    3. Samples that lose numbers of their own: who leaves where fewer leave in all stays
-       in place as padding.
+    1. A cut after attention or layer: scored by the layer's queries and keys.
+    2. A cut before a layer: scored by copies of what will be its queries and keys.
+    3. Samples that drop different numbers: a token dropped in one sample where fewer
+       are dropped in all stays in its row as padding.
     4. No cuts: unchanged.
 
     Args:
@@ -94,109 +87,139 @@ class InsertScores(Pass):
     def edit(self, module: GraphModule) -> bool:
         """Insert the branches."""
         plan, graph = self._plan, module.graph
-        named = {node.name: node for node in graph.nodes}
         if not plan.cuts:
             return False
+        named = {node.name: node for node in graph.nodes}
         inserter = Inserter(graph, DEFINITIONS if self._form == "aten" else None)
         rate = rate_of(plan.recipe.score, plan.recipe.scorer_options())
-        roles: Node | None = None
-        attended: Node | None = None
-        came: Node | None = None
+        shared: _Shared | None = None
         for cut in plan.cuts:
-            anchor = named[cut.edge].next
-            stamp = Stamp(StampKind.SCORE, cut.attention.layer)
-            seen = _Seen(named, _look_ahead(inserter, anchor, cut, named))
-            if roles is None:
-                roles = self._insert_roles(inserter, anchor, cut, seen)
-                attended = self._insert_class_attention(inserter, anchor, seen)
-            evidence = (*_evidence(cut, seen, roles), attended)
-            trace = partial(_traced, plan.recipe.score, rate, evidence)
-            insert = partial(inserter.trace, anchor, stamp)
-            if self._form == "cut_op" and _is_plain(cut):
-                read = trace(inserter.reads)
-                self._insert_choice(inserter, anchor, cut, roles, read)
-            elif plan.of is None:
-                order = insert(lowest_first, trace(insert), roles)
-                at = (inserter, anchor, order, cut)
-                self._insert_keep_set(at, seen, evidence)
-            else:
-                rated = trace(insert)
-                came = came or inserter.trace(
-                    anchor, Stamp(StampKind.SCORE), visual_counts, roles
-                )
-                rating = (rated, roles, came)
-                _insert_own(inserter, anchor, cut, rating, plan.of)
+            writer = CutWriter(inserter, named[cut.edge].next, cut)
+            seen = _Seen(named, _copies_before(writer, named))
+            shared = shared or self._insert_shared(writer, seen)
+            self._insert_cut(writer, seen, shared, rate)
             seen.erase_unread()
         return True
 
-    def _insert_choice(
+    def _insert_cut(
         self,
-        inserter: Inserter,
-        anchor: Node,
-        cut: PlannedCut,
-        roles: Node,
-        read: list[Any],
+        writer: CutWriter,
+        seen: _Seen,
+        shared: _Shared,
+        rate: Callable[[Evidence], Tensor],
+    ) -> None:
+        """Insert a cut's score and keep set."""
+        recipe, cut = self._plan.recipe, writer.cut
+        evidence = _evidence(cut, seen, shared)
+        with _scorer_errors(recipe.score):
+            if self._form == "cut_op" and _is_plain(cut):
+                read = writer.inserter.reads(rate, evidence)  # type: ignore[arg-type] # of nodes
+                self._insert_choice(writer, shared.roles, read)
+                return
+            scores = writer.score(rate, evidence)
+        if shared.came is not None:
+            self._insert_per_sample(writer, scores, shared.roles, shared.came)
+            return
+        order = writer.score(lowest_first, scores, shared.roles)
+        if cut.rule is None:
+            chosen = by_number(writer, order)
+        else:
+            chosen = by_rank(writer, order, evidence, recipe.recycle)
+        if cut.new:
+            merged = self._insert_new(writer, seen, chosen)
+            _insert_keep_set_with_new(writer, merged, shared.roles, chosen)
+        else:
+            writer.result(writer.ascending(chosen.kept), StampKind.KEEP)
+
+    def _insert_choice(
+        self, writer: CutWriter, roles: Node, read: Evidence[Node]
     ) -> None:
         """Insert score and choice as one operator, given the evidence that is read."""
-        recipe, layer = self._plan.recipe, cut.attention.layer
-        query, key, mask, _, *others = read
-        keep = inserter.call(
-            anchor,
-            Stamp(StampKind.CHOICE, layer),
+        recipe, cut = self._plan.recipe, writer.cut
+        keep = writer.call(
             operators.choose,
-            *(roles, cut.drop, recipe.score, json.dumps(recipe.scorer_options())),
-            *(query, key, mask, *others),
+            roles,
+            cut.drop,
+            recipe.score,
+            json.dumps(recipe.scorer_options()),
+            read.query,
+            read.key,
+            read.mask,
+            read.scale,
+            read.hidden,
+            read.cos,
+            read.sin,
+            read.class_attention,
             drop=cut.drop,
         )
-        stamp_result(keep, StampKind.KEEP, layer)
+        writer.result(keep, StampKind.KEEP)
 
-    def _insert_keep_set(
-        self,
-        at: tuple[Inserter, Node, Node, PlannedCut],
-        seen: _Seen,
-        evidence: tuple[Node | float | None, ...],
+    def _insert_per_sample(
+        self, writer: CutWriter, scores: Node, roles: Node, came: Node
     ) -> None:
-        """Choose who stays; ``at`` has the order of leaving behind the anchor."""
-        inserter, anchor, _, cut = at
-        recipe, roles = self._plan.recipe, evidence[3]
-        assert isinstance(roles, Node)
-        leaving = by_number(*at) if cut.rule is None else by_rank(*at, evidence, recipe)
-        if cut.new:
-            new = _New(inserter, anchor, cut, recipe)
-            merged = new.merge(seen, leaving, self._tower_of_new, self._plan.visual)
-            new.insert(merged, roles, leaving)
-            return
-        insert = partial(
-            inserter.call, anchor, Stamp(StampKind.CHOICE, cut.attention.layer)
-        )
-        keep = insert(getitem, insert(aten.sort.default, leaving.staying, 1), 0)
-        stamp_result(keep, StampKind.KEEP, cut.attention.layer)
+        """Choose what is kept where each sample drops another number.
 
-    def _insert_roles(
-        self, inserter: Inserter, anchor: Node, cut: PlannedCut, seen: _Seen
-    ) -> Node:
-        """Insert the roles with the first cut, whose layer's mask tells the padding."""
-        insert = partial(inserter.trace, anchor, Stamp(StampKind.SCORE))
-        visual = insert(marked, *map(seen.node, self._plan.visual))
-        roles = insert(token_roles, visual, seen.node(cut.attention.mask))
+        A token that is dropped where fewer are dropped in all stays as padding, at the
+        start of the row, and is -1 in the keep set.
+        """
+        cut, of = writer.cut, self._plan.of
+        order = writer.trace(per_sample_order, scores, roles, came, cut.share, of)
+        dropped = writer.trace(per_sample_dropped, order, came, cut.share, of)
+        kept, gone = (writer.without_dropped(node) for node in (order, dropped))
+        keys = writer.trace(per_sample_keys, kept, gone, dropped=cut.drop)
+        ascending = writer.ascending(keys)
+        writer.result(ascending, StampKind.KEYS)
+        keep = writer.trace(per_sample_keep_set, ascending, dropped=cut.drop)
+        writer.result(keep, StampKind.KEEP)
+        stand_ins = writer.trace(per_sample_stand_ins, ascending, dropped=cut.drop)
+        writer.result(stand_ins, StampKind.STAND_IN)
+
+    def _insert_shared(self, writer: CutWriter, seen: _Seen) -> _Shared:
+        """Insert, with the first cut, what serves all."""
+        roles = self._insert_roles(writer, seen)
+        attended = self._insert_class_attention(writer, seen)
+        if self._plan.of is None:
+            return _Shared(roles, attended)
+        return _Shared(roles, attended, writer.for_all_cuts(visual_counts, roles))
+
+    def _insert_roles(self, writer: CutWriter, seen: _Seen) -> Node:
+        """Insert the tokens' roles; the first cut's mask shows the padding."""
+        visual = writer.for_all_cuts(marked, *map(seen.node, self._plan.visual))
+        mask = seen.node(writer.cut.attention.mask)
+        roles = writer.for_all_cuts(token_roles, visual, mask)
         if raters := scorer(self._plan.recipe.score).raters:
-            roles = insert(raters, self._embeddings(seen), roles)
-        stamp_result(roles, StampKind.ROLES)
-        return roles
+            roles = writer.for_all_cuts(raters, self._embeddings(seen), roles)
+        return stamp_result(roles, StampKind.ROLES)
 
-    def _insert_class_attention(
-        self, inserter: Inserter, anchor: Node, seen: _Seen
-    ) -> Node | None:
-        """Insert, with the first cut, what the score reads of the vision tower."""
+    def _insert_class_attention(self, writer: CutWriter, seen: _Seen) -> Node | None:
+        """Insert what the scorer reads of the vision tower, if it reads any."""
         tower = self._plan.tower
         if tower is None or not scorer(self._plan.recipe.score).tower:
             return None
         heads = map(seen.node, (tower.query, tower.key, *self._plan.visual))
-        insert = partial(inserter.trace, anchor, Stamp(StampKind.SCORE))
-        sizes = tower.scale, tower.leading
-        attended = insert(contextual.class_attention, *heads, *sizes)
-        stamp_result(attended, StampKind.CLASS_ATTENTION)
-        return attended
+        attended = writer.for_all_cuts(
+            contextual.class_attention, *heads, tower.scale, tower.leading
+        )
+        return stamp_result(attended, StampKind.CLASS_ATTENTION)
+
+    def _insert_new(self, writer: CutWriter, seen: _Seen, chosen: Chosen) -> Node:
+        """Insert the new tokens: by a vision tower's keys, or by hidden states."""
+        cut = writer.cut
+        hidden, clustered = seen.node(cut.hidden), chosen.clustered
+        assert hidden is not None, "the edge of such a cut is the residual stream"
+        if (tower := self._tower_of_new) is not None:
+            by = map(seen.node, (tower.key, *self._plan.visual))
+            keys = writer.trace(contextual.mean_keys, *by, tower.leading)
+            return writer.trace(
+                contextual.merge, hidden, keys, clustered, chosen.clusters
+            )
+        recycle = self._plan.recipe.recycle
+        paper = recycle is not None and recycle.form == "paper"
+        merge = recycling.merge if cut.rule is None else attention_rank.merge
+        merged = writer.trace(merge, hidden, clustered, chosen.clusters, paper)
+        if cut.rule is None:
+            return merged
+        return writer.trace(attention_rank.first, merged, chosen.new)
 
     @property
     def _tower_of_new(self) -> Tower | None:
@@ -216,48 +239,63 @@ class InsertScores(Pass):
         )
 
 
+@dataclass(frozen=True)
+class _Shared:
+    """Nodes that serve all cuts.
+
+    Attributes:
+        roles: [B, S].
+        class_attention: [B, S], None where the scorer does not read it.
+        came: [B], visual tokens that samples came with; None where all drop the same.
+    """
+
+    roles: Node
+    class_attention: Node | None
+    came: Node | None = None
+
+
 class _Seen:
-    """The values that a cut is rated by: the graph's own, or copies made ahead.
+    """The values that a cut is scored by: the graph's, or copies made before the cut.
 
     Args:
         named: The graph's nodes by name.
-        ahead: Copies of nodes that stand behind the cut.
+        copies: Copies of nodes that stand after the cut.
     """
 
-    def __init__(self, named: Mapping[str, Node], ahead: Mapping[Node, Node]) -> None:
-        self._named, self._ahead = named, ahead
+    def __init__(self, named: Mapping[str, Node], copies: Mapping[Node, Node]) -> None:
+        self._named, self._copies = named, copies
 
     def node(self, name: str | None) -> Node | None:
         """A node, or its copy."""
         if name is None:
             return None
-        return self._ahead.get(self._named[name], self._named[name])
+        return self._copies.get(self._named[name], self._named[name])
+
+    def given(self, name: str) -> Node:
+        """The same of a name that every cut has."""
+        return self._copies.get(self._named[name], self._named[name])
 
     def erase_unread(self) -> None:
-        """Take back copies that nobody reads."""
-        for copied in reversed(list(self._ahead.values())):
+        """Erase copies that nothing reads."""
+        for copied in reversed(list(self._copies.values())):
             if not copied.users:
                 copied.graph.erase_node(copied)
 
 
 def _is_plain(cut: PlannedCut) -> bool:
-    """Whether a number of tokens leaves, the same in each sample, for good."""
+    """Whether a fixed number of tokens is dropped, the same in each sample."""
     return not cut.new and cut.rule is None and cut.share is None
 
 
-def _traced(
-    score: str,
-    rate: Callable[..., Tensor],
-    evidence: tuple[Node | float | None, ...],
-    trace: Callable[..., Any],
-) -> Any:
-    """What ``trace`` makes of a scorer and its evidence.
+@contextlib.contextmanager
+def _scorer_errors(score: str) -> Iterator[None]:
+    """Errors of a scorer that is traced, as errors of ours.
 
     Raises:
         PlanError: The scorer cannot be traced.
     """
     try:
-        return trace(rate, *evidence)
+        yield
     except VtpruneError:
         raise
     except Exception as error:  # whatever a function of the user's may raise
@@ -270,119 +308,55 @@ def _traced(
         ) from error
 
 
-def _evidence(
-    cut: PlannedCut, seen: _Seen, roles: Node
-) -> tuple[Node | float | None, ...]:
-    """The fields of ``Evidence``, one after the other."""
+def _evidence(cut: PlannedCut, seen: _Seen, shared: _Shared) -> Evidence[Node]:
+    """The nodes that a cut is scored by."""
     at, stream = cut.attention, cut.attention.stream
-    heads = map(seen.node, (at.query, at.key, at.mask))
-    return (
-        *heads,
-        roles,
-        at.scale,
-        *map(seen.node, (cut.hidden, stream.cos, stream.sin)),
+    return Evidence(
+        query=seen.given(at.query),
+        key=seen.given(at.key),
+        mask=seen.node(at.mask),
+        roles=shared.roles,
+        scale=at.scale,
+        hidden=seen.node(cut.hidden),
+        cos=seen.node(stream.cos),
+        sin=seen.node(stream.sin),
+        class_attention=shared.class_attention,
     )
 
 
-def _look_ahead(
-    inserter: Inserter, anchor: Node, cut: PlannedCut, named: Mapping[str, Node]
-) -> dict[Node, Node]:
-    """Copy what makes a layer's queries and keys ahead of a cut that precedes them."""
+def _copies_before(writer: CutWriter, named: Mapping[str, Node]) -> dict[Node, Node]:
+    """Copy what makes a layer's queries and keys, for a cut that comes before them."""
+    cut, at = writer.cut, writer.cut.attention
     if cut.site != "before_layer":
         return {}
-    at = cut.attention
     names = (at.query, at.key, at.mask)
     wanted = {named[name] for name in names if name is not None}
-    behind: list[Node] = []
+    later: list[Node] = []
     node = named[at.node].prev
     while node is not named[cut.edge]:
         if node in wanted:
-            behind.append(node)
+            later.append(node)
             wanted.update(node.all_input_nodes)
         node = node.prev
-    return inserter.copy(anchor, Stamp(StampKind.SCORE, at.layer), reversed(behind))
+    stamp = Stamp(StampKind.SCORE, at.layer)
+    return writer.inserter.copy(writer.anchor, stamp, reversed(later))
 
 
-def _insert_own(
-    inserter: Inserter,
-    anchor: Node,
-    cut: PlannedCut,
-    rating: tuple[Node, Node, Node],
-    of: int,
+def _insert_keep_set_with_new(
+    writer: CutWriter, merged: Node, roles: Node, chosen: Chosen
 ) -> None:
-    """Choose who stays where each sample loses its own number.
-
-    ``rating`` is scores, roles and the numbers of visual tokens that samples came with.
-    Who leaves where fewer leave in all stays in place as padding, in front of the row,
-    and is -1 in the keep set.
-    """
-    rated, roles, came = rating
-    layer = cut.attention.layer
-    stamp = Stamp(StampKind.CHOICE, layer)
-    trace, insert = (partial(f, anchor, stamp) for f in (inserter.trace, inserter.call))
-    numbers = (came, cut.share, of)
-    order = trace(per_sample_order, rated, roles, *numbers)
-    leaving = trace(per_sample_dropped, order, *numbers)
-    staying, gone = (behind_those_leaving(insert, n, cut) for n in (order, leaving))
-    keys = trace(per_sample_keys, staying, gone, dropped=cut.drop)
-    ascending = insert(getitem, insert(aten.sort.default, keys, 1), 0)
-    stamp_result(ascending, StampKind.KEYS, layer)
-    for kind, function in (
-        (StampKind.KEEP, per_sample_keep_set),
-        (StampKind.STAND_IN, per_sample_stand_ins),
-    ):
-        found = trace(function, ascending, dropped=cut.drop)
-        stamp_result(found, kind, layer)
-
-
-class _New:
-    """Inserts the new tokens of one cut, and the keep set that holds them."""
-
-    def __init__(
-        self, inserter: Inserter, anchor: Node, cut: PlannedCut, recipe: Recipe
-    ) -> None:
-        stamp = Stamp(StampKind.CHOICE, cut.attention.layer)
-        self._trace = partial(inserter.trace, anchor, stamp)
-        self._call = partial(inserter.call, anchor, stamp)
-        self._cut = cut
-        self._paper = recipe.recycle is not None and recipe.recycle.form == "paper"
-
-    def merge(
-        self,
-        seen: _Seen,
-        leaving: Leaving,
-        tower: Tower | None,
-        visual: tuple[str, ...],
-    ) -> Node:
-        """Insert the new tokens: by a vision tower's keys, or by hidden states."""
-        hidden, clustered = seen.node(self._cut.hidden), leaving.clustered
-        assert hidden is not None, "the edge of such a cut is the residual stream"
-        if tower is not None:
-            by = map(seen.node, (tower.key, *visual))
-            keys = self._trace(contextual.mean_keys, *by, tower.leading)
-            return self._trace(
-                contextual.merge, hidden, keys, clustered, leaving.clusters
-            )
-        of = (hidden, clustered, leaving.clusters, self._paper)
-        if self._cut.rule is None:
-            return self._trace(recycling.merge, *of)
-        merged = self._trace(attention_rank.merge, *of)
-        return self._trace(attention_rank.first, merged, leaving.new)
-
-    def insert(self, merged: Node, roles: Node, leaving: Leaving) -> None:
-        """Insert the keep set that holds them."""
-        cut, layer = self._cut, self._cut.attention.layer
-        stamp_result(merged, StampKind.NEW, layer)
-        last = self._trace(recycling.last_keys, leaving.order, roles, leaving.new)
-        staying = (leaving.staying, leaving.new)
-        stays = self._trace(recycling.stay_keys, *staying, dropped=cut.drop)
-        keys = self._call(aten.cat.default, [stays, last], 1)
-        set_value(keys, value_at_full_length(stays), cut.gone)
-        ascending = self._call(getitem, self._call(aten.sort.default, keys, 1), 0)
-        stamp_result(ascending, StampKind.KEYS, layer)
-        for kind, function in (
-            (StampKind.KEEP, recycling.keep_set),
-            (StampKind.STAND_IN, recycling.stand_ins),
-        ):
-            found = self._trace(function, ascending, leaving.new, dropped=cut.gone)
-            stamp_result(found, kind, layer)
+    """Insert the keep set that contains a cut's new tokens."""
+    cut = writer.cut
+    writer.result(merged, StampKind.NEW)
+    last = writer.trace(recycling.last_keys, chosen.order, roles, chosen.new)
+    kept = writer.trace(recycling.kept_keys, chosen.kept, chosen.new, dropped=cut.drop)
+    keys = writer.call(aten.cat.default, [kept, last], 1)
+    set_value(keys, value_at_full_length(kept), cut.gone)
+    ascending = writer.ascending(keys)
+    writer.result(ascending, StampKind.KEYS)
+    keep = writer.trace(recycling.keep_set, ascending, chosen.new, dropped=cut.gone)
+    writer.result(keep, StampKind.KEEP)
+    stand_ins = writer.trace(
+        recycling.stand_ins, ascending, chosen.new, dropped=cut.gone
+    )
+    writer.result(stand_ins, StampKind.STAND_IN)

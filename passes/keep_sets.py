@@ -1,14 +1,14 @@
-"""Who leaves at a cut, and what becomes of them: by number, or by rank of attention.
+"""Which tokens a cut drops, and which become new ones: by number, or by rank.
 
 By number, everything is known when the graph is made::
 
-    staying: "i64[B, S - 36]" = lowest_first[:, 36:]
+    kept: "i64[B, S - 36]" = lowest_first[:, 36:]
 
-By rank, the host reads from the data how many stay::
+By rank of the attention, the host reads from the data how many are kept::
 
     rank: "i64[]" = vtprune.attention_rank(attended, vtprune_roles)
-    stay: "Sym(u0)" = aten.item(...)
-    staying: "i64[B, u0]" = flip(lowest_first)[:, arange(u0)]
+    count: "Sym(u0)" = aten.item(...)
+    kept: "i64[B, u0]" = flip(lowest_first)[:, arange(u0)]
 """
 
 from __future__ import annotations
@@ -16,101 +16,144 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from operator import getitem
 
 import torch
+from torch import Tensor
 from torch.fx import Node
+from torch.fx.node import Argument
 
 from vtprune_fx.graph.insert import Inserter
 from vtprune_fx.graph.sizes import Count
-from vtprune_fx.graph.stamps import Stamp, StampKind
+from vtprune_fx.graph.stamps import Stamp, StampKind, stamp_result
+from vtprune_fx.graph.trace import Operator
 from vtprune_fx.graph.values import set_value, value_at_full_length
 from vtprune_fx.planning.plan import PlannedCut
-from vtprune_fx.recipes.schema import Recipe
+from vtprune_fx.recipes.schema import Recycle
+from vtprune_fx.scorers.evidence import Evidence
 from vtprune_fx.selection import attention_rank, recycling
 
 aten = torch.ops.aten
-
-Insert = Callable[..., Node]
-"""``(operator, *args) -> node``: inserts at the cut at hand."""
 
 _END = sys.maxsize
 """A slice to the end of a dimension."""
 
 
 @dataclass(frozen=True)
-class Leaving:
-    """Nodes that tell who leaves.
+class CutWriter:
+    """Writes the nodes of one cut.
 
     Attributes:
-        order: [B, S], positions in the order of leaving.
-        staying: [B, S - drop], those that stay.
+        inserter: Of the graph.
+        anchor: The node before which all of them stand.
+        cut: What is planned.
+    """
+
+    inserter: Inserter
+    anchor: Node
+    cut: PlannedCut
+
+    def call(self, op: Operator, *args: Argument, drop: Count = 0) -> Node:
+        """Insert an operator of the cut's choice (``Inserter.call``)."""
+        return self.inserter.call(self.anchor, self._choice, op, *args, drop=drop)
+
+    def trace(
+        self, function: Callable[..., Tensor], *args: object, dropped: Count = 0
+    ) -> Node:
+        """Insert a function of the cut's choice (``Inserter.trace``)."""
+        return self.inserter.trace(
+            self.anchor, self._choice, function, *args, dropped=dropped
+        )
+
+    def score(self, function: Callable[..., Tensor], *args: object) -> Node:
+        """Insert a function that scores the cut's tokens."""
+        stamp = Stamp(StampKind.SCORE, self.cut.attention.layer)
+        return self.inserter.trace(self.anchor, stamp, function, *args)
+
+    def for_all_cuts(self, function: Callable[..., Tensor], *args: object) -> Node:
+        """Insert a function whose result serves this cut and all later ones."""
+        stamp = Stamp(StampKind.SCORE)
+        return self.inserter.trace(self.anchor, stamp, function, *args)
+
+    def read(
+        self, scalar: Node, least: int, symbol: Count, of: Node | None = None
+    ) -> Node:
+        """Insert the reading of a count (``Inserter.read``)."""
+        return self.inserter.read(self.anchor, self._choice, scalar, least, symbol, of)
+
+    def ascending(self, values: Node) -> Node:
+        """Insert the sorted values [B, K]: a causal mask stays causal."""
+        return self.call(getitem, self.call(aten.sort.default, values, 1), 0)
+
+    def without_dropped(self, values: Node) -> Node:
+        """[B, S - drop]: of values in the order of dropping, those of kept tokens."""
+        return self.call(
+            aten.slice.Tensor, values, 1, self.cut.drop, _END, drop=self.cut.drop
+        )
+
+    def result(self, node: Node, kind: StampKind) -> None:
+        """Stamp and name a node as a result of the cut."""
+        stamp_result(node, kind, self.cut.attention.layer)
+
+    @property
+    def _choice(self) -> Stamp:
+        return Stamp(StampKind.CHOICE, self.cut.attention.layer)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Nodes of what a cut keeps and drops.
+
+    Attributes:
+        order: [B, S], positions in the order of dropping.
+        kept: [B, S - drop], those that are kept.
         clustered: [B, m], those that become new tokens, the best first; None where none
             do.
         clusters: How many clusters they form.
-        new: How many new tokens that gives: none where nothing leaves.
+        new: How many new tokens that gives: none where nothing is dropped.
     """
 
     order: Node
-    staying: Node
+    kept: Node
     clustered: Node | None
     clusters: Node | Count
     new: Node | Count
 
 
-def by_number(
-    inserter: Inserter, anchor: Node, order: Node, cut: PlannedCut
-) -> Leaving:
+def by_number(writer: CutWriter, order: Node) -> Chosen:
     """As many as the plan says."""
-    stamp = Stamp(StampKind.CHOICE, cut.attention.layer)
-    insert = partial(inserter.call, anchor, stamp)
-    staying = behind_those_leaving(insert, order, cut)
+    cut = writer.cut
+    kept = writer.without_dropped(order)
     clustered = None
     if cut.new:
-        counts = (cut.drop, cut.clustered)
-        trace = partial(inserter.trace, anchor, stamp)
-        clustered = trace(recycling.best_of_dropped, order, *counts)
-    return Leaving(order, staying, clustered, cut.new, cut.new)
-
-
-def behind_those_leaving(insert: Insert, values: Node, cut: PlannedCut) -> Node:
-    """[B, S - drop]: of values in the order of leaving, those of who stays.
-
-    They are sorted next: ascending order keeps a causal mask causal.
-    """
-    return insert(aten.slice.Tensor, values, 1, cut.drop, _END, drop=cut.drop)
+        clustered = writer.trace(
+            recycling.best_of_dropped, order, cut.drop, cut.clustered
+        )
+    return Chosen(order, kept, clustered, cut.new, cut.new)
 
 
 def by_rank(
-    inserter: Inserter,
-    anchor: Node,
-    order: Node,
-    cut: PlannedCut,
-    evidence: tuple[Node | float | None, ...],
-    recipe: Recipe,
-) -> Leaving:
+    writer: CutWriter, order: Node, evidence: Evidence[Node], recycle: Recycle | None
+) -> Chosen:
     """As many as follow from the rank of the attention."""
-    stamp = Stamp(StampKind.CHOICE, cut.attention.layer)
-    call, trace = partial(inserter.call, anchor, stamp), partial(inserter.trace, anchor)
-    roles = evidence[3]
-    attended = trace(stamp, attention_rank.attended, *evidence)
-    found = call(attention_rank.attention_rank, attended, roles)
-    counts = trace(stamp, attention_rank.counts, found, roles, cut.rule, recipe.recycle)
+    cut, roles = writer.cut, evidence.roles
+    attended = writer.trace(attention_rank.attended, evidence)
+    found = writer.call(attention_rank.attention_rank, attended, roles)
+    counts = writer.trace(attention_rank.counts, found, roles, cut.rule, recycle)
 
     def read(which: int, least: int, symbol: Count, of: Node | None = None) -> Node:
-        scalar = call(aten.select.int, counts, 0, which)
-        return inserter.read(anchor, stamp, scalar, least, symbol, of)
+        scalar = writer.call(aten.select.int, counts, 0, which)
+        return writer.read(scalar, least, symbol, of)
 
     # Two at least, since a size of 1 would broadcast.
-    stay = read(attention_rank.STAY, 2, cut.drop, order)
-    staying = trace(stamp, attention_rank.best, order, stay)
-    set_value(staying, value_at_full_length(order), cut.drop)
+    count = read(attention_rank.KEPT, 2, cut.drop, order)
+    kept = writer.trace(attention_rank.best, order, count)
+    set_value(kept, value_at_full_length(order), cut.drop)
     if not cut.new:
-        return Leaving(order, staying, None, 0, 0)
+        return Chosen(order, kept, None, 0, 0)
     chosen = read(attention_rank.CLUSTERED, 1, cut.clustered)
-    counted = (order, stay, chosen)
-    clustered = trace(stamp, attention_rank.best_of_dropped, *counted)
+    clustered = writer.trace(attention_rank.best_of_dropped, order, count, chosen)
     clusters = read(attention_rank.CLUSTERS, 1, cut.new)
-    return Leaving(
-        order, staying, clustered, clusters, read(attention_rank.NEW, 0, cut.new)
+    return Chosen(
+        order, kept, clustered, clusters, read(attention_rank.NEW, 0, cut.new)
     )

@@ -31,7 +31,7 @@ from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
 
 from vtprune_fx.graph.insert import Inserter
-from vtprune_fx.graph.nodes import replace_inputs
+from vtprune_fx.graph.nodes import operator_of, replace_inputs
 from vtprune_fx.graph.sizes import axes_of, mentions
 from vtprune_fx.graph.stamps import Stamp, StampKind
 from vtprune_fx.graph.values import set_value, value_at_full_length
@@ -85,13 +85,13 @@ class ReadRows(Pass):
                     continue
                 stamp = Stamp(StampKind.ROWS)
                 rows = inserter.call(
-                    given.next, stamp, last.target, given, *last.args[1:]
+                    given.next, stamp, operator_of(last), given, *last.args[1:]
                 )
                 set_value(rows, value_at_full_length(rows), 0)
                 read[given] = rows
         for node in region:
             replace_inputs(node, read)
-            value = inserter.value(node.target, node.args, dict(node.kwargs))
+            value = inserter.value(operator_of(node), node.args, dict(node.kwargs))
             set_value(node, value, 0)
         return bool(region)
 

@@ -336,11 +336,14 @@ def test_operators_are_traced_as_their_definitions(small: Small) -> None:
 
 
 def test_what_a_function_does_not_read_is_none(small: Small) -> None:
-    def first(x: Tensor, _: Tensor, factor: float) -> Tensor:
-        return x * factor
+    def first(given: tuple[Any, ...]) -> Tensor:
+        x, _, factor = given
+        scaled: Tensor = x * factor
+        return scaled
 
-    found = Inserter(small.module.graph).reads(first, small.x, small.weight, 2.0)
-    assert found == [small.x, None, 2.0]
+    given: tuple[object, ...] = (small.x, small.weight, 2.0)
+    found = Inserter(small.module.graph).reads(first, given)
+    assert found == (small.x, None, 2.0)
 
 
 def test_copies_read_each_other(small: Small) -> None:
@@ -365,7 +368,7 @@ def test_a_count_is_read_with_a_check_of_its_bound(small: Small) -> None:
     assert number.target == aten.item.default
     assert number.next.target == operator.ge
     assert number.next.args == (number, 2)
-    message = "at least 2 tokens must stay at a cut"
+    message = "at least 2 tokens must be kept at a cut"
     assert number.next.next.args == (number.next, message)
     assert small.b.shapes.var_to_range[number.meta["val"].node.expr].lower == 2
 

@@ -146,7 +146,7 @@ def test_a_graph_counts_as_the_recipe_does(
         counts = attention_rank.counts(torch.tensor(found), roles, rule, how).tolist()
         dropped = rule.drop(found, visual)
         chosen, new = how.counts(dropped) if how else (0, 0)
-        assert counts[attention_rank.STAY] == visual + 3 - dropped
+        assert counts[attention_rank.KEPT] == visual + 3 - dropped
         assert counts[attention_rank.CLUSTERED] == max(1, chosen)
         assert (counts[attention_rank.CLUSTERS], counts[attention_rank.NEW]) == (
             max(1, new),

@@ -309,7 +309,7 @@ def test_new_tokens_stand_after_the_last_image(
     order = torch.tensor([gone + staying])
     keys = torch.cat(
         (
-            recycling.stay_keys(torch.tensor([staying]), new),
+            recycling.kept_keys(torch.tensor([staying]), new),
             recycling.last_keys(order, marks, new),
         ),
         dim=1,

@@ -62,8 +62,8 @@ def check_model(model: PreTrainedModel) -> None:
             type(model).__name__,
             expected="training without gradient checkpointing",
             found="gradient checkpointing, which runs layers a second time",
-            fix="Turn it off (model.gradient_checkpointing_disable(), from transformers "
-            "5.24 on activation_checkpointing_disable()), or call "
+            fix="Turn it off by model.gradient_checkpointing_disable(), in "
+            "transformers 5.24 activation_checkpointing_disable(), or call "
             "vtprune_fx.undo(model).",
         )
 

@@ -9,27 +9,32 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch._dispatch.python import enable_python_dispatcher
+from torch._ops import OpOverload
 from torch.fx import Graph, Node, map_arg
 from torch.fx.experimental.symbolic_shapes import (
     compute_unbacked_bindings,
     free_unbacked_symbols,
 )
+from torch.fx.node import Argument
+from torch.utils import _pytree as pytree
 
 from vtprune_fx.graph.fakes import fake_mode_of
 from vtprune_fx.graph.sizes import Count
 from vtprune_fx.graph.stamps import STAMP, Stamp
-from vtprune_fx.graph.trace import kind_of, traced
+from vtprune_fx.graph.trace import Operator, kind_of, traced
 from vtprune_fx.graph.values import (
     READ,
     dropped_tokens,
     set_value,
     value_at_full_length,
 )
+
+Args = TypeVar("Args")
 
 
 class Inserter:
@@ -49,24 +54,24 @@ class Inserter:
     def __init__(
         self,
         graph: Graph,
-        definitions: Mapping[Any, Callable[..., Any]] | None = None,
+        definitions: Mapping[OpOverload, Callable[..., Tensor]] | None = None,
     ) -> None:
         self._graph = graph
         self._definitions = dict(definitions or {})
         self._mode = fake_mode_of(graph)
         self._traced: dict[object, Graph] = {}
-        self._values: dict[object, Any] = {}
+        self._values: dict[object, object] = {}
 
     def call(
         self,
         anchor: Node,
         stamp: Stamp,
-        op: Any,
-        *args: Any,
+        op: Operator,
+        *args: Argument,
         drop: Count = 0,
-        **kwargs: Any,
+        **kwargs: Argument,
     ) -> Node:
-        """Insert one operator ahead of ``anchor``.
+        """Insert one operator before ``anchor``.
 
         Args:
             anchor: The node whose place (module path, stack trace) the new one shares.
@@ -81,11 +86,20 @@ class Inserter:
             node = self._graph.call_function(op, args, kwargs)
         node.meta = _provenance(anchor, stamp)
         dropped = _add(map(dropped_tokens, node.all_input_nodes), drop)
-        full = value_at_full_length(args[0]) if drop else self.value(op, args, kwargs)
+        if drop:
+            [first, *_] = node.all_input_nodes
+            full = value_at_full_length(first)
+        else:
+            full = self.value(op, args, kwargs)
         set_value(node, full, dropped)
         return node
 
-    def value(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def value(
+        self,
+        op: Operator,
+        args: tuple[Argument, ...],
+        kwargs: dict[str, Argument],
+    ) -> object:
         """What ``op`` gives at full length; nodes stand for their values."""
         full = map_arg(args, value_at_full_length)
         named = sorted(map_arg(kwargs, value_at_full_length).items())
@@ -103,22 +117,23 @@ class Inserter:
         *args: object,
         dropped: Count = 0,
     ) -> Node:
-        """Insert what ``function(*args)`` traces to, ahead of ``anchor``.
+        """Insert what ``function(*args)`` traces to, before ``anchor``.
 
         Args:
             anchor: As in ``call``.
             stamp: As in ``call``.
             function: Takes tensors for the nodes among ``args``, returns a tensor.
-            args: Nodes and constants.
-            dropped: Tokens that have left the nodes. What has a count that is read
-                from the data for a size is recorded as it is.
+            args: Nodes and constants, or tuples of them, named or not.
+            dropped: Tokens that were dropped from the nodes. What has a count that is
+                read from the data for a size is recorded as it is.
 
         Returns:
             The node of the function's result.
         """
         template = self._template(function, args)
-        values: dict[Node, Any] = {}
-        given = iter(arg for arg in args if isinstance(arg, Node))
+        values: dict[Node, Node] = {}
+        leaves = pytree.tree_leaves(args)
+        given = iter(leaf for leaf in leaves if isinstance(leaf, Node))
         with self._graph.inserting_before(anchor):
             for node in template.nodes:
                 if node.op == "placeholder":
@@ -133,14 +148,19 @@ class Inserter:
         result: Node = values[output.args[0]]
         return result
 
-    def reads(self, function: Callable[..., Tensor], *args: object) -> list[object]:
-        """The arguments, None in place of each node that the function does not read."""
-        template = self._template(function, args)
+    def reads(self, function: Callable[[Args], Tensor], args: Args) -> Args:
+        """A tuple of nodes, None in place of each that the function does not read."""
+        template = self._template(function, (args,))
         given = iter(template.find_nodes(op="placeholder"))
-        return [
-            arg if not isinstance(arg, Node) or next(given).users else None
-            for arg in args
-        ]
+        leaves, form = pytree.tree_flatten(args)
+        found: Args = pytree.tree_unflatten(
+            [
+                leaf if not isinstance(leaf, Node) or next(given).users else None
+                for leaf in leaves
+            ],
+            form,
+        )
+        return found
 
     def read(
         self,
@@ -158,12 +178,12 @@ class Inserter:
             stamp: As in ``call``.
             scalar: An int64 scalar.
             least: It is at least so large.
-            symbol: What plans call the count, or that of the tokens that leave.
-            of: [B, S], those of which so many leave, if the count is of the others.
+            symbol: What plans call the count, or that of the dropped tokens.
+            of: [B, S], those of which so many are dropped, if the count is of the kept.
         """
         self._mode.allow_scalar_outputs = True
         with self._mode, enable_python_dispatcher():
-            # A scalar of its own: the same one would be read to the same symbol.
+            # A new scalar: the same one would be read to the same symbol.
             value = value_at_full_length(scalar).clone().item()
         bindings = compute_unbacked_bindings(self._mode.shape_env, value)
         torch._check(value >= least)
@@ -171,7 +191,7 @@ class Inserter:
             call = self._graph.call_function
             node = call(torch.ops.aten.item.default, (scalar,))
             enough = call(operator.ge, (node, least))
-            failed = f"at least {least} tokens must stay at a cut"
+            failed = f"at least {least} tokens must be kept at a cut"
             check = call(torch.ops.aten._assert_scalar.default, (enough, failed))
         for made in (node, enough, check):
             made.meta = _provenance(anchor, stamp)
@@ -184,7 +204,7 @@ class Inserter:
     def copy(
         self, anchor: Node, stamp: Stamp, nodes: Iterable[Node]
     ) -> dict[Node, Node]:
-        """Insert copies of nodes ahead of ``anchor``, which read each other.
+        """Insert copies of nodes before ``anchor``, which read each other.
 
         Args:
             anchor: As in ``call``.
@@ -206,10 +226,12 @@ class Inserter:
     def _template(
         self, function: Callable[..., Tensor], args: tuple[object, ...]
     ) -> Graph:
+        leaves, form = pytree.tree_flatten(args)
         kinds = tuple(
-            kind_of(value_at_full_length(a)) if isinstance(a, Node) else a for a in args
+            kind_of(value_at_full_length(a)) if isinstance(a, Node) else a
+            for a in leaves
         )
-        key = (function, kinds)
+        key = (function, kinds, form)
         if key not in self._traced:
             self._traced[key] = traced(function, args, self._mode, self._definitions)
         return self._traced[key]
@@ -231,7 +253,7 @@ def _larger(count: Count, other: Count) -> Count:
     return count if larger else other
 
 
-def _provenance(anchor: Node, stamp: Stamp) -> dict[str, Any]:
+def _provenance(anchor: Node, stamp: Stamp) -> dict[str, object]:
     """Metadata of a node inserted at ``anchor``."""
     kept = ("nn_module_stack", "stack_trace")
     return {key: anchor.meta[key] for key in kept if key in anchor.meta} | {

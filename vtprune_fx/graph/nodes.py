@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 
 from torch.fx import GraphModule, Node, map_arg
 
+from vtprune_fx.graph.trace import Operator
+
 
 def walk_back(node: Node, through: frozenset[object]) -> Iterator[Node]:
     """``node``, then the first input again and again while the op is in ``through``."""
@@ -15,6 +17,16 @@ def walk_back(node: Node, through: frozenset[object]) -> Iterator[Node]:
         assert isinstance(first, Node)
         node = first
         yield node
+
+
+def operator_of(node: Node) -> Operator:
+    """What a node calls: an operator or a function.
+
+    Args:
+        node: A ``call_function``.
+    """
+    assert callable(node.target), node.format_node()
+    return node.target
 
 
 def readable(module: GraphModule) -> str:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch._dispatch.python import enable_python_dispatcher
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
 
 from vtprune_fx.graph.sizes import size_expr
 from vtprune_fx.graph.values import value_at_full_length
+
+Operator = Callable[..., object]
+"""An operator of torch, or a function of Python's module ``operator``."""
 
 
 def kind_of(value: object) -> object:
@@ -32,26 +36,28 @@ def traced(
     function: Callable[..., Tensor],
     args: tuple[object, ...],
     mode: FakeTensorMode,
-    definitions: Mapping[Any, Callable[..., Any]],
+    definitions: Mapping[OpOverload, Callable[..., Tensor]],
 ) -> Graph:
-    """The graph of ``function(*args)``, a placeholder for each node among ``args``.
+    """The graph of ``function(*args)``, a placeholder for each node in ``args``.
 
     Args:
         function: Takes tensors for the nodes, returns a tensor.
-        args: Nodes and constants.
+        args: Nodes and constants, or tuples of them.
         mode: The fake mode of the nodes' values.
         definitions: Operators that the function calls, and what is traced in their
             place.
     """
+    leaves, form = pytree.tree_flatten(args)
 
     def with_constants(*tensors: Tensor) -> Tensor:
         given = iter(tensors)
-        return function(*(next(given) if isinstance(a, Node) else a for a in args))
+        filled = [next(given) if isinstance(a, Node) else a for a in leaves]
+        return function(*pytree.tree_unflatten(filled, form))
 
-    nodes = (arg for arg in args if isinstance(arg, Node))
+    nodes = (leaf for leaf in leaves if isinstance(leaf, Node))
     with mode, enable_python_dispatcher():
-        # One of its own for each: nodes of a kind may share a value, and tracing
-        # tells arguments apart by identity.
+        # Another for each: nodes of a kind may share a value, and tracing
+        # distinguishes arguments by identity.
         examples = [_like(value_at_full_length(node)) for node in nodes]
         module = make_fx(
             with_constants,
@@ -64,7 +70,7 @@ def traced(
     return module.graph
 
 
-def _like(value: Any) -> Any:
+def _like(value: object) -> object:
     if not isinstance(value, Tensor):
         return value
     return torch.empty_strided(

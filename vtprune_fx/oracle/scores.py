@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vtprune_fx.scorers import registry
+from vtprune_fx.scorers.evidence import Evidence
 from vtprune_fx.scorers.roles import CONTEXT, INSTRUCTION, VISUAL
 
 if TYPE_CHECKING:
@@ -60,17 +61,17 @@ class Seen:
 
 def rate(recipe: Recipe, seen: Seen) -> Tensor:
     """What the recipe scores each visual token present, in order. [v present]."""
-    if registry.is_built_in(recipe.score):
+    if recipe.score in _SCORES and registry.is_built_in(recipe.score):
         return _SCORES[recipe.score](recipe, seen)
     roles = _roles(seen.visual, seen.instruction)[None]
     query, key = seen.query[None], seen.key[None]
-    others = [value[None] for value in (seen.hidden, seen.cos, seen.sin)]
-    if registry.sees_tower(recipe.score):
-        others.append(seen.patches[None, :, 0])
+    hidden, cos, sin = (value[None] for value in (seen.hidden, seen.cos, seen.sin))
     mask = seen.allowed[None, None]
+    evidence = Evidence(query, key, mask, roles, seen.scale, hidden, cos, sin)
+    if registry.sees_tower(recipe.score):
+        evidence = evidence._replace(class_attention=seen.patches[None, :, 0])
     rated = registry.rate_of(recipe.score, recipe.scorer_options())
-    scores = rated(query, key, mask, roles, seen.scale, *others)
-    return scores[0, seen.visual]
+    return rated(evidence)[0, seen.visual]
 
 
 def _roles(visual: Tensor, instruction: Tensor) -> Tensor:

@@ -9,16 +9,20 @@ Shapes: B samples, H query heads, G key heads, S tokens, D head width, E hidden 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Generic, NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import TypeVar
 
 from vtprune_fx.ops import attention, received
 from vtprune_fx.scorers.roles import PADDING
 
+Value = TypeVar("Value", default=Tensor)
+"""A tensor; a graph's node where passes write what a scorer reads."""
 
-class Evidence(NamedTuple):
+
+class Evidence(NamedTuple, Generic[Value]):
     """What the tokens of a layer can be rated by.
 
     Attributes:
@@ -28,8 +32,8 @@ class Evidence(NamedTuple):
             or float (added to logits), or None for a plain causal mask.
         roles: [B, S] int64, as ``roles.token_roles`` gives them.
         scale: What the layer's attention multiplies its logits by.
-        hidden: [B, S, E], the residual stream where it is cut: behind the layer at
-            ``after_layer``, else ahead of it. None where the graph does not show it.
+        hidden: [B, S, E], the residual stream where it is cut: after the layer at
+            ``after_layer``, else before it. None where the graph does not show it.
         cos: [B or 1, S, D], what queries and keys were rotated by, or None where the
             graph does not show it.
         sin: As ``cos``.
@@ -39,15 +43,15 @@ class Evidence(NamedTuple):
         receive: Computes what tokens get of the attention, as ``received.received``.
     """
 
-    query: Tensor
-    key: Tensor
-    mask: Tensor | None
-    roles: Tensor
+    query: Value
+    key: Value
+    mask: Value | None
+    roles: Value
     scale: float
-    hidden: Tensor | None = None
-    cos: Tensor | None = None
-    sin: Tensor | None = None
-    class_attention: Tensor | None = None
+    hidden: Value | None = None
+    cos: Value | None = None
+    sin: Value | None = None
+    class_attention: Value | None = None
     receive: Callable[..., Tensor] = received.received
 
 
@@ -63,19 +67,20 @@ def strongest_from(seen: Evidence, *rows: Tensor) -> Tensor:
         seen: The evidence.
         rows: W masks [B, S] of the rows that give.
     """
-    return _received(seen, rows, strongest=True)
+    return _received(seen, rows, maximum=True)
 
 
 def mean_from(seen: Evidence, rows: Tensor) -> Tensor:
     """[B, S] float32: what tokens get of rows [B, S], mean over rows and heads."""
-    [total] = _received(seen, (rows,), strongest=False).unbind(dim=1)
+    [total] = _received(seen, (rows,), maximum=False).unbind(dim=1)
     return total / rows.sum(dim=1, keepdim=True).clamp(min=1)
 
 
-def _received(seen: Evidence, rows: tuple[Tensor, ...], *, strongest: bool) -> Tensor:
+def _received(seen: Evidence, rows: tuple[Tensor, ...], *, maximum: bool) -> Tensor:
     weights = torch.stack(rows, dim=1).float()
-    attention = (seen.query, seen.key, seen.mask)
-    return seen.receive(*attention, weights, None, seen.scale, strongest)
+    return seen.receive(
+        seen.query, seen.key, seen.mask, weights, None, seen.scale, maximum
+    )
 
 
 def last_token(roles: Tensor) -> Tensor:

@@ -9,12 +9,15 @@ import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
 
 from vtprune_fx.errors import RecipeError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from vtprune_fx.scorers.evidence import Evidence
 
 Rate = Callable[..., "Tensor"]
 """``(evidence, **options) -> scores``."""
@@ -29,10 +32,10 @@ class Scorer:
 
     Attributes:
         rate: ``(evidence, **options) -> [B, S]``. The visual tokens with the lowest
-            scores leave; what it gives other tokens is not read. It must be traceable:
+            scores are dropped; what it gives other tokens is not read. It is traced:
             no shape and no branch that depends on values, no tensor made of numbers.
         raters: ``(embeddings [B, S, E], roles [B, S]) -> roles``: run once on what
-            enters the decoder; which text is instruction. None: all behind the images.
+            enters the decoder; which text is instruction. None: all after the images.
         rows: How many query rows of attention it computes, None for all: what ``cost``
             counts for it.
         tower: Whether it reads ``Evidence.class_attention``. The graph must then have
@@ -53,24 +56,33 @@ class Scorer:
         }
 
 
-_BUILT_IN: dict[str, int | None] = {
-    # The module of that name in this package, and ``Scorer.rows`` (of keys for dart,
-    # of the residual stream for divprune, of the vision tower for visionzip, which is
-    # not counted).
-    "dart": 8,
-    "divprune": None,
-    "fitprune": None,
-    "inverted": None,
-    "last-token": 1,
-    "random": 0,
-    "sparsevlm": None,
-    "sparsevlm-plus": None,
-    "uniform": 0,
-    "visionzip": 0,
-}
+class _BuiltIn(NamedTuple):
+    """What is known of a scorer that ships, without importing torch.
 
-_OF_TOWER = frozenset({"visionzip"})
-"""Those that read ``Evidence.class_attention``."""
+    Attributes:
+        rows: ``Scorer.rows``: of keys for dart, of the residual stream for divprune; of
+            the vision tower none are counted.
+        tower: ``Scorer.tower``.
+    """
+
+    rows: int | None = None
+    tower: bool = False
+
+
+_BUILT_IN = {
+    # The name, that of a module in this package with ``rate`` and, if it has them,
+    # ``raters``. A scorer that ships is that module and its line here.
+    "dart": _BuiltIn(rows=8),
+    "divprune": _BuiltIn(),
+    "fitprune": _BuiltIn(),
+    "inverted": _BuiltIn(),
+    "last-token": _BuiltIn(rows=1),
+    "random": _BuiltIn(rows=0),
+    "sparsevlm": _BuiltIn(),
+    "sparsevlm-plus": _BuiltIn(),
+    "uniform": _BuiltIn(rows=0),
+    "visionzip": _BuiltIn(rows=0, tower=True),
+}
 
 _REGISTERED: dict[str, Scorer] = {}
 
@@ -99,7 +111,7 @@ def register_scorer(
     if name in _BUILT_IN:
         raise RecipeError(
             f"scorer {name!r}",
-            expected="a name of its own",
+            expected="another name than those of scorers that ship",
             found="that of a scorer that ships with vtprune",
             fix="Register it under another name.",
         )
@@ -122,28 +134,20 @@ def scorer(name: str) -> Scorer:
         return _REGISTERED[name]
     module = importlib.import_module(f"vtprune_fx.scorers.{name.replace('-', '_')}")
     raters = getattr(module, "raters", None)
-    return Scorer(module.rate, raters, _BUILT_IN[name], name in _OF_TOWER)
+    return Scorer(module.rate, raters, *_BUILT_IN[name])
 
 
 def rows(name: str) -> int | None:
     """``Scorer.rows``, without importing torch."""
-    return _BUILT_IN[name] if name in _BUILT_IN else _REGISTERED[name].rows
+    return (_BUILT_IN.get(name) or _REGISTERED[name]).rows
 
 
 def sees_tower(name: str) -> bool:
     """``Scorer.tower``, without importing torch."""
-    return name in _OF_TOWER or (name in _REGISTERED and _REGISTERED[name].tower)
+    found = _BUILT_IN.get(name) or _REGISTERED.get(name)
+    return found is not None and found.tower
 
 
-def rate_of(name: str, options: Mapping[str, object]) -> Callable[..., Tensor]:
-    """A scorer with its options, a function of the fields of ``Evidence`` in turn.
-
-    The passes trace it, so each is a tensor of its own.
-    """
-    evidence = importlib.import_module("vtprune_fx.scorers.evidence").Evidence
-    found = scorer(name)
-
-    def rate(*fields: object) -> Tensor:
-        return found.rate(evidence(*fields), **options)
-
-    return rate
+def rate_of(name: str, options: Mapping[str, object]) -> Callable[[Evidence], Tensor]:
+    """A scorer with its options: ``Evidence -> scores [B, S]``."""
+    return partial(scorer(name).rate, **options)

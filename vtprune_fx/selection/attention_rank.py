@@ -1,7 +1,7 @@
 """Counts that depend on the sample, in a graph: the rank of attention, what follows.
 
 The only place where a graph reads numbers from its data: the host learns how many
-tokens stay at a cut, and every length behind it is that number. One sample at a time,
+tokens a cut keeps, and every length after it is that number. One sample at a time,
 since samples of a batch would have to be of one length.
 
 Shapes: B samples (1 when it runs), S tokens.
@@ -20,7 +20,7 @@ from vtprune_fx.scorers.evidence import Evidence, logits
 from vtprune_fx.scorers.roles import INSTRUCTION, VISUAL
 from vtprune_fx.selection import recycling
 
-STAY, CLUSTERED, CLUSTERS, NEW = range(4)
+KEPT, CLUSTERED, CLUSTERS, NEW = range(4)
 """Places in ``counts``."""
 
 
@@ -33,7 +33,7 @@ def check_alone(samples: int) -> None:
     if samples != 1:
         raise InputError(
             "batch",
-            expected="one sample: how many tokens stay follows its own attention",
+            expected="one sample: how many tokens are kept follows its attention",
             found=str(samples),
             fix="Run samples one by one, or fix the recipe's counts with "
             "`vtprune calibrate`.",
@@ -66,18 +66,17 @@ def attention_rank(attended: Tensor, roles: Tensor) -> Tensor:
     return found
 
 
-def attended(*fields: object) -> Tensor:
-    """[B, S, S] float32: attention, mean over heads; of the fields of ``Evidence``."""
-    seen = Evidence(*fields)  # type: ignore[arg-type] # as rate_of
+def attended(seen: Evidence) -> Tensor:
+    """[B, S, S] float32: the layer's attention, mean over heads."""
     return logits(seen).softmax(dim=3).mean(dim=1)
 
 
 def counts(
     rank: Tensor, roles: Tensor, rule: ByRank, recycle: Recycle | None
 ) -> Tensor:
-    """int64 [4]: tokens that stay, dropped ones that are clustered, clusters, new ones.
+    """int64 [4]: kept tokens, dropped ones that are clustered, clusters, new ones.
 
-    Where nothing leaves, one token is clustered and not used.
+    Where nothing is dropped, one token is clustered and not used.
 
     Args:
         rank: A scalar.
@@ -96,9 +95,9 @@ def counts(
         chosen = _share(recycle, recycle.tau, drop)
         clusters = _share(recycle, recycle.theta, chosen)
     # Not the size itself, which would make a constant of it in an exported graph.
-    stays = torch.ones_like(roles[0]).sum() - drop
-    told = (stays, chosen.clamp(min=1), clusters.clamp(min=1), clusters)
-    return torch.stack(told)
+    kept = torch.ones_like(roles[0]).sum() - drop
+    found = (kept, chosen.clamp(min=1), clusters.clamp(min=1), clusters)
+    return torch.stack(found)
 
 
 def _share(recycle: Recycle, share: float, of: Tensor) -> Tensor:
@@ -123,14 +122,14 @@ def merge(hidden: Tensor, best_first: Tensor, clusters: int, paper: bool) -> Ten
 
 
 def best(lowest_first: Tensor, count: int) -> Tensor:
-    """[B, count]: the last of the positions to leave."""
+    """[B, count]: the positions that would be dropped last, the last first."""
     places = torch.arange(count, device=lowest_first.device)
     return lowest_first.flip(1)[:, places]
 
 
-def best_of_dropped(lowest_first: Tensor, stay: int, chosen: int) -> Tensor:
-    """[B, chosen]: the best of those that leave, the best first."""
-    places = torch.arange(chosen, device=lowest_first.device) + stay
+def best_of_dropped(lowest_first: Tensor, kept: int, chosen: int) -> Tensor:
+    """[B, chosen]: the best of the dropped, the best first."""
+    places = torch.arange(chosen, device=lowest_first.device) + kept
     last = lowest_first.shape[1] - 1
     return lowest_first.flip(1)[:, places.clamp(max=last)]
 

@@ -1,16 +1,17 @@
-"""Who stays, and what is gathered of them, as one operator each; attention besides.
+"""A cut's choice, and what is gathered of the kept tokens, as one operator each.
 
 What a compiler plans costs it time: a score, a choice and the gathers of a cut are some
-forty nodes of ATen, a whole decoder layer fifty-five. On a CPU nothing is won by fusing
-them, so there each is one node that runs as it is written here.
+forty nodes of ATen, a decoder layer fifty-five. On a CPU fusing them gains nothing, so
+there each is one node that runs as it is written here. ``attend_and_choose`` computes
+the layer's attention besides.
 
-Shapes: B samples, S tokens, K of them left.
+Shapes: B samples, S tokens, K of them kept.
 """
 
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from vtprune_fx.ops.attention import logits, per_query_head
 from vtprune_fx.ops.received import attend, received, unwritten_output
 from vtprune_fx.ops.register import operator
+from vtprune_fx.scorers.evidence import Evidence
 from vtprune_fx.scorers.registry import rate_of
 from vtprune_fx.selection.order import lowest_first
 
@@ -42,11 +44,11 @@ def choose(
     sin: Tensor | None,
     class_attention: Tensor | None,
 ) -> Tensor:
-    """Positions of those that stay when a scorer's lowest leave.
+    """Positions of the tokens that are kept when a scorer's lowest are dropped.
 
     Args:
         roles: [B, S] int64.
-        drop: How many leave.
+        drop: How many are dropped.
         score: Name of the scorer.
         options: Its options, as JSON.
         query: As in ``Evidence``; None where the scorer does not read it.
@@ -61,12 +63,13 @@ def choose(
     Returns:
         [B, S - drop] int64, ascending: a causal mask stays causal.
     """
-    evidence = (query, key, mask, roles, scale, hidden, cos, sin, class_attention)
-    scores = rate_of(score, json.loads(options))(*evidence)
-    return _stays(scores, roles, drop)
+    given = (query, key, mask, roles, scale, hidden, cos, sin, class_attention)
+    seen = cast("Evidence", Evidence[Tensor | None](*given))
+    scores = rate_of(score, json.loads(options))(seen)
+    return _kept(scores, roles, drop)
 
 
-def _stays(scores: Tensor, roles: Tensor, drop: int) -> Tensor:
+def _kept(scores: Tensor, roles: Tensor, drop: int) -> Tensor:
     return lowest_first(scores, roles)[:, drop:].sort(dim=1).values
 
 
@@ -115,9 +118,10 @@ def attend_and_choose(
         [B, H, S, D'] float32; [B, S - drop] int64.
     """
     attention = _Attention(query, key, value, mask, scale)
-    evidence = (query, key, mask, roles, scale, hidden, cos, sin, class_attention)
-    scores = rate_of(score, json.loads(options))(*evidence, attention.receive)
-    return attention.output(), _stays(scores, roles, drop)
+    given = (query, key, mask, roles, scale, hidden, cos, sin, class_attention)
+    evidence = Evidence(*given, receive=attention.receive)
+    scores = rate_of(score, json.loads(options))(evidence)
+    return attention.output(), _kept(scores, roles, drop)
 
 
 class _Attention:
@@ -144,17 +148,24 @@ class _Attention:
         self._output: Tensor | None = None
 
     def receive(
-        self, query: Tensor, key: Tensor, mask: Tensor | None, *how: Any
+        self,
+        query: Tensor,
+        key: Tensor,
+        mask: Tensor | None,
+        weights: Tensor,
+        lse: Tensor | None,
+        scale: float,
+        maximum: bool,
     ) -> Tensor:
-        """As ``received``; the attention's output falls off, if it is this one."""
-        own = query is self._query and key is self._key and mask is self._mask
-        weights, lse, scale, strongest = how
-        own = own and lse is None and scale == self._scale
-        if not own or self._output is not None:
-            found: Tensor = received(query, key, mask, *how)
+        """As ``received``; of this attention, its output is computed besides."""
+        same = query is self._query and key is self._key and mask is self._mask
+        same = same and lse is None and scale == self._scale
+        if not same or self._output is not None:
+            found: Tensor = received(query, key, mask, weights, lse, scale, maximum)
             return found
-        attention = query, key, self._value, mask
-        self._output, sums = attend(*attention, weights, scale, strongest)
+        self._output, sums = attend(
+            query, key, self._value, mask, weights, scale, maximum
+        )
         return sums
 
     def output(self) -> Tensor:
@@ -213,7 +224,7 @@ def _taken(value: Tensor, keep: Tensor, axes: list[int]) -> Tensor:
 
 @operator("vtprune::take", _taken)
 def take(value: Tensor, keep: Tensor, axes: list[int]) -> Tensor:
-    """Each sample's own tokens along a value's token axes.
+    """The kept tokens of each sample, along a value's token axes.
 
     Args:
         value: [B or 1, ..., S, ...].
@@ -225,23 +236,23 @@ def take(value: Tensor, keep: Tensor, axes: list[int]) -> Tensor:
     """
     samples = value.expand(len(keep), *value.shape[1:])
     taken = []
-    for sample, stays in zip(samples, keep, strict=True):
-        own = sample
+    for sample, kept in zip(samples, keep, strict=True):
+        part = sample
         for axis in axes:
-            own = _of_one(own, stays, axis - 1)
-        taken.append(own)
+            part = _of_one(part, kept, axis - 1)
+        taken.append(part)
     return torch.stack(taken) if len(taken) > 1 else taken[0][None]
 
 
-def _of_one(sample: Tensor, stays: Tensor, axis: int) -> Tensor:
-    """What stays along an axis: columns one by one, anything wider as a whole.
+def _of_one(sample: Tensor, kept: Tensor, axis: int) -> Tensor:
+    """What is kept along an axis: columns one by one, wider tokens as one block each.
 
-    By ``sample[stays]`` wide tokens take three times, and a mask's columns five times
+    By ``sample[kept]`` wide tokens take three times, and a mask's columns five times
     as long.
     """
     if axis == sample.dim() - 1:
-        return sample.gather(axis, stays.expand(*sample.shape[:-1], -1))
-    return sample.index_select(axis, stays)
+        return sample.gather(axis, kept.expand(*sample.shape[:-1], -1))
+    return sample.index_select(axis, kept)
 
 
 def _remember(ctx: Any, inputs: tuple[Tensor, Tensor, list[int]], output: Any) -> None:

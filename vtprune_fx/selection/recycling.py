@@ -50,7 +50,7 @@ def best_of_dropped(lowest_first: Tensor, drop: int, chosen: int) -> Tensor:
     """[B, m]: the best of those that leave, the best first.
 
     Args:
-        lowest_first: [B, S], positions in the order of leaving.
+        lowest_first: [B, S], positions in the order of dropping.
         drop: n, how many leave.
         chosen: m.
     """
@@ -65,8 +65,8 @@ def _distances(tokens: Tensor) -> Tensor:
     squares = centred.square().sum(dim=2)
     products = centred @ centred.transpose(1, 2)
     found = squares[:, :, None] + squares[:, None] - products - products.transpose(1, 2)
-    own = _eye(tokens)
-    return (found.clamp(min=0) / tokens.shape[2]).sqrt().masked_fill(own, 0)
+    same = _eye(tokens)
+    return (found.clamp(min=0) / tokens.shape[2]).sqrt().masked_fill(same, 0)
 
 
 def _cosine_distances(tokens: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ def _members(centres: Tensor, distances: Tensor) -> Tensor:
     samples = torch.arange(centres.shape[0], device=centres.device)[:, None]
     order = torch.arange(distances.shape[1], device=centres.device)
     to_centres = distances[samples, centres]
-    # A centre is its own, whoever else stands in the same place.
+    # A centre is in its cluster, whichever other token stands in the same place.
     to_centres = to_centres.masked_fill(centres[:, :, None] == order, -1)
     joined = to_centres.argmin(dim=1)
     numbers = torch.arange(centres.shape[1], device=centres.device)
@@ -109,20 +109,20 @@ def _eye(tokens: Tensor) -> Tensor:
     return order[:, None] == order
 
 
-def stay_keys(staying: Tensor, clusters: int) -> Tensor:
-    """[B, K] int64: sort keys of the tokens that stay (``last_keys``)."""
-    return staying * (clusters + 1)
+def kept_keys(kept: Tensor, clusters: int) -> Tensor:
+    """[B, K] int64: sort keys of the kept tokens (``last_keys``)."""
+    return kept * (clusters + 1)
 
 
 def last_keys(lowest_first: Tensor, roles: Tensor, clusters: int) -> Tensor:
     """[B, C] int64: sort keys of the new tokens, ascending.
 
-    The key of a token that stays is ``position * (C + 1)``. New tokens stand behind the
-    last visual token of the sample, in a sample of text alone among the padding that
-    leaves: the key of that token, and the new token's number from 1 on.
+    The key of a kept token is ``position * (C + 1)``. New tokens stand after the last
+    visual token of the sample, in a sample of text alone among the padding that is
+    dropped: the key of that token, and the new token's number from 1 on.
 
     Args:
-        lowest_first: [B, S], positions in the order of leaving.
+        lowest_first: [B, S], positions in the order of dropping.
         roles: [B, S].
         clusters: C.
     """
@@ -141,7 +141,7 @@ def keep_set(keys: Tensor, clusters: int) -> Tensor:
 
 
 def stand_ins(keys: Tensor, clusters: int) -> Tensor:
-    """[B, K + C]: positions, where a new token has those of the token ahead of it."""
+    """[B, K + C]: positions, where a new token has that of the token before it."""
     return keys // _step(keys, clusters)
 
 
