@@ -105,7 +105,7 @@ def _readers(item: Node) -> Iterator[Node]:
 
 
 def _source(item: Node) -> str:
-    """The model's own line that asked for the check."""
+    """The model's line that asked for the check."""
     trace = str(item.meta.get("stack_trace") or "").strip().splitlines()
     lines = [
         line.strip()

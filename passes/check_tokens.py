@@ -1,7 +1,7 @@
 """Refuse, at run time, a sample with fewer visual tokens than the cuts take.
 
-How many tokens leave is fixed when the graph is made, so that shapes stay static. A
-sample that holds fewer would lose text instead; it must fail rather than answer wrong::
+How many tokens are dropped is fixed when the graph is made, so that shapes are static.
+A sample that holds fewer would lose text instead; it must fail rather than answer wrong::
 
     vtprune_roles: "i64[B, S]"
 
@@ -30,13 +30,13 @@ from vtprune_fx.selection.per_sample import enough_padding
 
 
 class CheckTokens(Pass):
-    """Assert once, behind the tokens' roles, that every sample has enough.
+    """Assert once, after the tokens' roles, that every sample has enough.
 
     1. Count recipes: a sample holds at least what all cuts drop.
     2. Share recipes (``of``): a sample holds exactly what the shares were taken of.
-    3. A sample of text alone, beside others with images: padding leaves instead.
-    4. Samples that lose numbers of their own: each holds the padding that makes up for
-       those it loses fewer than others.
+    3. A sample of text alone, beside others with images: padding is dropped instead.
+    4. Samples that drop different numbers: each holds the padding that makes up for
+       those it drops fewer than others.
     5. No cuts, or counts that follow the rank: nothing to assert.
     """
 
@@ -71,8 +71,8 @@ class CheckTokens(Pass):
         if self._plan.of is not None:
             return (
                 f"recipe {self._plan.recipe.name}: every sample of a batch must hold "
-                f"visual tokens and padding for {needed} to leave; run samples that do "
-                "not by themselves"
+                f"visual tokens and padding, {needed} to drop; run samples that do not "
+                "by themselves"
             )
         held = f"at least {needed}" if exactly is None else f"exactly {exactly}"
         return (

@@ -32,7 +32,7 @@ class OwnLengths(Pass):
     2. Counts that follow the rank: their lengths are symbols already.
     3. Lengths that are symbols by this pass, no cuts: unchanged.
 
-    Recorded values stay what they were: they say what the lengths are.
+    Recorded values are what they were: they say what the lengths are.
     """
 
     requires = frozenset({"InsertScores"})

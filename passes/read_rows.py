@@ -1,8 +1,8 @@
-"""Compute behind the last attention only the rows that are read.
+"""Compute after the last attention only the rows that are read.
 
 For the first token a decoder reads the last row, and takes it at the very end. All that
 treats tokens one by one may as well be given that row alone: output projection and MLP
-of the last layer, and the norm behind it::
+of the last layer, and the norm after it::
 
     view: "f32[B, S, H*D]"           # of the last layer's attention
     linear: "f32[B, S, E]" = aten.linear(view, o_proj)
@@ -51,7 +51,7 @@ _TO_THE_END = torch.iinfo(torch.int64).max
 
 
 class ReadRows(Pass):
-    """Move a slice of the last rows ahead of what treats tokens one by one.
+    """Move a slice of the last rows before what treats tokens one by one.
 
     1. A slice of a known number of last rows: taken as early as the graph allows.
     2. What something else reads too, a layer's keys and values, attention: all rows.

@@ -1,4 +1,4 @@
-"""Let a cut behind attention share the attention's probabilities.
+"""Let a cut after attention share the attention's probabilities.
 
 A score computes again what fused attention computed and did not keep. As one operator
 they do it once, in about the time of fused attention alone (``received.attend``)::
@@ -33,7 +33,7 @@ aten = torch.ops.aten
 class ShareAttention(Pass):
     """Make one operator of an attention and of the choice by it.
 
-    1. A cut behind a layer's attention, fused, in float32 and with a mask that is bool
+    1. A cut after a layer's attention, fused, in float32 and with a mask that is bool
        or none; the scorer reads queries and keys; score and choice are one operator:
        done.
     2. A cut elsewhere, eager attention, half precision, a mask that is added, dropout,
@@ -77,7 +77,7 @@ def _can_share(attention: Node, chosen: Node) -> bool:
 
 
 def _told(attention: Node) -> tuple[object, object]:
-    """How much an attention drops out, and whether it is told that it is causal."""
+    """How much an attention drops out, and whether its argument makes it causal."""
     given = dict(zip(("dropout_p", "is_causal"), attention.args[4:], strict=False))
     given |= attention.kwargs
     return given.get("dropout_p", 0.0), given.get("is_causal", False)

@@ -1,6 +1,6 @@
 """Hand out keys as if no token had moved.
 
-With compacted positions the tokens behind a cut stand at the first positions of their
+With compacted positions the tokens after a cut stand at the first positions of their
 row: less than before by a number s, the same for all that follow. A new token, in
 decoding, would need another position in each layer. Rotary attention knows differences
 alone, so moving the cached keys of such a layer up by s is the same, and then a new
@@ -10,9 +10,9 @@ token's position is that of the prompt as it came, everywhere and in every runti
 
 becomes, for the output alone::
 
-    own: "f32[B, G, S - 36, D]"         # read by the layer's attention
+    first: "f32[B, G, S - 36, D]"       # read by the layer's attention
     shift_cos: "f32[B or 1, 1, 1, D]"   # from the tables' last rows, and shift_sin too
-    keys: "f32[B, G, S - 36, D]" = own * shift_cos + rotate_half(own) * shift_sin
+    keys: "f32[B, G, S - 36, D]" = first * shift_cos + rotate_half(first) * shift_sin
 
 The shift is the difference of the last token's positions, so that a sample without
 image, which keeps its positions, is shifted by nothing.
@@ -35,8 +35,8 @@ from vtprune_fx.planning.plan import PrunePlan
 class ShiftKeys(Pass):
     """Rotate the keys that the graph hands out.
 
-    1. A layer whose attention comes behind a cut, positions compacted: rotated.
-    2. Layers ahead of all cuts, positions kept, no keys handed out: unchanged.
+    1. A layer whose attention comes after a cut, positions compacted: rotated.
+    2. Layers before all cuts, positions kept, no keys handed out: unchanged.
     """
 
     requires = frozenset({"GatherTokens"})
@@ -64,8 +64,10 @@ class ShiftKeys(Pass):
             stamp, gone = Stamp(StampKind.SHIFT, layer.layer), dropped_tokens(keys)
             assert gone is not None
             tables = (cos, sin, came, named[str(stream.sin)])
-            own = _split(inserter, keys, stamp)
-            moved = inserter.trace(keys, stamp, moved_back, own, *tables, dropped=gone)
+            first = _split(inserter, keys, stamp)
+            moved = inserter.trace(
+                keys, stamp, moved_back, first, *tables, dropped=gone
+            )
             keys.target, keys.args, keys.kwargs = moved.target, moved.args, moved.kwargs
             graph.erase_node(moved)
         return True
@@ -76,9 +78,9 @@ def _split(inserter: Inserter, keys: Node, stamp: Stamp) -> Node:
 
     It is the one that goes on, since the graph's outputs are known by their names.
     """
-    own = inserter.copy(keys, stamp, [keys])[keys]
-    keys.replace_all_uses_with(own, delete_user_cb=lambda user: user.op != "output")
-    return own
+    first = inserter.copy(keys, stamp, [keys])[keys]
+    keys.replace_all_uses_with(first, delete_user_cb=lambda user: user.op != "output")
+    return first
 
 
 def moved_back(

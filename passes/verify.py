@@ -4,8 +4,8 @@
 tensors without data (device ``meta``) of concrete sizes, from the placeholders on, and
 compares what comes out with every node's recorded value. Sizes are chosen so that
 different axes never agree by accident. Concrete sizes cost a tenth of symbolic ones,
-and leave no guards behind. Where autocast is on, which does not know that device, fakes
-on the graph's own device take their place.
+and add no guards. Where autocast is on, which does not know that device, fakes
+on the graph's device take their place.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Verifier:
     Args:
         module: The module before any pass.
         tokens: The symbol of the prompt's length.
-        dropped: How many tokens leave in all.
+        dropped: How many tokens are dropped in all.
         counts: Numbers for counts that are read from the data.
     """
 
@@ -155,10 +155,12 @@ def _check_interface(module: GraphModule, before: Interface, pass_name: str) -> 
         )
 
 
-def _check_inserted(module: GraphModule, own: frozenset[Node], pass_name: str) -> None:
+def _check_inserted(
+    module: GraphModule, known: frozenset[Node], pass_name: str
+) -> None:
     """Check what was not in the graph before any pass."""
     for node in module.graph.nodes:
-        if node in own:
+        if node in known:
             continue
         if _depends_on_data(node):
             raise VerifyError(
@@ -177,7 +179,7 @@ def _check_inserted(module: GraphModule, own: frozenset[Node], pass_name: str) -
 
 
 def _depends_on_data(node: Node) -> bool:
-    """Whether sizes behind it do, other than counts that are read on purpose."""
+    """Whether sizes after it do, other than counts that are read on purpose."""
     if node.target in _DYNAMIC:
         return READ not in node.meta
     return node.target == aten.index.Tensor and _indexes_by_mask(node)
@@ -249,7 +251,7 @@ def _without_data(arg: Any, values: Mapping[Node, Any]) -> Any:
 
 
 def _stand_in(device: torch.device) -> torch.device:
-    """The device of the dry run: one without data, unless autocast casts on its own."""
+    """The device of the dry run: one without data, unless autocast casts."""
     known = torch.amp.is_autocast_available(device.type)
     if known and torch.is_autocast_enabled(device.type):
         return device
@@ -270,7 +272,7 @@ class Sizes:
     Args:
         module: The graph.
         tokens: The symbol of the prompt's length.
-        dropped: Tokens that will leave: the prompt is given more than that.
+        dropped: Tokens that will be dropped: the prompt is given more than that.
         counts: Numbers for counts that are read from the data.
     """
 

@@ -38,11 +38,17 @@ RETIRED_IN_CODE = re.compile(
 )
 CLEANED = (  # folders whose docstrings and comments are free of these words
     "export",
+    "passes",
     "vtprune_fx/analysis",
     "vtprune_fx/cli",
+    "vtprune_fx/generation",
+    "vtprune_fx/graph",
+    "vtprune_fx/ops",
     "vtprune_fx/planning",
     "vtprune_fx/recipes",
     "vtprune_fx/reference",
+    "vtprune_fx/scorers",
+    "vtprune_fx/selection",
     "benchmarks",
     "examples",
     "scripts",

@@ -36,7 +36,7 @@ class Arguments(NamedTuple):
     weights: Tensor
     lse: Tensor | None
     scale: float
-    strongest: bool
+    maximum: bool
 
     def exact(self) -> Arguments:
         """With queries and keys in float32."""
@@ -78,18 +78,18 @@ class Case(NamedTuple):
     rows: str = "kinds"
     known: bool = False
     nan: bool = False
-    strongest: bool = True
+    maximum: bool = True
 
 
 CASES = {
     "as FitPrune": Case(heads=4, groups=2),
     "as FitPrune, known": Case(heads=4, groups=2, known=True),
-    "as SparseVLM": Case(rows="raters", strongest=False, mask="none"),
-    "as FastV": Case(rows="last", strongest=False, groups=2),
+    "as SparseVLM": Case(rows="raters", maximum=False, mask="none"),
+    "as FastV": Case(rows="last", maximum=False, groups=2),
     "maximum, causal": Case(mask="none", depth=24, samples=1),
-    "mean, known": Case(known=True, strongest=False, mask="float", groups=2),
+    "mean, known": Case(known=True, maximum=False, mask="float", groups=2),
     "padding gives": Case(rows="all", mask="float"),
-    "not causal, mean": Case(rows="all", mask="padding", strongest=False),
+    "not causal, mean": Case(rows="all", mask="padding", maximum=False),
     "padding gives nothing, known": Case(rows="all", known=True),
     "half precision": Case(dtype=torch.float16, mask="lowest", depth=40),
     "half precision, known": Case(dtype=torch.float16, known=True, mask="shared"),
@@ -97,7 +97,7 @@ CASES = {
 }
 BFLOAT16 = {
     "bfloat16": Case(dtype=torch.bfloat16, mask="lowest"),
-    "bfloat16, known": Case(dtype=torch.bfloat16, known=True, strongest=False),
+    "bfloat16, known": Case(dtype=torch.bfloat16, known=True, maximum=False),
 }
 """Not for Triton's interpreter: it multiplies their bits as if they were integers."""
 NAN = {"padding is not a number": Case(nan=True)}
@@ -122,7 +122,7 @@ def drawn(case: Case) -> Arguments:
         _weights(case, generator),
         None,
         case.depth**-0.5,
-        case.strongest,
+        case.maximum,
     )
     if not case.known:
         return given
@@ -177,7 +177,7 @@ def by_hand(given: Arguments) -> Tensor:
             for head in range(given.query.shape[1])
         ]
         each = torch.stack(by_head)
-        pairs = each.max(dim=0).values if given.strongest else each.mean(dim=0)
+        pairs = each.max(dim=0).values if given.maximum else each.mean(dim=0)
         for way in range(given.weights.shape[1]):
             total[sample, way] += given.weights[sample, way, row].double() * pairs
     return total
@@ -270,8 +270,8 @@ def _value(case: Case, given: Arguments) -> Tensor:
 
 
 def _attended(given: Arguments, value: Tensor) -> tuple[Tensor, Tensor]:
-    query, key, mask, weights, _, scale, strongest = given
-    return received.attend(query, key, value, mask, weights, scale, strongest)
+    query, key, mask, weights, _, scale, maximum = given
+    return received.attend(query, key, value, mask, weights, scale, maximum)
 
 
 def _output(given: Arguments, value: Tensor) -> Tensor:
@@ -377,7 +377,7 @@ def write_interpreted(path: str) -> None:
         if name == "small blocks":
             # Four blocks of rows, in two shares.
             received_triton.SIDE, received_triton.SHARES = 16, 2
-        results[name] = received_triton.received(*drawn(case))
+        results[name] = received_triton.received(attention.Received(*drawn(case)))
     save_file(results, path)
 
 
@@ -407,7 +407,7 @@ TARGETS = {
     "A100, float16, a mean": Target(
         80,
         "mma.sync",
-        Case(dtype=torch.float16, depth=80, mask="lowest", strongest=False),
+        Case(dtype=torch.float16, depth=80, mask="lowest", maximum=False),
     ),
     "RTX 4090, float32": Target(89, "mma.sync", Case(depth=128, mask="none")),
 }
@@ -433,7 +433,7 @@ def write_compiled(path: str) -> None:
     for name, target in TARGETS.items():
         gpu.get_current_device.return_value = target.capability
         gpu.get_current_target.return_value = GPUTarget("cuda", target.capability, 32)
-        received_triton.received(*drawn(target.case).to("meta"))
+        received_triton.received(attention.Received(*drawn(target.case).to("meta")))
         found[name] = [
             (
                 each.metadata.name,
@@ -472,10 +472,10 @@ ON_A_GPU = {
     "bfloat16": LLAVA._replace(dtype=torch.bfloat16, mask="none"),
     "float16": LLAVA._replace(dtype=torch.float16, mask="lowest"),
     "eight, padded": LLAVA._replace(samples=8, dtype=torch.bfloat16),
-    "eight, float16": LLAVA._replace(samples=8, dtype=torch.float16, strongest=False),
+    "eight, float16": LLAVA._replace(samples=8, dtype=torch.float16, maximum=False),
     "grouped": LLAVA._replace(samples=2, groups=8, dtype=torch.bfloat16),
     "known": LLAVA._replace(samples=2, dtype=torch.bfloat16, known=True),
-    "last": LLAVA._replace(dtype=torch.bfloat16, rows="last", strongest=False),
+    "last": LLAVA._replace(dtype=torch.bfloat16, rows="last", maximum=False),
     "padding gives": LLAVA._replace(samples=2, dtype=torch.float16, rows="all"),
     "float32": LLAVA._replace(samples=2),
 }

@@ -60,7 +60,7 @@ class PrunedProgram:
         return self.program.module()
 
     def keep_sets(self, **inputs: Any) -> dict[int, Tensor]:
-        """Run it, and say which tokens stay.
+        """Run it, and say which tokens are kept.
 
         Returns:
             For each layer with a cut, [B, K]: positions in the prompt as it came.
@@ -128,7 +128,7 @@ def prune(
             ``inputs``, or a program that ``torch.export`` made of one with a dynamic
             prompt length. Neither is changed.
         inputs: An example, as the model's processor returns it. Batch, prompt length
-            and number of images stay dynamic. Only for a model.
+            and number of images are dynamic. Only for a model.
         recipe: A recipe, the name of a shipped one, or a recipe file; left out, the
             default (``recipes.default_recipe``) stretched to the model.
         passes: Further passes, or what makes them of the plan: they run after those

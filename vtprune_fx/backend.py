@@ -139,9 +139,9 @@ def _tracing(
     pruned: GraphModule, plan: PrunePlan, example_inputs: list[Tensor]
 ) -> Iterator[None]:
     """Let the inner backend trace a pruned graph in Dynamo's mode."""
-    own = fake_mode_of(pruned.graph)
-    mode = detect_fake_mode(example_inputs) or own
-    if mode is not own:
+    made_in = fake_mode_of(pruned.graph)
+    mode = detect_fake_mode(example_inputs) or made_in
+    if mode is not made_in:
         # A graph of a literal length. Its symbols would be taken for Dynamo's.
         for node in pruned.graph.nodes:
             node.meta.pop("unbacked_bindings", None)
@@ -155,10 +155,10 @@ def _tracing(
 def _inductor_settings() -> AbstractContextManager[None]:
     """Inductor as it is set, but for what does not suit pruned graphs.
 
-    * Kernels behind a cut all depend on the buffer that its length is read off. Each is
+    * Kernels after a cut all depend on the buffer that its length is read off. Each is
       tried with so many of them for fusion; few are enough for the same kernels.
     * Freezing lays convolutions' weights out anew, and then asks for the strides of the
-      graph's outputs. Lengths behind cuts are symbols that torch 2.13 has renamed by
+      graph's outputs. Lengths after cuts are symbols that torch 2.13 has renamed by
       then, and ``torch.fx.Graph.materialize_symints`` looks for the names of before.
     """
     attempts = min(8, config.max_fusion_buffer_group_pairwise_attempts)
@@ -264,7 +264,7 @@ def _form_for(module: GraphModule) -> Form:
 
 
 def _return_keep_sets(module: GraphModule, plan: PrunePlan) -> None:
-    """Let a graph return its keep sets, behind its outputs."""
+    """Let a graph return its keep sets, after its outputs."""
     found = cut_nodes(module.graph)
     keep_sets = [found[cut.attention.layer].keep for cut in plan.cuts]
     [output] = module.graph.find_nodes(op="output")

@@ -1,4 +1,4 @@
-"""Writing files whole: what is there is complete, or what was there before."""
+"""Writing files: what is there is complete, or what was there before."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ def require_plots() -> Any:
 
 
 def draw_recipe(recipe: Recipe) -> bytes:
-    """A PNG picture of the visual tokens in and behind each layer of a model.
+    """A PNG picture of the visual tokens in and after each layer of a model.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
@@ -32,7 +32,7 @@ def draw_recipe(recipe: Recipe) -> bytes:
     axes.set_xlabel("decoder layer")
     axes.set_ylabel("visual tokens")
     axes.set_title(recipe.name)
-    axes.legend(["enter the layer", "left behind its cut"])
+    axes.legend(["enter the layer", "kept by its cut"])
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=120)
     return png.getvalue()

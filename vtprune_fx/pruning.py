@@ -132,7 +132,7 @@ def _check_leaves_two(graph: Graph, plan: PrunePlan) -> None:
         raise PlanError(
             f"recipe {plan.recipe.name}",
             expected=f"prompts of at least {least} tokens, of which two are left",
-            found=f"{length} tokens, {plan.needed} of which leave",
+            found=f"{length} tokens, {plan.needed} of which are dropped",
             fix="Drop fewer, or prompt with more text.",
         )
     assume_at_least(graph, plan.tokens, least)
@@ -141,7 +141,7 @@ def _check_leaves_two(graph: Graph, plan: PrunePlan) -> None:
 def _longer_than_cuts(
     program: ExportedProgram, plan: PrunePlan, module: GraphModule
 ) -> dict[sympy.Symbol, ValueRanges[Any]]:
-    """The program's ranges, with a prompt that the cuts leave something of."""
+    """The program's ranges, with a prompt of which the cuts keep something."""
     known = program.range_constraints
     holds = ValueRanges(_shortest_prompt(plan), known[plan.tokens].upper)
     return {**known, plan.tokens: holds, **_ranges_read(module)}

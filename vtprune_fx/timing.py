@@ -29,7 +29,7 @@ Target = Literal["torch", "onnx"]
 """``torch.compile`` with inductor, or ONNX Runtime."""
 
 ROUNDS = 7
-"""Timed runs of each, behind one that is not counted."""
+"""Timed runs of each, after one that is not counted."""
 
 
 def first_token_seconds(
@@ -78,10 +78,10 @@ def stopwatch(
         dense: A recipe for the model without cuts.
         target: Where.
     """
-    # Each gets a copy of its own: dense and pruned are there at once.
+    # Each gets a copy: dense and pruned are there at once.
     weights = {id(parameter): parameter for parameter in model.parameters()}
-    whole, ours = (copy.deepcopy(model, dict(weights)) for _ in range(2))
-    with running(whole, processor, dense, target, inputs) as timed:
+    dense_model, ours = (copy.deepcopy(model, dict(weights)) for _ in range(2))
+    with running(dense_model, processor, dense, target, inputs) as timed:
 
         def saved(recipe: Recipe) -> float:
             with running(ours, processor, recipe, target, inputs) as pruned_model:
@@ -104,7 +104,7 @@ def running(
 ) -> Iterator[Any]:
     """A model as a recipe prunes it, on a runtime.
 
-    Several recipes may run one after the other, and models of their own side by side.
+    Several recipes may run one after the other, and other models side by side.
 
     Args:
         model: An unmodified transformers model.

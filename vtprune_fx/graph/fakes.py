@@ -14,7 +14,7 @@ def fake_mode_of(graph: Graph) -> FakeTensorMode:
     """The fake mode that the graph's values live in.
 
     Not ``detect_fake_mode``, which asks whoever is compiling first: the values of a
-    graph whose length was a number live in a mode of their own (``literal_length``).
+    graph whose length was a number live in another mode (``literal_length``).
     """
     values = (node.meta.get("val") for node in graph.nodes)
     return next(v.fake_mode for v in values if isinstance(v, FakeTensor))

@@ -1,6 +1,6 @@
 """Inserting nodes into fx graphs.
 
-``Graph.call_function`` leaves a node's ``meta`` empty and ``Graph.lint`` does not mind;
+``Graph.call_function`` gives a node an empty ``meta`` and ``Graph.lint`` does not mind;
 here every inserted node gets its value, the place it came from, and a stamp.
 """
 

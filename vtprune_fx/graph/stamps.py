@@ -66,7 +66,7 @@ class CutNodes:
         keys: Where a keep set has negative numbers: the sorted keys, [B, K], that it is
             computed from.
         stand_in: Where a keep set has negative numbers: positions, [B, K]. A new token
-            has those of another token, a token that became padding has its own.
+            has those of another token, a token that became padding has its position.
         new: The new tokens, [B, C, E], that the cut makes of dropped ones.
     """
 

@@ -18,11 +18,11 @@ from vtprune_fx.graph.sizes import Count
 
 READ = "vtprune_read"
 """Key of ``node.meta`` of a count that is read from the data: its symbol and None, or
-the tokens that leave and the node [B, S] of those that were there, if it counts the
+the dropped tokens and the node [B, S] of those that were there, if it counts the
 others."""
 
 SHORTER = "vtprune_shorter"
-"""Key of ``node.meta`` that stands in for ``val`` behind a cut."""
+"""Key of ``node.meta`` that stands in for ``val`` after a cut."""
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""Operators of vtprune's own, and what they compute on each device."""
+"""Operators of vtprune, and what they compute on each device."""

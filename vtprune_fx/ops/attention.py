@@ -5,6 +5,8 @@ Shapes: B samples, H query heads, G key heads (G divides H), S tokens, D head wi
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -51,3 +53,15 @@ def added_bias(mask: Tensor) -> Tensor:
 def lets_through(mask: Tensor) -> Tensor:
     """Bool: where a mask, bool or float, lets anything through."""
     return mask if mask.dtype == torch.bool else mask > NEVER / 2
+
+
+class Received(NamedTuple):
+    """What ``received.received`` is given; shapes are said there."""
+
+    query: Tensor
+    key: Tensor
+    mask: Tensor | None
+    weights: Tensor
+    lse: Tensor | None
+    scale: float
+    maximum: bool

@@ -2,13 +2,13 @@
 
 One custom operator, ``vtprune::received``, so that no compiler ever writes the
 [B, H, S, S] probabilities down. ``spelled_out`` defines it in plain PyTorch, and is
-what exported graphs hold; on a CPU it is computed in blocks of rows that stay in the
+what exported graphs hold; on a CPU it is computed in blocks of rows that fit the
 cache, on a GPU in Triton (``received_triton``). ``attend`` computes it on a CPU beside
 the attention itself, whose probabilities it then costs no second time.
 
 Operations, counted: the products of queries and keys, ``B * H * R * S * D``
 multiply-adds with R the rows that have a weight, and as many again without the
-log-sum-exps that fused attention leaves; bytes: queries and keys once for each block.
+log-sum-exps that fused attention gives; bytes: queries and keys once for each block.
 
 Shapes: B samples, H query heads, G key heads (G divides H), S tokens, D head width, W
 ways to weight rows.
@@ -16,13 +16,14 @@ ways to weight rows.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from vtprune_fx.ops.attention import (
     NEVER,
+    Received,
     added_bias,
     causal_mask,
     lets_through,
@@ -49,7 +50,7 @@ def received(
     weights: Tensor,
     lse: Tensor | None,
     scale: float,
-    strongest: bool,
+    maximum: bool,
 ) -> Tensor:
     """What each token gets of the attention of some rows, heads taken together.
 
@@ -65,47 +66,46 @@ def received(
         lse: [B, H, S] float32, each row's log-sum-exp of its logits, where it is known;
             -inf in a row that may attend nothing.
         scale: What logits are multiplied by.
-        strongest: The maximum over heads instead of the mean.
+        maximum: The maximum over heads instead of the mean.
 
     Returns:
         [B, W, S] float32.
     """
     # Autocast would round the products of what is float32 by then.
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
-        return _in_blocks(query, key, mask, weights, lse, scale, strongest)
+        heads, asked = _Heads(query, key, mask, scale), _Sums(weights, lse, maximum)
+        sums = torch.zeros_like(weights, memory_format=torch.contiguous_format)
+        for sample in range(query.shape[0]):
+            _sum_up(heads.of(sample), sums[sample], asked.of(sample))
+        return sums
 
 
 def _on_gpu(*given: Any) -> Tensor:
     from vtprune_fx.ops import received_triton  # noqa: PLC0415 - PyTorch's GPU builds have it
 
-    return received_triton.received(*given)
+    return received_triton.received(Received(*given))
 
 
 torch.library.impl("vtprune::received", "cuda", _on_gpu)
 
 
-def spelled_out(
-    query: Tensor,
-    key: Tensor,
-    mask: Tensor | None,
-    weights: Tensor,
-    lse: Tensor | None,
-    scale: float,
-    strongest: bool,
-) -> Tensor:
+def spelled_out(*given: Any) -> Tensor:
     """What ``received`` is, in plain PyTorch. Takes and returns the same.
 
     No matrix product makes the sums: autocast would round it to half precision.
     """
-    found = logits(query, key, mask, scale)
+    asked = Received(*given)
+    found = logits(asked.query, asked.key, asked.mask, asked.scale)
+    lse, weights = asked.lse, asked.weights
     probabilities = found.softmax(dim=3) if lse is None else _normalised(found, lse)
-    pairs = probabilities.amax(dim=1) if strongest else probabilities.mean(dim=1)
+    over = probabilities.amax if asked.maximum else probabilities.mean
+    pairs = over(dim=1)
     sums = [(pairs * each[:, :, None]).sum(dim=1) for each in weights.unbind(dim=1)]
     return torch.stack(sums, dim=1)
 
 
 DEFINITIONS = {received: spelled_out}
-"""What graphs without operators of vtprune's own hold in their place."""
+"""What graphs hold where operators of vtprune may not be."""
 
 
 def _normalised(found: Tensor, lse: Tensor) -> Tensor:
@@ -114,43 +114,39 @@ def _normalised(found: Tensor, lse: Tensor) -> Tensor:
     return (found - lse[:, :, :, None]).exp()
 
 
-def _in_blocks(
-    query: Tensor,
-    key: Tensor,
-    mask: Tensor | None,
-    weights: Tensor,
-    lse: Tensor | None,
-    scale: float,
-    strongest: bool,
-) -> Tensor:
-    """As ``spelled_out``, a sample at a time."""
-    heads = _Heads(query, key, mask, scale)
-    sums = torch.zeros_like(weights, memory_format=torch.contiguous_format)
-    for own in range(query.shape[0]):
-        of_own = weights[own], None if lse is None else lse[own], strongest
-        _sum_up(heads.of(own), sums[own], *of_own)
-    return sums
+class _Sums(NamedTuple):
+    """What sums over rows are asked for.
+
+    Attributes:
+        weights: [B, W, S]; of one sample [W, S].
+        lse: [B, H, S], or None; of one sample [H, S].
+        maximum: The maximum over heads instead of the mean.
+    """
+
+    weights: Tensor
+    lse: Tensor | None
+    maximum: bool
+
+    def of(self, sample: int) -> _Sums:
+        """Those of one sample."""
+        lse = None if self.lse is None else self.lse[sample]
+        return self._replace(weights=self.weights[sample], lse=lse)
 
 
-def _sum_up(
-    sample: _Sample,
-    sums: Tensor,
-    weights: Tensor,
-    lse: Tensor | None,
-    strongest: bool,
-) -> None:
-    """Write sums [W, S] of one sample, given weights [W, S] and lse [H, S].
+def _sum_up(sample: _Sample, sums: Tensor, asked: _Sums) -> None:
+    """Write sums [W, S] of one sample.
 
     A block of rows at a time, from the first with a weight to the last: slices, since
     gathered rows would be copied first.
     """
-    first, behind = _weighted(weights)
-    for start in range(first, behind, sample.at_once):
-        rows = slice(start, min(start + sample.at_once, behind))
+    weights, lse, maximum = asked
+    first, end = _weighted(weights)
+    for start in range(first, end, sample.at_once):
+        rows = slice(start, min(start + sample.at_once, end))
         if lse is None:
-            pairs = _over_heads(sample.probabilities(rows), strongest)
+            pairs = _over_heads(sample.probabilities(rows), maximum)
         else:
-            pairs = sample.pairs(rows, lse[:, rows], strongest)
+            pairs = sample.pairs(rows, lse[:, rows], maximum)
         sums[:, : pairs.shape[1]].addmm_(weights[:, rows], pairs)
 
 
@@ -161,7 +157,7 @@ def attend(
     mask: Tensor | None,
     weights: Tensor,
     scale: float,
-    strongest: bool,
+    maximum: bool,
 ) -> tuple[Tensor, Tensor]:
     """Attention, and what ``received`` gives, of the same probabilities.
 
@@ -175,45 +171,40 @@ def attend(
         mask: Bool or None: [B or 1, 1, S, S].
         weights: See ``query``.
         scale: See ``query``.
-        strongest: See ``query``.
+        maximum: See ``query``.
 
     Returns:
         [B, H, S, D'] in memory as [B, S, H, D'], 0 in rows that may attend nothing, as
         fused attention has it; [B, W, S] float32.
     """
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
-        heads = _Heads(query, key, mask, scale)
+        heads, asked = _Heads(query, key, mask, scale), _Sums(weights, None, maximum)
         output = unwritten_output(query, value)
         sums = torch.zeros_like(weights, memory_format=torch.contiguous_format)
         values = per_query_head(query, value)
-        for own in range(query.shape[0]):
-            of_own = values[own], weights[own], strongest
-            _attend_one(heads.of(own), output[own], sums[own], *of_own)
+        for n in range(query.shape[0]):
+            _attend_one(heads.of(n), output[n], sums[n], values[n], asked.of(n))
     return output, sums
 
 
 def _attend_one(
-    sample: _Sample,
-    output: Tensor,
-    sums: Tensor,
-    value: Tensor,
-    weights: Tensor,
-    strongest: bool,
+    sample: _Sample, output: Tensor, sums: Tensor, value: Tensor, asked: _Sums
 ) -> None:
     """Write output [H, S, D'] and sums [W, S] of one sample, given value [H, S, D'].
 
-    As ``_sum_up``, but over all rows; those ahead of the first with a weight, and
-    behind the last, are not looked at for sums. They may be no numbers.
+    As ``_sum_up``, but over all rows; those before the first with a weight, and after
+    the last, are not looked at for sums. They may be no numbers.
     """
-    first, behind = _weighted(weights)
+    weights, _, maximum = asked
+    first, last = _weighted(weights)
     for start in range(0, output.shape[1], sample.at_once):
         rows = slice(start, start + sample.at_once)
         probabilities = sample.probabilities(rows)
         columns = probabilities.shape[2]
         output[:, rows] = torch.bmm(probabilities, value[:, :columns])
-        of, end = max(first, start), min(behind, start + sample.at_once)
+        of, end = max(first, start), min(last, start + sample.at_once)
         if of < end:
-            pairs = _over_heads(probabilities[:, of - start : end - start], strongest)
+            pairs = _over_heads(probabilities[:, of - start : end - start], maximum)
             sums[:, :columns].addmm_(weights[:, of:end], pairs)
     if sample.nothing:
         output[:, list(sample.nothing)] = 0
@@ -222,14 +213,14 @@ def _attend_one(
 def unwritten_output(query: Tensor, value: Tensor) -> Tensor:
     """[B, H, S, D'], memory for an attention's output: heads side by side in a token.
 
-    That is how fused attention leaves it: a decoder goes on with [B, S, H * D'].
+    That is how fused attention gives it: a decoder goes on with [B, S, H * D'].
     """
     samples, heads, tokens, _ = query.shape
     return value.new_empty(samples, tokens, heads, value.shape[3]).transpose(1, 2)
 
 
 def _weighted(weights: Tensor) -> tuple[int, int]:
-    """The first of the rows [W, S] that have a weight, and what is behind the last."""
+    """The first of the rows [W, S] that have a weight, and the end of the last."""
     weighted = weights.any(dim=0).tolist()
     if True not in weighted:
         return 0, 0
@@ -245,13 +236,13 @@ class _Heads:
         self._query, self._key, self._scale = query, key, scale
         self._mask = causal_mask(query)[None, None] if mask is None else mask
 
-    def of(self, own: int) -> _Sample:
-        """One sample's. Half precision is left here, not once for a block."""
-        key = per_query_head(self._query, self._key[own : own + 1])[0]
+    def of(self, sample: int) -> _Sample:
+        """One sample's, in float32 once and not for each block."""
+        key = per_query_head(self._query, self._key[sample : sample + 1])[0]
         return _Sample(
-            self._query[own].float(),
+            self._query[sample].float(),
             (key.float() * self._scale).mT,
-            self._mask[own if len(self._mask) > 1 else 0, 0],
+            self._mask[sample if len(self._mask) > 1 else 0, 0],
         )
 
 
@@ -281,14 +272,14 @@ class _Sample:
             self.nothing = frozenset((~attends).nonzero().flatten().tolist())
 
     def probabilities(self, rows: slice) -> Tensor:
-        """[H, R, C]: up to a column behind which none of the rows attends to any.
+        """[H, R, C]: up to a column after which none of the rows attends to any.
 
         A row that may attend nothing has a uniform softmax over all columns, as
         ``NEVER`` is finite.
         """
         return self._logits(rows).softmax(dim=2)
 
-    def pairs(self, rows: slice, lse: Tensor, strongest: bool) -> Tensor:
+    def pairs(self, rows: slice, lse: Tensor, maximum: bool) -> Tensor:
         """[R, C]: probabilities by lse [H, R], heads taken together.
 
         exp is monotone, so the maximum over heads takes one exp a pair.
@@ -296,7 +287,7 @@ class _Sample:
         found = self._logits(rows)
         lse = lse.masked_fill(lse == -torch.inf, torch.inf)
         found -= lse[:, :, None]
-        return found.amax(dim=0).exp_() if strongest else found.exp_().mean(dim=0)
+        return found.amax(dim=0).exp_() if maximum else found.exp_().mean(dim=0)
 
     def _logits(self, rows: slice) -> Tensor:
         """[H, R, C], the mask added where it is anything but 0."""
@@ -311,7 +302,7 @@ class _Sample:
         return found
 
     def _masked(self, rows: slice) -> tuple[int, int]:
-        """The first column whose mask counts, and one behind which none is attended to.
+        """The first column whose mask counts, and one after all that are attended to.
 
         In a causal mask they enclose the block on the diagonal.
         """
@@ -319,11 +310,11 @@ class _Sample:
         if not self.nothing.isdisjoint(range(rows.start, rows.stop)):
             return 0, tokens
         start, stop = rows.start, min(rows.stop, tokens)
-        ahead, behind = self._mask[rows, :start], self._mask[rows, stop:]
-        plain = ahead if ahead.dtype == torch.bool else ahead == 0
+        before, after = self._mask[rows, :start], self._mask[rows, stop:]
+        plain = before if before.dtype == torch.bool else before == 0
         first = start if start and plain.all() else 0
-        return first, tokens if stop < tokens and lets_through(behind).any() else stop
+        return first, tokens if stop < tokens and lets_through(after).any() else stop
 
 
-def _over_heads(pairs: Tensor, strongest: bool) -> Tensor:
-    return pairs.amax(dim=0) if strongest else pairs.mean(dim=0)
+def _over_heads(pairs: Tensor, maximum: bool) -> Tensor:
+    return pairs.amax(dim=0) if maximum else pairs.mean(dim=0)

@@ -4,7 +4,7 @@ The log-sum-exps that fused attention left are read; without them a first kernel
 those of the rows that have a weight. The second kernel cuts the pairs into blocks, and
 a program takes the heads of a block in turn: products, maximum or sum over heads, one
 exp a pair (for the maximum) and the weighted sum of rows stay in registers. Each of up
-to ``SHARES`` shares of the rows has sums of its own; PyTorch adds them up, so the order
+to ``SHARES`` shares of the rows has other sums; PyTorch adds them up, so the order
 of additions never changes. A block in which no row with a weight may attend to
 anything, such as nearly half of those of a causal mask, costs a glance at weights and
 mask.
@@ -16,7 +16,7 @@ the shares. Graphs for ONNX and TensorRT hold ``received.spelled_out``.
 
 Products of float32 take three of TF32 each, which lose next to nothing, and are not
 what sizes are chosen for. Those of half precision are added up in float32, and not
-rounded ahead of the softmax as ``spelled_out`` rounds them.
+rounded before the softmax as ``spelled_out`` rounds them.
 
 Shapes as in ``received``; a block is of R rows and C columns.
 """
@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vtprune_fx.ops.attention import NEVER
+from vtprune_fx.ops.attention import NEVER, Received
 
 SIDE = 64
 """Rows and columns of a block at most. While heads go by, products, their maximum and
@@ -52,20 +52,13 @@ _NEVER = tl.constexpr(NEVER / 2)
 """A mask's value below this is of a pair that may not attend."""
 
 
-def received(
-    query: Tensor,
-    key: Tensor,
-    mask: Tensor | None,
-    weights: Tensor,
-    lse: Tensor | None,
-    scale: float,
-    strongest: bool,
-) -> Tensor:
-    """As ``received.received``: takes and returns the same.
+def received(asked: Received) -> Tensor:
+    """As ``received.received``, of the same.
 
     The tensors are on a GPU, or on any device under Triton's interpreter
     (``TRITON_INTERPRET=1``).
     """
+    query, key, mask, weights, lse, scale, maximum = asked
     samples, heads, tokens, depth = query.shape
     width = max(16, triton.next_power_of_2(depth))
     side = max(16, min(SIDE, TILE_BYTES // (width * query.element_size())))
@@ -100,8 +93,8 @@ def received(
         if lse is None:
             _log_sum_exps[blocks, heads, samples](**given)
         grid = (blocks, shares, samples)
-        own = {"sums": sums, "STRONGEST": strongest, "SPREAD": lse is None}
-        _weighted_sums[grid](**given, **own)
+        more = {"sums": sums, "STRONGEST": maximum, "SPREAD": lse is None}
+        _weighted_sums[grid](**given, **more)
     return sums.sum(dim=0)
 
 
@@ -150,7 +143,7 @@ def _log_sum_exps(
         query += sample * query_strides[0] + tl.cast(head, tl.int64) * query_strides[1]
         key += sample * key_strides[0] + (head // groups).to(tl.int64) * key_strides[1]
         queries = _block(query, query_strides, row, tokens, ROWS, DEPTH, WIDTH)
-        # How far rows look is found ahead: a loop with a choice in it would load each
+        # How far rows look is found before: a loop with a choice in it would load each
         # block of keys only when the one before is done with.
         end = row * 0
         for column in range(0, tokens, COLUMNS):

@@ -1,4 +1,4 @@
-"""Operators of vtprune's own."""
+"""How operators of vtprune are registered."""
 
 from __future__ import annotations
 

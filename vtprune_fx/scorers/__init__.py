@@ -1,6 +1,6 @@
 """Scorers: what rates the visual tokens at a cut, by the name that recipes use.
 
-One scorer, one file. A scorer of your own is a function on plain tensors::
+One scorer, one file. A custom scorer is a function on plain tensors::
 
     import vtprune_fx
 

@@ -2,10 +2,10 @@
 
 Pivots are the few visual tokens and the few instruction tokens with the largest L1 norm
 of their keys, all heads taken together. A visual token scores minus the largest cosine
-between its key and a pivot's; pivots stay.
+between its key and a pivot's; pivots are kept.
 
 The published code differs: each pivot in turn, in the order of a Python set, takes its
-own share of the tokens least like it, and likeness is that of normed hidden states.
+a share of the tokens least like it, and likeness is that of normed hidden states.
 Here every token has one score, which depends on no order.
 """
 
@@ -42,8 +42,8 @@ def rate(seen: Evidence, *, visual_pivots: int = 4, text_pivots: int = 4) -> Ten
     cosines = directions @ directions[samples, pivots].transpose(1, 2)
     likeness: Tensor = cosines.masked_fill(~real[:, None], -_PIVOT).amax(dim=2)
     order = torch.arange(keys.shape[1], device=keys.device)
-    own = ((order[:, None] == pivots[:, None]) & real[:, None]).any(dim=2)
-    return (-likeness).masked_fill(own, _PIVOT)
+    itself = ((order[:, None] == pivots[:, None]) & real[:, None]).any(dim=2)
+    return (-likeness).masked_fill(itself, _PIVOT)
 
 
 def _largest(length: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -1,12 +1,12 @@
-"""DivPrune's score (arXiv:2503.02175): tokens that are far from each other stay.
+"""DivPrune's score (arXiv:2503.02175): tokens that are far from each other are kept.
 
-Greedily, by the distance ``1 - cosine`` of the residual stream, ahead of the first
+Greedily, by the distance ``1 - cosine`` of the residual stream, before the first
 layer that of what the projector made: first the token whose nearest other is farthest,
 then one by one the token whose nearest chosen one is.
 
 Who is chosen first scores highest. Tokens that ``picks`` choices do not come to score
 by how far the nearest chosen one is, by which the next choice would go. Each choice is
-a few nodes of a graph: as many as tokens stay are enough.
+a few nodes of a graph: as many as there are kept tokens are enough.
 """
 
 from __future__ import annotations

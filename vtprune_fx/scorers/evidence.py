@@ -28,7 +28,7 @@ class Evidence(NamedTuple, Generic[Value]):
     Attributes:
         query: [B, H, S, D], rotated.
         key: [B, G, S, D], rotated; G divides H.
-        mask: What the layer's own attention got: [B or 1, 1, S, S], bool (True attends)
+        mask: What the layer's attention got: [B or 1, 1, S, S], bool (True attends)
             or float (added to logits), or None for a plain causal mask.
         roles: [B, S] int64, as ``roles.token_roles`` gives them.
         scale: What the layer's attention multiplies its logits by.

@@ -1,4 +1,4 @@
-"""FitPrune's score the wrong way round: the best tokens leave first. A baseline."""
+"""FitPrune's score the wrong way round: the best are dropped first. A baseline."""
 
 from __future__ import annotations
 

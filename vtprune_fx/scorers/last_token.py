@@ -1,6 +1,6 @@
 """The attention of the last token, mean over heads.
 
-FastV (arXiv:2403.06764) rates by it behind a layer, PyramidDrop (arXiv:2410.17247) by
+FastV (arXiv:2403.06764) rates by it after a layer, PyramidDrop (arXiv:2410.17247) by
 the one that the next layer would have: the same score at another site.
 """
 

@@ -1,9 +1,9 @@
-"""Pseudo-random visual tokens leave, the same in every runtime. A baseline.
+"""Pseudo-random visual tokens are dropped, the same in every runtime. A baseline.
 
-Whole numbers modulo the prime p = 65519, so that no two tokens tie and every runtime
+Integers modulo the prime p = 65519, so that no two tokens tie and every runtime
 agrees: with v visual tokens left, the i-th scores ``(c^3 + v)^3`` with
 ``c = 251 i + 7919 v + 104729 seed``. Cubing is one to one, as 3 does not divide p - 1.
-Which tokens leave depends on the seed and on how many there are.
+Which tokens are dropped depends on the seed and on how many there are.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 CONTEXT, VISUAL, INSTRUCTION, PADDING = 0, 1, 2, 3
-"""Roles of tokens: text ahead of or between images, images, text behind the last, and
+"""Roles of tokens: text before or between images, images, text after the last, and
 what nobody attends to."""
 
 
@@ -27,7 +27,7 @@ def marked(*masks: Tensor) -> Tensor:
 def token_roles(visual: Tensor, mask: Tensor | None) -> Tensor:
     """What each token of a prompt is there for.
 
-    Text is instruction behind the last image of the prompt as it came, also once that
+    Text is instruction after the last image of the prompt, also once that
     image has lost all its tokens; hence roles are taken once and gathered at cuts.
 
     Args:

@@ -1,4 +1,4 @@
-"""Evenly spaced visual tokens leave, whatever they show. A baseline.
+"""Evenly spaced visual tokens are dropped, whatever they show. A baseline.
 
 The i-th visual token scores ``i * 40503 mod 2^16``, Fibonacci hashing with 40503 the
 odd number next to 2^16 over the golden ratio: the lowest n of v scores are spread over

@@ -86,8 +86,8 @@ def counts(
     """
     visual = (roles == VISUAL).sum()
     if isinstance(rule, KeepByRank):
-        stay = (rule.scale * rank.double() + rule.bias).long()
-        drop = visual - stay.minimum(visual - 1).clamp(min=0)
+        kept = (rule.scale * rank.double() + rule.bias).long()
+        drop = visual - kept.minimum(visual - 1).clamp(min=0)
     else:
         drop = (rule.factor * (visual - rank).double()).long()
     chosen = clusters = torch.zeros_like(drop)

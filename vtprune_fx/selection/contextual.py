@@ -2,14 +2,14 @@
 
 The tower's class token says which patches matter: a visual token's score is the
 attention that its patch gets from it in the layer whose output the features are, sum
-over heads. Of the n tokens that leave C become *contextual* ones. With k a patch's key
+over heads. Of the n dropped tokens C become *contextual* ones. With k a patch's key
 in that layer, mean over heads:
 
 * targets are every ``n // C``-th of them, in their order, the first C;
 * every other joins the target with the largest cosine between their k;
 * a new token is the target plus the mean of those that joined it.
 
-The published code merges what the tower makes, ahead of the projector; here what the
+The published code merges what the tower makes, before the projector; here what the
 projector made of it is merged.
 
 Plain PyTorch, traced into graphs by the passes. Nothing here depends on data for a
@@ -38,7 +38,7 @@ def class_attention(
         key: As ``query``.
         visual: [B, S] or [B, S, 1] bool.
         scale: What logits are multiplied by.
-        leading: Tokens ahead of the patches, the class token first.
+        leading: Tokens before the patches, the class token first.
     """
     rows = query[:, :, :1] if leading else query
     logits = (rows @ key.transpose(2, 3) * scale).float()

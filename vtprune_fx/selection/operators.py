@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from vtprune_fx.ops.attention import logits, per_query_head
+from vtprune_fx.ops.attention import Received, logits, per_query_head
 from vtprune_fx.ops.received import attend, received, unwritten_output
 from vtprune_fx.ops.register import operator
 from vtprune_fx.scorers.evidence import Evidence
@@ -147,24 +147,22 @@ class _Attention:
         self._mask, self._scale = mask, scale
         self._output: Tensor | None = None
 
-    def receive(
-        self,
-        query: Tensor,
-        key: Tensor,
-        mask: Tensor | None,
-        weights: Tensor,
-        lse: Tensor | None,
-        scale: float,
-        maximum: bool,
-    ) -> Tensor:
+    def receive(self, *given: Any) -> Tensor:
         """As ``received``; of this attention, its output is computed besides."""
-        same = query is self._query and key is self._key and mask is self._mask
-        same = same and lse is None and scale == self._scale
-        if not same or self._output is not None:
-            found: Tensor = received(query, key, mask, weights, lse, scale, maximum)
+        asked = Received(*given)
+        same = asked.query is self._query and asked.key is self._key
+        same = same and asked.mask is self._mask and asked.scale == self._scale
+        if not same or asked.lse is not None or self._output is not None:
+            found: Tensor = received(*asked)
             return found
         self._output, sums = attend(
-            query, key, self._value, mask, weights, scale, maximum
+            asked.query,
+            asked.key,
+            self._value,
+            asked.mask,
+            asked.weights,
+            asked.scale,
+            asked.maximum,
         )
         return sums
 

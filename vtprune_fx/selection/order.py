@@ -16,10 +16,10 @@ from vtprune_fx.scorers.roles import CONTEXT, INSTRUCTION, PADDING, VISUAL
 
 
 def lowest_first(scores: Tensor, roles: Tensor) -> Tensor:
-    """[B, S] positions in the order in which they would leave.
+    """[B, S] positions in the order in which they would be dropped.
 
-    Of equal scores the earlier token leaves first; one without a score (NaN) leaves
-    ahead of all. Padding leaves behind the last visual token, text never: a prompt of
+    Of equal scores the earlier token is dropped first; one without a score (NaN)
+    before all. Padding is dropped after the last visual token, text never: a prompt of
     text alone beside one with an image becomes shorter by losing what nobody attends
     to.
     """
@@ -34,11 +34,11 @@ def lowest_first(scores: Tensor, roles: Tensor) -> Tensor:
 def enough_to_drop(roles: Tensor, dropped: int, exactly: int | None) -> Tensor:
     """Scalar bool: every sample holds the visual tokens that the cuts count on.
 
-    A sample of text alone holds as much padding as leaves.
+    A sample of text alone holds as much padding as is dropped.
 
     Args:
         roles: [B, S].
-        dropped: How many tokens leave in all.
+        dropped: How many tokens are dropped in all.
         exactly: How many visual tokens a sample must hold, if not any number from
             ``dropped`` on.
     """

@@ -1,9 +1,9 @@
-"""Cuts at which each sample drops a number of tokens of its own.
+"""Cuts at which each sample drops another number of tokens.
 
 Plain PyTorch, traced into graphs by the passes. Nothing here depends on data for a
 shape: no ``nonzero``, no boolean indexing, no ``.item()``.
 
-Shapes: B samples, S tokens, K of them behind the cut.
+Shapes: B samples, S tokens, K of them after the cut.
 """
 
 from __future__ import annotations
@@ -25,30 +25,30 @@ from vtprune_fx.selection.order import lowest_first
 def per_sample_order(
     scores: Tensor, roles: Tensor, came: Tensor, share: int, of: int
 ) -> Tensor:
-    """[B, S] positions in the order of leaving, each sample losing its own number.
+    """[B, S] positions in the order of dropping, each sample another number.
 
-    First the visual tokens that a sample loses, then padding, then what stays: a sample
-    that loses fewer than another becomes as short by losing padding.
+    First the visual tokens that a sample drops, then padding, then what is kept: a
+    sample that drops fewer than another becomes as short by dropping padding.
 
     Args:
         scores: [B, S].
         roles: [B, S].
         came: [B], visual tokens that each sample came with.
-        share: How many of ``of`` visual tokens leave.
+        share: How many of ``of`` visual tokens are dropped.
         of: See ``share``.
     """
     ascending = lowest_first(scores, roles)
     ordered = roles.gather(1, ascending)
     place = torch.arange(roles.shape[1], device=roles.device)
-    leaves = place < (came * share // of)[:, None]
+    dropped = place < (came * share // of)[:, None]
     text = (ordered == CONTEXT) | (ordered == INSTRUCTION)
-    turn = (~leaves).long() + ((ordered == VISUAL) & ~leaves).long() + 2 * text.long()
+    turn = (~dropped).long() + ((ordered == VISUAL) & ~dropped).long() + 2 * text.long()
     turns = torch.sort(turn, dim=1, stable=True).indices
     return ascending.gather(1, turns)
 
 
 def per_sample_dropped(order: Tensor, came: Tensor, share: int, of: int) -> Tensor:
-    """[B, S] bool: which of ``per_sample_order``'s are visual tokens that leave."""
+    """[B, S] bool: which of ``per_sample_order``'s are dropped visual tokens."""
     place = torch.arange(order.shape[1], device=order.device)
     return place < (came * share // of)[:, None]
 
@@ -57,9 +57,9 @@ _FRONT = 2**32
 """More than a prompt's tokens."""
 
 
-def per_sample_keys(staying: Tensor, leaving: Tensor) -> Tensor:
-    """[B, K] int64: sort keys, ascending by position, who leaves ahead of all."""
-    return staying - leaving.long() * _FRONT
+def per_sample_keys(kept: Tensor, dropped: Tensor) -> Tensor:
+    """[B, K] int64: sort keys, ascending by position, the dropped before all."""
+    return kept - dropped.long() * _FRONT
 
 
 def per_sample_keep_set(keys: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ def per_sample_places(
     """[B, K]: whose positions the tokens left take, where positions are compacted.
 
     Those of the first tokens of a sample. Its first token moves when padding in front
-    of it leaves, or when visual tokens become padding.
+    of it is dropped, or when visual tokens become padding.
 
     Args:
         roles: [B, S].
@@ -108,12 +108,12 @@ def mask_without(mask: Tensor, keep: Tensor) -> Tensor:
 def enough_padding(
     roles: Tensor, drops: tuple[int, ...], shares: tuple[int, ...], of: int
 ) -> Tensor:
-    """Scalar bool: every sample has the padding that leaves beside its visual tokens.
+    """Scalar bool: every sample has the padding to drop beside its visual tokens.
 
     Args:
         roles: [B, S].
-        drops: How many tokens leave at each cut.
-        shares: How many of ``of`` visual tokens leave at each cut.
+        drops: How many tokens are dropped at each cut.
+        shares: How many of ``of`` visual tokens each cut drops.
         of: See ``shares``.
     """
     visual, room = visual_counts(roles), (roles == PADDING).sum(dim=1)

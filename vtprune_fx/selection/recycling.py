@@ -12,8 +12,8 @@ by cosine, and takes the sum (``Recycle.form``). The published code adds noise o
 to densities so that none are equal; here the better scored of two equal tokens is the
 denser one.
 
-New tokens stand behind the last visual token. Keep sets hold them as negative numbers,
--C to -1, which index what is put behind the tokens to gather from.
+New tokens stand after the last visual token. Keep sets hold them as negative numbers,
+-C to -1, which index what is put after the tokens to gather from.
 
 Shapes: B samples, S tokens, E hidden width. m and C are constants.
 """
@@ -47,11 +47,11 @@ def merge(hidden: Tensor, best_first: Tensor, clusters: int, paper: bool) -> Ten
 
 
 def best_of_dropped(lowest_first: Tensor, drop: int, chosen: int) -> Tensor:
-    """[B, m]: the best of those that leave, the best first.
+    """[B, m]: the best of the dropped tokens, the best first.
 
     Args:
         lowest_first: [B, S], positions in the order of dropping.
-        drop: n, how many leave.
+        drop: n, how many are dropped.
         chosen: m.
     """
     return lowest_first[:, drop - chosen : drop].flip(1)
