@@ -88,10 +88,19 @@ def check_decoder(text: PreTrainedConfig) -> None:
     """Refuse a decoder that would not be what it was.
 
     Raises:
-        InputError: Layers attend to a window, their logits are capped, which fused
-            attention cannot do, or ``check_rotary`` refuses it.
+        InputError: Layers attend to a window, or ``check_traceable`` refuses it.
     """
     check_sees_all(text)
+    check_traceable(text)
+
+
+def check_traceable(text: PreTrainedConfig) -> None:
+    """Refuse a decoder whose graph cannot be pruned, with a cache or without one.
+
+    Raises:
+        InputError: Logits of its attention are capped, which fused attention cannot do,
+            or ``check_rotary`` refuses it.
+    """
     check_rotary(text)
     cap = getattr(text, "attn_logit_softcapping", None)
     if cap is not None:
