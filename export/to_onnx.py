@@ -50,7 +50,11 @@ from vtprune_fx.models.arguments import PAST
 from vtprune_fx.models.encoding import prefill_inputs, takes_sizes
 from vtprune_fx.models.placeholders import is_visual
 from vtprune_fx.models.prompts import image_token
-from vtprune_fx.models.ragged_attention import ATTENTION, attention_implementation
+from vtprune_fx.models.ragged_attention import (
+    ATTENTION,
+    attention_implementation,
+    check_decoder,
+)
 from vtprune_fx.passes import cut_nodes
 from vtprune_fx.planning.report import PruneReport
 from vtprune_fx.pruning import prune_program
@@ -196,10 +200,12 @@ def export_onnx(
         options: What the graphs look like.
 
     Raises:
-        InputError: Prompts are to be shorter than the example's image.
+        InputError: Prompts are to be shorter than the example's image, or
+            ``ragged_attention.check_decoder`` refuses the decoder.
         AnatomyError: The model has no visual tokens, or no decoder that can be pruned.
         PlanError: The recipe does not fit the model.
     """
+    check_decoder(model.config.get_text_config())
     prompts = example(inputs)
     if options.prompt is not None:
         visual = is_visual(prompts["input_ids"], model.config).sum(dim=1)

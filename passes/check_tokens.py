@@ -1,7 +1,7 @@
 """Refuse, at run time, a sample with fewer visual tokens than the cuts take.
 
 How many tokens are dropped is fixed when the graph is made, so that shapes are static.
-A sample that holds fewer would lose text instead; it must fail rather than answer wrong::
+A sample that holds fewer would lose text instead; it fails rather than answer wrong::
 
     vtprune_roles: "i64[B, S]"
 

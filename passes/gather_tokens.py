@@ -80,7 +80,7 @@ class GatherTokens(Pass):
 
     1. A node after a cut: reads the current versions of its inputs; its value has
        the shorter length.
-    2. A keep set: what is live is gathered after it; from the prompt as it came, where
+    2. A keep set: what is live is gathered after it; from the original prompt, where
        every cut only chooses from it.
     3. A value shared by all samples, [1, ..., S, ...] (rotary tables): gathered to
        [B, ..., K, ...], since samples keep different tokens.
@@ -203,7 +203,7 @@ class _Gather:
         return length, shorter
 
     def _follow(self, insert: Insert, positions: Node, layer: int) -> Node:
-        """[B, K]: positions of the kept tokens in the prompt as it came."""
+        """[B, K]: positions of the kept tokens in the original prompt."""
         if self._in_prompt is None or not self._of_prompt:
             return positions
         assert self._rows is not None

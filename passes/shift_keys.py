@@ -4,7 +4,7 @@ With compacted positions the tokens after a cut stand at the first positions of 
 row: less than before by a number s, the same for all that follow. A new token, in
 decoding, would need another position in each layer. Rotary attention knows differences
 alone, so moving the cached keys of such a layer up by s is the same, and then a new
-token's position is that of the prompt as it came, everywhere and in every runtime::
+token's position is that of the original prompt, everywhere and in every runtime::
 
     keys: "f32[B, G, S - 36, D]"        # read by the layer's attention, and handed out
 
@@ -88,7 +88,7 @@ def moved_back(
 ) -> Tensor:
     """Rotated keys at the positions that their tokens came with.
 
-    With a the last token's angle as it came and b its angle now, by a - b::
+    With a the last token's original angle and b its angle now, by a - b::
 
         cos(a - b) = cos a cos b + sin a sin b
         sin(a - b) = sin a cos b - cos a sin b

@@ -8,12 +8,14 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import HealthCheck, given, seed, settings
+from torch._dynamo.exc import BackendCompilerFailed
 from transformers import LlavaForConditionalGeneration
 
 import vtprune_fx
 from tests import zoo
 from tests.tiny import Compiled, assert_matches_oracle, recipe_for
-from vtprune_fx.errors import AnatomyError, InputError
+from vtprune_fx.errors import InputError
+from vtprune_fx.export import export_onnx
 
 PARTS, EACH = 20, 14
 """280 decoders in all; those that attend to a window are refused."""
@@ -155,8 +157,18 @@ def test_logits_that_are_capped_are_refused() -> None:
     fields = DECODERS["gemma2"] | {"attn_logit_softcapping": 50.0}
     model = made({"decoder": "gemma2", "num_hidden_layers": 2, **fields})
     assert_refused(model, "capped at 50")
-    with pytest.raises(AnatomyError, match="expected attention over the prompt"):
-        vtprune_fx.prune(model, prompts_for(model), recipe_for(2, {0: 2}))
+    for door in (vtprune_fx.prune, vtprune_fx.explain, export_onnx):
+        with pytest.raises(InputError, match="capped at 50"):
+            door(model, prompts_for(model), recipe_for(2, {0: 2}))
+    with pytest.raises(BackendCompilerFailed, match="attention over the prompt"):
+        Compiled(model, recipe_for(2, {0: 2}))(**prompts_for(model))
+
+
+def test_a_window_is_refused_where_there_is_a_decode_graph() -> None:
+    fields = DECODERS.get("mistral", {}) | {"sliding_window": 8}
+    model = made({"decoder": "mistral", "num_hidden_layers": 2, **fields})
+    with pytest.raises(InputError, match="sliding window"):
+        export_onnx(model, prompts_for(model), recipe_for(2, {0: 2}))
 
 
 def test_rotary_scaling_by_the_longest_prompt_is_refused() -> None:
@@ -165,5 +177,6 @@ def test_rotary_scaling_by_the_longest_prompt_is_refused() -> None:
     fields = {"decoder": "qwen2", "num_hidden_layers": 2, "rope_parameters": rotary}
     model = made(fields)
     assert_refused(model, "'dynamic', which makes them by the longest prompt so far")
-    with pytest.raises(InputError, match="rope_type 'default'"):
-        vtprune_fx.prune(model, prompts_for(model), recipe_for(2, {0: 2}))
+    for door in (vtprune_fx.prune, vtprune_fx.explain, export_onnx):
+        with pytest.raises(InputError, match="rope_type 'default'"):
+            door(model, prompts_for(model), recipe_for(2, {0: 2}))

@@ -21,7 +21,8 @@ NAME = "long-keys"
 
 def rate(seen: Evidence) -> Tensor:
     """The longest keys are kept."""
-    return seen.key.float().norm(dim=3).sum(dim=1)
+    lengths: Tensor = seen.key.float().norm(dim=3)
+    return lengths.sum(dim=1)
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import fit_search
+from tests import zoo
 from tests.golden_cases import (
     FIRST_VISUAL,
     GOLDEN,
@@ -428,3 +429,17 @@ def test_prompts_without_images_are_refused() -> None:
     model = tiny_llava(layers=2)
     with pytest.raises(InputError, match="without a visual"), observed(model):
         observe(model, batch(model, (3, 6), (9,)))
+
+
+def test_tokens_of_a_video_are_visual_in_statistics_and_trials(tmp_path: Path) -> None:
+    model = zoo.tiny("LLaVA-OneVision")
+    inputs = zoo.batch("LLaVA-OneVision", model, (3, "video", 6), (2, "video", 4))
+    visual = zoo.placeholders(inputs).sum(dim=1)
+    trials = Trials(model, tmp_path)
+    with observed(model):
+        statistics = observe(model, inputs)
+        cross, own = (s.sum(dim=2) for s in (statistics.cross, statistics.own))
+        trials.add(0, lambda: inputs, cross, own)
+        first = next(trials.steps(0.5))
+    assert statistics.visual.tolist() == visual.tolist()
+    assert first.present.tolist() == visual.tolist()

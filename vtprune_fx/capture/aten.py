@@ -28,7 +28,7 @@ from vtprune_fx.capture.literal_length import EXAMPLE, free_length, literal_leng
 from vtprune_fx.capture.subclasses import parts, rebuilt, replaced
 from vtprune_fx.errors import CaptureError, first_sentence
 from vtprune_fx.models.encoding import FEATURES, encoded, token_axis
-from vtprune_fx.models.ragged_attention import check_rotary
+from vtprune_fx.models.ragged_attention import check_traceable
 
 
 def export(model: PreTrainedModel, inputs: Mapping[str, Any]) -> ExportedProgram:
@@ -42,10 +42,10 @@ def export(model: PreTrainedModel, inputs: Mapping[str, Any]) -> ExportedProgram
 
     Raises:
         CaptureError: There are no ``input_ids``, or the model does not export.
-        InputError: Rotary positions depend on values
-            (``ragged_attention.check_rotary``).
+        InputError: The decoder's graph could not be pruned
+            (``ragged_attention.check_traceable``).
     """
-    check_rotary(model.config.get_text_config())
+    check_traceable(model.config.get_text_config())
     with torch.no_grad():
         inputs = encoded(model, example(inputs))
     config = DynamoConfig(dynamic_shapes=dynamic_shapes(inputs))

@@ -18,7 +18,7 @@ def has_any(values: Iterable[object]) -> bool:
     return any(map(is_traceable_wrapper_subclass, values))
 
 
-def parts(values: Iterable[Any]) -> list[Any]:
+def parts(values: Iterable[object]) -> list[Any]:
     """What values are made of; what is no tensor around tensors stays itself."""
     return [part for value in values for part in _parts(value)]
 
@@ -32,7 +32,7 @@ def _parts(value: Any) -> Iterator[Any]:
         yield from _parts(getattr(value, name))
 
 
-def rebuilt(values: Iterable[Any], parts: Iterable[Any]) -> list[Any]:
+def rebuilt(values: Iterable[object], parts: Iterable[object]) -> list[Any]:
     """The same values, made of other parts of the same sizes."""
     given = iter(parts)
     return [replaced(value, lambda _: next(given)) for value in values]

@@ -1,7 +1,7 @@
 """Graphs that hold their weights, as Dynamo makes them where inductor freezes.
 
-Passes read graphs whose weights are inputs. So weights are lifted out ahead of the
-passes and put back behind them, where inductor folds and packs them.
+Passes read graphs whose weights are inputs. So weights are lifted out before the
+passes and put back after them, where inductor folds and packs them.
 
 Before ``lifted``, and after ``hold``::
 
@@ -29,11 +29,11 @@ def lifted(module: GraphModule) -> tuple[GraphModule, list[Tensor]]:
     """Make inputs of the tensors that a graph holds.
 
     Args:
-        module: Dynamo's graph; left as it is.
+        module: Dynamo's graph; not changed.
 
     Returns:
-        The same graph with further inputs behind its own, and the tensors to pass
-        there. A graph that holds none is given back itself.
+        The same graph with further inputs after its inputs, and the tensors to pass
+        there. A graph that holds none is returned as it is.
     """
     found = _held(module)
     if not found:

@@ -1,15 +1,17 @@
 """Few cuts instead of many: neighbouring cuts of a recipe merged into one.
 
-A cut costs a compiler a set of kernels of its own, and a runtime a score and a gather.
-Merging two cuts moves tokens to an earlier or a later layer: earlier saves more and
-loses attention, later the other way round. Of all ways to merge neighbours into at most
-so many cuts, and all layers in between that a merged cut may go to, this finds the one
-that keeps most attention and still meets the budget.
+A cut costs a compiler a set of kernels, and a runtime a score and a gather. Merging two
+cuts moves tokens to an earlier or a later layer: earlier saves more and loses
+attention, later the other way round. There are many ways to merge neighbours into at
+most so many cuts, and several layers that a merged cut may go to. This finds one that
+meets the budget and keeps much attention. It need not be the best one: it is found by a
+price on MACs, which reaches the convex hull of MACs and attention alone, and then moved
+to later layers while the budget is met.
 
 The attention kept is the mean over layers and calibration prompts of the share that the
-tokens left behind a layer's cut hold of what all visual tokens receive there in the
+tokens kept by a layer's cut hold of what all visual tokens receive there in the
 unpruned model, from the instruction and from visual tokens alike, if those with the
-best scores are left.
+best scores are kept.
 
 Shapes: N samples, L layers, V visual tokens.
 """
@@ -65,7 +67,7 @@ def mean_kept(kept: Tensor, drops: Sequence[int]) -> float:
 
     Args:
         kept: What ``attention_kept`` gave.
-        drops: What layers drop; those behind the last drop nothing.
+        drops: What layers drop; those after the last drop nothing.
     """
     gone = torch.tensor([*drops, *[0] * (len(kept) - len(drops))]).cumsum(dim=0)
     left = kept.shape[1] - 1 - gone
@@ -95,7 +97,7 @@ def coalesced(
         budget: Share of the MACs to save.
 
     Returns:
-        What layers drop, those behind the last cut left out.
+        What layers drop, up to the last cut.
     """
     at = [layer for layer, drop in enumerate(drops) if drop]
     if len(at) <= cuts:
@@ -135,8 +137,8 @@ def _late(
 def _moved(drops: tuple[int, ...], layers: int) -> Iterator[tuple[int, ...]]:
     """With one cut a layer later, where that has none."""
     padded = (*drops, 0)[:layers]
-    for layer, (drop, behind) in enumerate(itertools.pairwise(padded)):
-        if drop and not behind:
+    for layer, (drop, next_drop) in enumerate(itertools.pairwise(padded)):
+        if drop and not next_drop:
             moved = (*padded[:layer], 0, drop, *padded[layer + 2 :])
             last = max(at for at, count in enumerate(moved) if count)
             yield moved[: last + 1]
@@ -156,7 +158,7 @@ Cuts = tuple[tuple[int, int], ...]
 class _Merges:
     """What merging neighbours costs: each merge by itself, whatever the others are.
 
-    Between the first layer of a merge and that of the next, tokens leave once.
+    Between the first layer of a merge and that of the next, tokens are dropped once.
     """
 
     def __init__(
@@ -205,7 +207,7 @@ class _Merges:
         """Layers that two cuts and those between may merge in.
 
         With each the attention lost and the MACs spent from the first one's layer to
-        that of the next cut behind them, as shares of all layers'.
+        that of the next cut after them, as shares of all layers'.
         """
         before, after = self._left[first], self._left[last + 1]
         layers = len(self._kept)

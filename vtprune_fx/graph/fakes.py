@@ -13,7 +13,7 @@ from torch.fx import Graph
 def fake_mode_of(graph: Graph) -> FakeTensorMode:
     """The fake mode that the graph's values live in.
 
-    Not ``detect_fake_mode``, which asks whoever is compiling first: the values of a
+    Not ``detect_fake_mode``, which asks the compiler at work first: the values of a
     graph whose length was a number live in another mode (``literal_length``).
     """
     values = (node.meta.get("val") for node in graph.nodes)

@@ -1,4 +1,4 @@
-"""Names of arguments: the cache's, which changed, and those that nobody knows.
+"""Names of arguments: the cache's, which changed, and those that a model lacks.
 
 A cache is an argument of ``forward`` and a field of what it returns. transformers up to
 5.23 calls both ``past_key_values``, from 5.24 on ``cache``. Whatever hands a cache to a
@@ -25,7 +25,7 @@ CACHE_NAMES = ("cache", PAST)
 """All names, the newest first."""
 
 
-def cache_argument(function: Callable[..., Any]) -> str | None:
+def cache_argument(function: Callable[..., object]) -> str | None:
     """Name of the argument by which a function takes a cache, None if it takes none."""
     return _first_of(inspect.signature(function).parameters)
 
@@ -37,7 +37,7 @@ def cache_field(outputs: object) -> str | None:
     return _first_of({field.name for field in dataclasses.fields(outputs)})
 
 
-def _first_of(names: Any) -> str | None:
+def _first_of(names: Collection[str]) -> str | None:
     return next((name for name in CACHE_NAMES if name in names), None)
 
 
@@ -77,7 +77,7 @@ def causal_output(logits: Any, cache: Cache) -> CausalLMOutputWithPast:
     return CausalLMOutputWithPast(**fields)
 
 
-def refuse_unknown(arguments: Mapping[str, Any], known: Collection[str]) -> None:
+def refuse_unknown(arguments: Mapping[str, object], known: Collection[str]) -> None:
     """Refuse arguments that nothing reads: a misspelt mask would be no mask.
 
     Args:

@@ -47,9 +47,9 @@ def ragged_sdpa(
         value: [B, G, N, D].
         attention_mask: [B, L, Q, M] with M >= N, a mask for each layer
             (``ragged_cache.attention_mask``), or [B, 1, Q, M] for all, or None. One for
-            all may be longer than the keys: padding stands in front and, where all
-            samples have images, stays; the new tokens stand behind; what left stood
-            between.
+            all may be longer than the keys: padding comes first and, where all
+            samples have images, is kept; the new tokens come last; dropped tokens
+            were between them.
         kwargs: What transformers passes on (scaling, dropout, ...).
 
     Returns:
@@ -64,7 +64,7 @@ def ragged_sdpa(
 
 
 def _of_layer(module: Any, mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    """The layer's own part of a mask, [B, 1, Q, N]."""
+    """The layer's part of a mask, [B, 1, Q, N]."""
     if mask.shape[1] > 1:
         return mask[:, module.layer_idx, None, :, : key.shape[2]]
     new = query.shape[2]
@@ -73,7 +73,7 @@ def _of_layer(module: Any, mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
 
 
 def _mask(*args: Any, use_vmap: bool = False, **kwargs: Any) -> Tensor | None:
-    """Transformers' mask, patterns of a model's own made by broadcasting.
+    """Transformers' mask, a model's patterns made by broadcasting.
 
     Made by vmap they could not be traced a second time, to ATen operators.
     """
@@ -85,13 +85,22 @@ AttentionMaskInterface.register(ATTENTION, _mask)
 
 
 def check_decoder(text: PreTrainedConfig) -> None:
-    """Refuse a decoder that would not be what it was.
+    """Refuse a decoder that would compute something else on a ragged cache.
 
     Raises:
-        InputError: Layers attend to a window, their logits are capped, which fused
-            attention cannot do, or ``check_rotary`` refuses it.
+        InputError: Layers attend to a window, or ``check_traceable`` refuses it.
     """
     check_sees_all(text)
+    check_traceable(text)
+
+
+def check_traceable(text: PreTrainedConfig) -> None:
+    """Refuse a decoder whose graph cannot be pruned, with a cache or without one.
+
+    Raises:
+        InputError: Logits of its attention are capped, which fused attention cannot do,
+            or ``check_rotary`` refuses it.
+    """
     check_rotary(text)
     cap = getattr(text, "attn_logit_softcapping", None)
     if cap is not None:

@@ -103,7 +103,7 @@ def example_prompts(
 
     Returns:
         ``input_ids`` and ``attention_mask`` [2, S], ``position_ids`` [2, S] or
-        [3, 2, S], and pictures, or features where encoders are told sizes
+        [3, 2, S], and pictures, or features where encoders take sizes
         (``encoding.encoded``).
 
     Raises:
@@ -147,7 +147,7 @@ def _pixels(config: Any, visual_tokens: int | None) -> Pictures:
 
 
 def _features(config: Any, visual_tokens: int) -> Pictures:
-    """What an encoder gives that makes as many tokens as an image is large."""
+    """Features of an encoder whose token count depends on the image size."""
     shape = (SAMPLES * visual_tokens, config.get_text_config().hidden_size)
     # A list as encoders of this kind give one, though typed as a tensor.
     rows: Any = [torch.empty(shape, dtype=config.dtype, device=META)]
@@ -156,7 +156,7 @@ def _features(config: Any, visual_tokens: int) -> Pictures:
 
 
 def _any_resolution(config: Any, visual_tokens: int | None) -> Pictures:
-    """LLaVA-NeXT: the whole image, and the largest square grid with its row ends."""
+    """LLaVA-NeXT: a scaled image, and the largest square grid with its row ends."""
     vision = config.vision_config
     side = vision.image_size // vision.patch_size
     square = max(min(grid) for grid in config.image_grid_pinpoints)
@@ -165,7 +165,7 @@ def _any_resolution(config: Any, visual_tokens: int | None) -> Pictures:
 
 
 def _patches(config: Any, visual_tokens: int | None) -> Pictures:
-    """Qwen2-VL: merged patches, of an image of 1008 x 1008 pixels if not told."""
+    """Qwen2-VL: merged patches, by default of an image of 1008 x 1008 pixels."""
     vision = config.vision_config
     side = 1008 // (vision.patch_size * vision.spatial_merge_size)
     return _features(config, visual_tokens or side**2)

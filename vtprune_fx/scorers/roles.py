@@ -15,7 +15,7 @@ from torch import Tensor
 
 CONTEXT, VISUAL, INSTRUCTION, PADDING = 0, 1, 2, 3
 """Roles of tokens: text before or between images, images, text after the last, and
-what nobody attends to."""
+padding, which no token attends to."""
 
 
 def marked(*masks: Tensor) -> Tensor:

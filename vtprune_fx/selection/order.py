@@ -20,8 +20,7 @@ def lowest_first(scores: Tensor, roles: Tensor) -> Tensor:
 
     Of equal scores the earlier token is dropped first; one without a score (NaN)
     before all. Padding is dropped after the last visual token, text never: a prompt of
-    text alone beside one with an image becomes shorter by losing what nobody attends
-    to.
+    text alone beside one with an image becomes shorter by losing padding.
     """
     most = torch.finfo(torch.float32).max
     scores = scores.float().masked_fill(scores.isnan(), -most)
