@@ -49,7 +49,6 @@ from vtprune_fx.models.encoding import (
     encoded,
     gives_images,
     gives_pixels,
-    own_positions,
 )
 from vtprune_fx.models.placeholders import visual_token_ids
 from vtprune_fx.models.ragged_attention import (
@@ -377,9 +376,8 @@ class PrunedForward:
             mark_dynamic(3, mask)
         if new > 1:
             mark_dynamic(2, mask)
-        positions = own_positions(self._model, named)
-        if positions is not None:
-            named["position_ids"] = positions
+        # Later images are not pruned, so no graph needs to have their encoders.
+        named = encoded(self._model, named, anyway=True)
         mark_prompt(named | {"attention_mask": None})
         layers: Sequence[object] = cache.layers
         for layer in layers:

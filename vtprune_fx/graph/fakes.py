@@ -11,10 +11,10 @@ from torch.fx import Graph
 
 
 def fake_mode_of(graph: Graph) -> FakeTensorMode:
-    """The fake mode that the graph's values live in.
+    """The fake mode of the graph's values.
 
     Not ``detect_fake_mode``, which asks the compiler at work first: the values of a
-    graph whose length was a number live in another mode (``literal_length``).
+    graph whose length was a number are in another mode (``literal_length``).
     """
     values = (node.meta.get("val") for node in graph.nodes)
     return next(v.fake_mode for v in values if isinstance(v, FakeTensor))

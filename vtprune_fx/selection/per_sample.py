@@ -98,7 +98,7 @@ def roles_without(roles: Tensor, keep: Tensor) -> Tensor:
 
 
 def mask_without(mask: Tensor, keep: Tensor) -> Tensor:
-    """A gathered attention mask [B, 1, K, K] in which no token attends to a dropped one."""
+    """A gathered mask [B, 1, K, K] by which no token attends to a dropped one."""
     gone = (keep < 0)[:, None, None]
     if mask.dtype == torch.bool:
         return mask & ~gone
