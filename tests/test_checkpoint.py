@@ -20,9 +20,9 @@ from vtprune_fx.models.loading import (
     load_model,
     load_processor,
     open_checkpoint,
-    open_image,
     quiet,
 )
+from vtprune_fx.models.pictures import open_image
 from vtprune_fx.reference.random_llava import (
     CHAT_TEMPLATE,
     RECORD,

@@ -15,7 +15,7 @@ from vtprune_fx import errors, prune
 from vtprune_fx.capture.aten import example
 from vtprune_fx.errors import VtpruneError
 from vtprune_fx.export import manifest
-from vtprune_fx.models.loading import open_image
+from vtprune_fx.models.pictures import open_image
 from vtprune_fx.optional import optional
 from vtprune_fx.passes import Pass, Pipeline
 from vtprune_fx.recipes.counting import LLAVA_1_5_7B, cost

@@ -31,7 +31,8 @@ from vtprune_fx.fitting.collect import PARTS, STATISTICS
 from vtprune_fx.fitting.job import fit_recipes
 from vtprune_fx.fitting.options import Fitted, Options
 from vtprune_fx.fitting.search import Account, Prompts
-from vtprune_fx.models.loading import open_checkpoint, open_image
+from vtprune_fx.models.loading import open_checkpoint
+from vtprune_fx.models.pictures import open_image
 from vtprune_fx.oracle import prefill, split_batch
 from vtprune_fx.recipes.counting import Geometry, cost
 from vtprune_fx.recipes.loading import load_recipe

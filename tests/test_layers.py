@@ -28,7 +28,7 @@ TABLE: dict[str, set[str]] = {
     "scorers": {"errors", "ops"},
     "models": LEAVES,
     "analysis": {"errors", "graph"},
-    "recipes": {"errors", "scorers"},
+    "recipes": {"errors", "files", "scorers"},
     "plots": {"errors", "optional", "recipes"},
     "capture": {"errors", "graph", "models"},
     "reference": LEAVES | {"models"},

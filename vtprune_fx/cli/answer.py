@@ -10,7 +10,8 @@ from transformers import ProcessorMixin
 from vtprune_fx.errors import InputError
 from vtprune_fx.export import is_export, load
 from vtprune_fx.generation.compile import pruned
-from vtprune_fx.models.loading import load_model, load_processor, open_image
+from vtprune_fx.models.loading import load_model, load_processor
+from vtprune_fx.models.pictures import open_image
 from vtprune_fx.models.prompts import continued, prompt_inputs
 from vtprune_fx.recipes.loading import load_recipe
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import ProcessorMixin
 
 from vtprune_fx.errors import InputError
-from vtprune_fx.models.loading import open_image
+from vtprune_fx.models.pictures import as_rgb, open_image
 from vtprune_fx.models.prompts import batch_inputs, image_token
 from vtprune_fx.optional import optional
 from vtprune_fx.reference.questions import draw_samples
@@ -209,7 +209,7 @@ def _rows(
         text, image = _field(where, row, "prompt"), row.get("image")
         if not isinstance(image, Image.Image):
             raise _not_a_sample(where, "no image")
-        yield functools.partial(_given, text, [image.convert("RGB")])
+        yield functools.partial(_given, text, [as_rgb(image, where)])
 
 
 def _given(text: str, images: list[Image.Image]) -> Prompt:

@@ -1,4 +1,4 @@
-"""Load checkpoints, processors and images; raises InputError for unusable ones."""
+"""Load checkpoints and processors; raises InputError for unusable ones."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from PIL import Image, ImageOps
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -84,29 +83,6 @@ def load_processor(model: str | Path) -> ProcessorMixin:
             fix="Save the model's own processor there with save_pretrained().",
         )
     return processor
-
-
-def open_image(path: str | Path) -> Image.Image:
-    """Open an image file as RGB, upright as its EXIF data says.
-
-    Raises:
-        InputError: The file is missing or is no image.
-    """
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        found = "a file that is not a readable image"
-        if not Path(path).is_file():
-            found = "a folder" if Path(path).is_dir() else "no such file"
-        elif isinstance(error, Image.DecompressionBombError):
-            found = "an image with too many pixels"
-        raise InputError(
-            f"image {str(path)!r}",
-            expected="an image file (PNG, JPEG, WebP, ...)",
-            found=found,
-            fix="Name a file that an image viewer opens.",
-        ) from error
 
 
 @contextmanager

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from importlib import resources
+from json import JSONDecodeError
 from pathlib import Path
 
-from pydantic import (
-    ValidationError,
-)
+from pydantic import ValidationError
 
-from vtprune_fx.errors import RecipeError
+from vtprune_fx.errors import RecipeError, first_sentence
+from vtprune_fx.files import parse_json, read_whole
 from vtprune_fx.recipes.schema import Recipe
 
 MAX_QUOTED = 200
 """Characters of a wrong value that an error message quotes."""
+
+MOST_BYTES = 2**20
+"""Size of the largest recipe file."""
 
 
 def recipe_names() -> list[str]:
@@ -40,30 +42,35 @@ def load_recipe(source: str | Path | Recipe | dict[str, object]) -> Recipe:
         return source
     if isinstance(source, dict):
         return _validate(source, where="recipe")
-    text, where = _read(source)
+    text = _read(source)
     try:
-        fields = json.loads(text)
-    except json.JSONDecodeError as error:
+        fields = parse_json(text)
+    except ValueError as error:
+        line = f", line {error.lineno}" if isinstance(error, JSONDecodeError) else ""
+        found = getattr(error, "msg", None) or first_sentence(error)
         raise RecipeError(
-            f"recipe {where}, line {error.lineno}",
+            f"recipe {source}{line}",
             expected="JSON",
-            found=error.msg,
+            found=found,
             fix="`vtprune recipes show NAME --json` prints a valid recipe.",
         ) from error
-    return _validate(fields, where=f"recipe {where}")
+    return _validate(fields, where=f"recipe {source}")
 
 
-def _read(source: str | Path) -> tuple[str, str]:
+def _read(source: str | Path) -> str:
     if str(source) in recipe_names():
         shipped = resources.files("vtprune_fx.recipes") / "data" / f"{source}.json"
-        return shipped.read_text(encoding="utf-8"), str(source)
+        return shipped.read_text(encoding="utf-8")
     try:
-        return Path(source).read_text(encoding="utf-8"), str(source)
+        return read_whole(source, MOST_BYTES).decode("utf-8")
     except (OSError, ValueError) as error:
+        binary = isinstance(error, UnicodeDecodeError)
         raise RecipeError(
             f"recipe {str(source)!r}",
             expected="the name of a shipped recipe or a recipe file",
-            found=getattr(error, "strerror", None) or "a file that is not text",
+            found="a file that is not text"
+            if binary
+            else getattr(error, "strerror", None) or str(error),
             fix="`vtprune recipes` lists the shipped recipes.",
         ) from error
 

@@ -31,10 +31,18 @@ from pydantic_core import PydanticCustomError
 from vtprune_fx.recipes.rank_rule import ByRank, not_counted
 from vtprune_fx.scorers import registry
 
-Count = Annotated[int, Field(ge=0, strict=True)]
+MOST = 2**31 - 1
+"""The largest count: what graphs and random generators take as a number."""
 
 
-PositiveCount = Annotated[int, Field(ge=1, strict=True)]
+Count = Annotated[int, Field(ge=0, le=MOST, strict=True)]
+
+
+PositiveCount = Annotated[int, Field(ge=1, le=MOST, strict=True)]
+
+
+MOST_LAYERS = 10_000
+"""Decoder layers at most, so that a number of a file makes no endless work."""
 
 
 Site = Literal["after_attention", "after_layer", "before_layer"]
@@ -164,14 +172,14 @@ class Recipe(_Strict):
     """
 
     schema_version: Literal[1]
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*$", max_length=100)]
     method: Method
     score: str
     seed: Count = 0
-    options: dict[str, int | float] = {}
+    options: dict[str, Annotated[int | float, Field(ge=-MOST, le=MOST)]] = {}
     positions: Literal["kept", "compacted"]
     recycle: Recycle | None = None
-    layers: PositiveCount
+    layers: Annotated[PositiveCount, Field(le=MOST_LAYERS)]
     visual_tokens: PositiveCount
     of: PositiveCount | None = None
     cuts: tuple[Cut, ...]
