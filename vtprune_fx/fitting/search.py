@@ -3,14 +3,14 @@
 Say ``c[i]`` and ``e[i]`` are the attention that visual token i receives in a layer
 from the instruction and from the visual tokens, ``Wc`` and ``Ws`` their sums over all
 visual tokens of the unpruned model. Given a tolerance alpha, a layer may lose by ``c``
-the largest set of tokens with the smallest ``c`` that leaves at least
+the largest set of tokens with the smallest ``c`` whose removal keeps at least
 ``Wc (1 - alpha)``, and likewise by ``e`` and ``Ws``. It drops what both sets hold. A
-recipe is the mean over samples of how many that are, rounded down; layers behind the
+recipe is the mean over samples of how many that are, rounded down; layers after the
 one at which the budget is met drop nothing. The smallest alpha whose recipe meets the
 budget is found by bisection.
 
 What layers drop at a tolerance comes from a ``Trial``: ``attention_statistics.Counts``
-estimates it, ``exact.Trials`` recomputes attention on what is left.
+estimates it, ``exact.Trials`` recomputes attention on the kept tokens.
 """
 
 from __future__ import annotations
@@ -73,26 +73,26 @@ class Account:
         self._spent, self._layers = 0, geometry.layers
 
     def cut(self, drop: int) -> None:
-        """Let tokens leave in the next layer: so many of the usual number."""
+        """Drop tokens in the next layer: so many of the usual number."""
         prompts = self._prompts
         after = self._left - drop * prompts.visual // prompts.usual
         self._spent += self._layer(self._left, after)
         self._left, self._layers = after, self._layers - 1
 
     def saved(self) -> float:
-        """Share of the MACs that is saved if no more tokens leave."""
+        """Share of the MACs that is saved if no more tokens are dropped."""
         rest = self._layers * self._layer(self._left, self._left)
         return 1 - (self._spent + rest) / self._dense
 
     def at_most(self) -> float:
-        """Share of the MACs that is saved if all tokens leave in the next layer."""
+        """Share of the MACs that is saved if the next layer drops all tokens."""
         if self._layers == 0:
             return self.saved()
         rest = self._layer(self._left, self._none) + (self._layers - 1) * self._empty
         return 1 - (self._spent + rest) / self._dense
 
     def _layer(self, before: Tensor, after: Tensor) -> int:
-        """MACs of one layer, which so many visual tokens enter and leave."""
+        """MACs of one layer with so many visual tokens before and after its cut."""
         text, geometry = self._prompts.text, self._geometry
         entering = geometry.macs_before_cut(before + text)
         return int((entering + geometry.macs_after_cut(after + text)).sum())
@@ -146,10 +146,9 @@ def search(
 ) -> dict[float, Found]:
     """The smallest tolerance that meets each budget.
 
-    Bisection, which takes it that a larger tolerance saves more. A trial counts for all
-    budgets that it can tell anything about, and ends when it has told it. Where a cheap
-    estimate is at hand, steps around it are tried ahead of the middle, and what trials
-    save corrects it: it may be wrong by a factor at no great loss.
+    Bisection: a larger tolerance saves more. A trial counts for all budgets that it
+    decides, and ends when it has decided them. With an estimate, steps around it are
+    tried before the middle, and each trial's saving corrects it by a factor.
 
     Args:
         trial: What layers drop at a tolerance.
@@ -205,8 +204,8 @@ def check_budget(budget: float, most: float = 1.0) -> None:
     if budget > most:
         raise InputError(
             f"budget {budget}",
-            expected=f"at most {most:.4f}: so much is saved where all visual tokens "
-            "leave in the first layer",
+            expected=f"at most {most:.4f}: so much is saved where the first layer "
+            "drops all visual tokens",
             found=str(budget),
             fix="Ask for less.",
         )
@@ -218,7 +217,7 @@ def _met(
     account: Account,
     budgets: Collection[float],
 ) -> dict[float, tuple[int, ...]]:
-    """Of some budgets those that a trial meets, and what layers drop until it does."""
+    """The budgets that a trial meets, and what layers drop until each is met."""
     pending, met = set(budgets), dict[float, tuple[int, ...]]()
     drops: list[int] = []
     for counts in trial:
@@ -235,8 +234,8 @@ def _met(
 class _Bracket:
     """Where the smallest tolerance for a budget is, in steps.
 
-    ``low`` misses the budget and ``high`` meets it. At first they are 0, at which no
-    more leaves than nobody attends to, and a tolerance of 1, at which everything may.
+    ``low`` misses the budget and ``high`` meets it. At first they are 0, at which only
+    tokens without attention are dropped, and a tolerance of 1, at which all may be.
     """
 
     def __init__(self, scale: int) -> None:

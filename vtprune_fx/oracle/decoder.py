@@ -176,7 +176,7 @@ class _Stop(Exception):  # noqa: N818 - a way out of the model, not an error
     """Ends a run at the first layer."""
 
 
-def enter(model: PreTrainedModel, **inputs: Any) -> Entered:
+def enter(model: PreTrainedModel, **inputs: object) -> Entered:
     """Run a model's own code up to its first decoder layer."""
     decoder, noted = Decoder(model), dict[str, Any]()
     module: Any = model.get_decoder()

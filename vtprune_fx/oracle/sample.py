@@ -1,12 +1,12 @@
-"""One prompt of the oracle, and a padded batch taken apart into such.
+"""One prompt of the oracle, and a padded batch split into such prompts.
 
 Letters in shapes are those of ``pruner``.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -33,10 +33,10 @@ class Sample:
         input_ids: Token ids, a placeholder where a visual token stands. [n]
         features: What stands in the visual tokens' places, in their order. [v, h]
         positions: Rotary positions; 0, 1, 2, ... where none are given. [n]
-        mask: Which tokens each may attend to, None for those ahead of it. [n, n] bool
-        later: Features that the model adds behind its first layers. [v, h] each
-        patches: What the vision tower made of each visual token's patch, as
-            ``tower`` tells it, where that is known. [v, 1 + w]
+        mask: Which tokens each may attend to, None for a causal mask. [n, n] bool
+        later: Features that the model adds after its first layers. [v, h] each
+        patches: The vision tower's values of each visual token's patch, from
+            ``tower.watched``, where they are known. [v, 1 + w]
     """
 
     input_ids: Tensor
@@ -61,15 +61,15 @@ def split_batch(
     *,
     features: Tensor | None = None,
     position_ids: Tensor | None = None,
-    **inputs: Any,
+    **inputs: object,
 ) -> list[Sample]:
-    """Take a padded batch apart into samples.
+    """Split a padded batch into samples.
 
     Args:
         model: Encodes images and videos.
         input_ids: Token ids, padded on either side. [B, S]
         attention_mask: 1 where a token stands, 0 where padding does. [B, S]
-        features: Of the whole batch, in the place of images. [v, h]
+        features: Of all samples, in place of images. [v, h]
         position_ids: Rotary positions, [B, S], [1, S] or [axes, B, S]. Without them
             they are what the model's plain forward makes: most count from the start of
             the padded row.
@@ -83,10 +83,8 @@ def split_batch(
     """
     attended = attention_mask.bool()
     visual = is_visual(input_ids, model.config) & attended
-    counts: list[int] = visual.sum(dim=1).tolist()
     patches = None
-    pictures = ("pixel_values", "pixel_values_videos", FEATURES)
-    if any(inputs.get(name) is not None for name in pictures):
+    if any(inputs.get(name) is not None for name in _PICTURES):
         given = {"input_ids": input_ids, "attention_mask": attention_mask} | inputs
         if position_ids is not None:
             given["position_ids"] = position_ids
@@ -98,21 +96,41 @@ def split_batch(
         entered = _by_hand(input_ids, position_ids)
         if features is None:
             features = torch.empty(0, _width(model), device=model.device)
+    counts: list[int] = visual.sum(dim=1).tolist()
     check_features(len(features), sum(counts))
+    samples = _samples(entered, features, input_ids, attended, counts)
+    if patches is None:
+        return samples
+    parts = torch.split(patches, counts)
+    return [replace(s, patches=p) for s, p in zip(samples, parts, strict=True)]
+
+
+_PICTURES = ("pixel_values", "pixel_values_videos", FEATURES)
+
+
+def _samples(
+    entered: Entered, features: Tensor, ids: Tensor, attended: Tensor, counts: list[int]
+) -> list[Sample]:
+    """A sample of each row, without patches.
+
+    Args:
+        entered: The batch before its first layer.
+        features: Of all visual tokens. [v, h]
+        ids: Token ids. [B, S]
+        attended: Where a token stands. [B, S] bool
+        counts: The number of visual tokens of each row.
+    """
     positions = entered.positions
-    positions = positions.expand(*positions.shape[:-2], *input_ids.shape)
-    own = torch.split(features, counts)
+    positions = positions.expand(*positions.shape[:-2], *ids.shape)
+    features_of = torch.split(features, counts)
     later = [torch.split(rows, counts) for rows in entered.later]
-    nothing: list[Tensor | None] = [None] * len(counts)
-    looked = nothing if patches is None else torch.split(patches, counts)
     return [
         Sample(
-            input_ids[row, real],
-            own[row],
+            ids[row, real],
+            features_of[row],
             positions[..., row, real],
-            _own_mask(entered.mask, row, real),
+            _mask_of(entered.mask, row, real),
             tuple(rows[row] for rows in later),
-            looked[row],
         )
         for row, real in enumerate(attended)
     ]
@@ -125,12 +143,12 @@ def _by_hand(input_ids: Tensor, position_ids: Tensor | None) -> Entered:
     return Entered(torch.empty(0), position_ids, None, [])
 
 
-def _own_mask(mask: Tensor | None, row: int, real: Tensor) -> Tensor | None:
+def _mask_of(mask: Tensor | None, row: int, real: Tensor) -> Tensor | None:
     """A sample's part of a batch's mask, None where it is causal. [n, n] bool."""
     if mask is None:
         return None
-    own = mask[min(row, len(mask) - 1), 0][real][:, real]
-    return None if torch.equal(own, torch.ones_like(own).tril()) else own
+    part = mask[min(row, len(mask) - 1), 0][real][:, real]
+    return None if torch.equal(part, torch.ones_like(part).tril()) else part
 
 
 def check_features(features: int, placeholders: int) -> None:
@@ -149,5 +167,6 @@ def check_features(features: int, placeholders: int) -> None:
 
 
 def _width(model: PreTrainedModel) -> int:
-    embeddings: Any = model.get_input_embeddings()
-    return int(embeddings.weight.shape[1])
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    return weight.shape[1]
