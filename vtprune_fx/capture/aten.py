@@ -31,14 +31,14 @@ from vtprune_fx.models.encoding import FEATURES, encoded, token_axis
 from vtprune_fx.models.ragged_attention import check_traceable
 
 
-def export(model: PreTrainedModel, inputs: Mapping[str, Any]) -> ExportedProgram:
+def export(model: PreTrainedModel, inputs: Mapping[str, object]) -> ExportedProgram:
     """Export a model with batch, prompt length and number of images dynamic.
 
     Args:
         model: An unmodified transformers model.
         inputs: What its processor returned: ``input_ids`` [B, S], ``attention_mask``
-            [B, S], pixel values [I, ...], I images in all. The program takes what
-            ``encoding.encoded`` makes of it.
+            [B, S], pixel values [I, ...], I images in all. The program takes the
+            inputs that ``encoding.encoded`` returns for it.
 
     Raises:
         CaptureError: There are no ``input_ids``, or the model does not export.
@@ -62,10 +62,10 @@ def export(model: PreTrainedModel, inputs: Mapping[str, Any]) -> ExportedProgram
             ) from error
 
 
-def example(inputs: Mapping[str, Any]) -> dict[str, Any]:
+def example(inputs: Mapping[str, object]) -> dict[str, Any]:
     """The inputs with at least two samples.
 
-    ``torch.export`` takes a size of 1 for a constant, so a single sample comes twice.
+    ``torch.export`` takes a size of 1 for a constant: a single sample is repeated.
     """
     ids = inputs.get("input_ids")
     if not isinstance(ids, Tensor) or ids.dim() != 2:
@@ -83,14 +83,15 @@ def example(inputs: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def dynamic_shapes(inputs: Mapping[str, Any]) -> dict[str, Any]:
+def dynamic_shapes(inputs: Mapping[str, object]) -> dict[str, object]:
     """Which dimensions may vary: [batch, prompt] as in ``input_ids``, and images."""
-    prompt_shape = inputs["input_ids"].shape
+    ids = inputs["input_ids"]
+    assert isinstance(ids, Tensor), "checked in ``example``"
     batch, prompt, images = Dim("batch"), Dim("prompt"), Dim("images")
-    shapes: dict[str, Any] = {}
+    shapes: dict[str, object] = {}
     for name, value in inputs.items():
-        axis = token_axis(value, prompt_shape)
-        if name == FEATURES:
+        axis = token_axis(value, ids.shape)
+        if name == FEATURES and isinstance(value, dict):
             shapes[name] = {
                 kind: _rows_of(features, Dim(kind)) for kind, features in value.items()
             }
@@ -101,8 +102,8 @@ def dynamic_shapes(inputs: Mapping[str, Any]) -> dict[str, Any]:
     return shapes
 
 
-def _rows_of(features: Any, rows: Dim) -> Any:
-    """The shapes of what an encoder gave, as ``torch.export`` takes them apart."""
+def _rows_of(features: object, rows: Dim) -> object:
+    """Dynamic shapes of an encoder's output, in the structure of ``torch.export``."""
     if isinstance(features, Tensor):
         return {0: rows}
     if isinstance(features, (list, tuple)):
@@ -145,7 +146,7 @@ def lower(module: GraphModule) -> GraphModule:
         A graph whose inputs are the parts (``subclasses.parts``) of the graph's.
 
     Raises:
-        AnatomyError: The length is a number that cannot be told from other sizes.
+        AnatomyError: The length is a number that other sizes have too.
         CaptureError: Weights are shards of a tensor-parallel model.
     """
     examples = [
@@ -165,23 +166,24 @@ def lower(module: GraphModule) -> GraphModule:
 
 
 def _refuse_shards(examples: Sequence[object]) -> None:
-    """An operator on DTensors is only what it is on each rank once it is dispatched.
+    """Refuse DTensors: their operators become each rank's operators at dispatch.
 
-    Passes read operators as they are ahead of that, where attention is still one.
+    Passes read operators before dispatch, where attention is still one operator.
     """
     if any(type(value).__name__ == "DTensor" for value in examples):
         raise CaptureError(
             "the model's weights",
-            expected="whole tensors",
+            expected="complete tensors",
             found="DTensors: shards of a tensor-parallel model",
-            fix="Load it without tp_plan, whole on each rank, and share out the data.",
+            fix="Load the complete model on each rank, without tp_plan, and split the "
+            "data instead.",
         )
 
 
 def _traced(
-    interpreter: Interpreter, fakes: list[Any], mode: FakeTensorMode
+    interpreter: Interpreter, fakes: list[object], mode: FakeTensorMode
 ) -> GraphModule:
-    def run(*given: Any) -> Any:
+    def run(*given: object) -> object:
         return interpreter.run(*rebuilt(fakes, given))
 
     with mode, preserve_node_meta():

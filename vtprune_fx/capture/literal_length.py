@@ -3,9 +3,9 @@
 Without a dynamic mark Dynamo writes the prompt's length into a graph as a literal,
 ``view(1, 31, -1, 16)``, and 31 may just as well be a width, a number of patches or of
 heads. Which literals stand for the length is found by running the graph on fakes in
-which each suspect, a literal or a dimension of an input, is a symbol of its own:
+which each suspect, a literal or a dimension of an input, is a separate symbol:
 operators equate those that have to be equal, and what ends up equal to the length of
-the visual tokens' mask is the prompt's length. Everything else stays a number.
+the visual tokens' mask is the prompt's length. Everything else remains a number.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import TypeAlias
 
 import sympy
 import torch
@@ -23,7 +23,7 @@ from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
-from torch.fx.node import map_aggregate
+from torch.fx.node import Argument, map_aggregate
 
 from vtprune_fx.capture.subclasses import replaced
 from vtprune_fx.errors import AnatomyError, first_sentence
@@ -31,6 +31,10 @@ from vtprune_fx.graph.sizes import axes_of, size_expr, size_hint
 
 EXAMPLE = "example_value"
 """Key of ``node.meta`` under which Dynamo keeps a fake."""
+
+_Size: TypeAlias = int | torch.SymInt
+_Arguments: TypeAlias = tuple[tuple[Argument, ...], dict[str, Argument]]
+_SizeOf: TypeAlias = Callable[[Node, int, _Size], _Size]
 
 
 def places_images(module: GraphModule) -> bool:
@@ -55,7 +59,7 @@ def free_length(module: GraphModule, length: int) -> FreedLength:
         length: What ``literal_length`` found.
 
     Raises:
-        AnatomyError: The length cannot be told from another axis of the same size.
+        AnatomyError: Another axis of the same size cannot be distinguished from it.
     """
     suspects = _Suspects(module, length)
     try:
@@ -91,7 +95,7 @@ class FreedLength(Interpreter):
         fakes = _Fakes()
         tokens = fakes.symbol(suspects.length)
 
-        def freed(node: Node, axis: int, size: int | torch.SymInt) -> Any:
+        def freed(node: Node, axis: int, size: _Size) -> _Size:
             return tokens if axis in suspects.axes_of(node) else fakes.size(size)
 
         self.mode = fakes.mode
@@ -103,13 +107,14 @@ class FreedLength(Interpreter):
         }
         self._measured, self._axis = suspects.measured()
 
-    def fetch_args_kwargs_from_env(self, n: Node) -> Any:
+    def fetch_args_kwargs_from_env(self, n: Node) -> _Arguments:
         """A node's arguments, the length read anew where a number stood for it."""
         is_token = iter(self._is_token[n])
 
-        def read(leaf: Any) -> Any:
+        def read(leaf: Argument) -> Argument:
             if _is_suspect(leaf, self._length) and next(is_token):
-                return self.env[self._measured].shape[self._axis]
+                size: _Size = self.env[self._measured].shape[self._axis]
+                return size
             return self.env[leaf] if isinstance(leaf, Node) else leaf
 
         return map_aggregate((n.args, n.kwargs), read)
@@ -122,7 +127,7 @@ class _Suspects(Interpreter):
         super().__init__(module, garbage_collect_values=False)
         self.graph_module = module
         self.length = length
-        self.literals: dict[Node, list[Any]] = {}
+        self.literals: dict[Node, list[_Size]] = {}
         self.tokens: sympy.Expr = sympy.Integer(length)
         self._fakes = _Fakes()
 
@@ -134,11 +139,11 @@ class _Suspects(Interpreter):
         placement = next(filter(_is_placement, self.graph_module.graph.nodes))
         self.tokens = size_expr(self.env[_mask_of(placement)].shape[1])
 
-    def fetch_args_kwargs_from_env(self, n: Node) -> Any:
+    def fetch_args_kwargs_from_env(self, n: Node) -> _Arguments:
         """A node's arguments, with a new symbol for each suspect."""
         found = self.literals[n] = []
 
-        def suspect(leaf: Any) -> Any:
+        def suspect(leaf: Argument) -> Argument:
             if _is_suspect(leaf, self.length):
                 found.append(self._fakes.symbol(self.length))
                 return found[-1]
@@ -146,7 +151,7 @@ class _Suspects(Interpreter):
 
         return map_aggregate((n.args, n.kwargs), suspect)
 
-    def is_tokens(self, size: int | torch.SymInt) -> bool:
+    def is_tokens(self, size: _Size) -> bool:
         """Whether a size turned out to be the prompt's length."""
         return bool(size_expr(size) == self.tokens)
 
@@ -160,7 +165,7 @@ class _Suspects(Interpreter):
         value = self.env[placeholder]
         return axes_of(value, self.tokens) if isinstance(value, Tensor) else ()
 
-    def _input_size(self, node: Node, _: int, size: int | torch.SymInt) -> Any:
+    def _input_size(self, node: Node, _: int, size: _Size) -> _Size:
         # A parameter's sizes are the model's.
         if _is_suspect(size, self.length) and not _is_parameter(node):
             return self._fakes.symbol(self.length)
@@ -168,7 +173,7 @@ class _Suspects(Interpreter):
 
 
 class _Fakes:
-    """Makes fakes in a mode of their own, with symbols for Dynamo's symbols.
+    """Makes fakes in a separate mode, with symbols for Dynamo's symbols.
 
     In Dynamo's shape environment, what is learnt here would become guards.
     """
@@ -177,16 +182,16 @@ class _Fakes:
         # No duck shapes: equal numbers are not equal axes.
         self._shapes = ShapeEnv(duck_shape=False)
         self.mode = FakeTensorMode(shape_env=self._shapes, allow_non_fake_inputs=True)
-        self._known: dict[sympy.Expr, Any] = {}
+        self._known: dict[sympy.Expr, _Size] = {}
         self._symbols = itertools.count()
 
-    def symbol(self, hint: int) -> Any:
+    def symbol(self, hint: int) -> _Size:
         """A new symbol."""
         source = ConstantSource(f"size_{next(self._symbols)}")
         symbol = self._shapes.create_symbol(hint, source, DimDynamic.DYNAMIC)
         return self._shapes.create_symintnode(symbol, hint=hint, source=source)
 
-    def size(self, size: int | torch.SymInt) -> Any:
+    def size(self, size: _Size) -> _Size:
         """The same size in this mode."""
         if isinstance(size, int):
             return size
@@ -195,17 +200,15 @@ class _Fakes:
             self._known[expr] = self.symbol(size_hint(size))
         return self._known[expr]
 
-    def inputs(
-        self, module: GraphModule, size: Callable[[Node, int, int | torch.SymInt], Any]
-    ) -> list[Any]:
+    def inputs(self, module: GraphModule, size: _SizeOf) -> list[object]:
         """A fake for each of a graph's inputs; ``size(node, axis, size)`` is its size.
 
         Its dimensions lie in memory in the same order as those of Dynamo's.
         """
         return [self._input(node, size) for node in _placeholders(module)]
 
-    def _input(self, node: Node, size: Callable[..., Any]) -> Any:
-        def fake(value: Any) -> Any:
+    def _input(self, node: Node, size: _SizeOf) -> object:
+        def fake(value: object) -> object:
             if isinstance(value, torch.SymInt):
                 return self.size(value)
             if not isinstance(value, Tensor):
@@ -214,7 +217,7 @@ class _Fakes:
 
         return replaced(node.meta[EXAMPLE], fake)
 
-    def _tensor(self, value: Tensor, size: Callable[..., Any]) -> Tensor:
+    def _tensor(self, value: Tensor, size: Callable[[int, _Size], _Size]) -> Tensor:
         sizes = [size(axis, old) for axis, old in enumerate(value.shape)]
         order = sorted(range(value.dim()), key=lambda d: -size_hint(value.stride()[d]))
         with self.mode:
@@ -239,7 +242,7 @@ def _is_suspect(leaf: object, length: int) -> bool:
 def _ambiguous(length: int, why: str) -> AnatomyError:
     return AnatomyError(
         f"prompt of {length} tokens, traced as a number",
-        expected="a length that can be told from the other sizes in the graph",
+        expected="a length that differs from the other sizes in the graph",
         found=why,
         fix="Mark it before the first call, for each input that has it: "
         "torch._dynamo.mark_dynamic(inputs['input_ids'], 1).",

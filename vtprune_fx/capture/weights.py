@@ -71,6 +71,7 @@ def hold(module: GraphModule, weights: list[Tensor]) -> None:
     tensors = parts(weights)
     inputs = list(module.graph.find_nodes(op="placeholder"))
     for node, tensor in zip(inputs[len(inputs) - len(tensors) :], tensors, strict=True):
+        assert isinstance(tensor, Tensor), "tensors are made of tensors"
         name = f"held_{node.name}"
         if isinstance(tensor, Parameter):
             module.register_parameter(name, tensor)

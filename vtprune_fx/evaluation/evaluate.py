@@ -10,20 +10,20 @@ import contextlib
 import functools
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from torch import Tensor
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from vtprune_fx import oracle
 from vtprune_fx.errors import InputError
 from vtprune_fx.evaluation.results import Evaluation, Result
 from vtprune_fx.models.encoding import counted_positions, own_positions
 from vtprune_fx.models.placeholders import is_visual
-from vtprune_fx.models.prompts import batch_inputs
+from vtprune_fx.models.prompts import Generates, batch_inputs
 from vtprune_fx.recipes.counting import Cost, Geometry, cost
 from vtprune_fx.recipes.schema import Recipe
 from vtprune_fx.reference.questions import Sample
@@ -92,7 +92,7 @@ def evaluate_one(
         recipe: As for ``evaluate``.
         samples: As for ``evaluate``.
         backend: As for ``evaluate``.
-        moved: Told, as ``completed``, how many questions are answered.
+        moved: Called with ``completed``, the number of questions answered so far.
     """
     asked = _Asked(model, processor, recipe)
     for group in _groups(samples):
@@ -106,7 +106,7 @@ def evaluate_one(
 
 
 class _Asked:
-    """The questions that one recipe has answered so far, by their index."""
+    """Answers under one recipe so far, by the index of the question."""
 
     def __init__(
         self, model: PreTrainedModel, processor: ProcessorMixin, recipe: Recipe
@@ -127,8 +127,8 @@ class _Asked:
         inputs = inputs_of(self.processor, [sample for _, sample in samples])
         rows = zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
         for (index, _), new, row in zip(samples, answer(inputs), rows, strict=True):
-            text: Any = self.processor.decode(new, skip_special_tokens=True)
-            self.answers[index] = text.strip()
+            text = self.processor.decode(new, skip_special_tokens=True)
+            self.answers[index] = str(text).strip()
             self.costs[index] = self._cost(*row)
 
     def _cost(self, ids: Tensor, mask: Tensor) -> Cost:
@@ -136,7 +136,7 @@ class _Asked:
         return cost(self.recipe, self.geometry, visual, int(mask.sum()) - visual)
 
     def result(self, samples: Sequence[Sample]) -> Result:
-        """What it comes to, once all are answered."""
+        """The result, once all are answered."""
         answers = tuple(self.answers[index] for index in range(len(samples)))
         pairs = zip(answers, samples, strict=True)
         works = [spent.total for spent in self.costs.values()]
@@ -169,7 +169,7 @@ def _groups(samples: Sequence[Sample]) -> list[list[tuple[int, Sample]]]:
 def _batches(
     group: Sequence[tuple[int, Sample]],
 ) -> Iterator[Sequence[tuple[int, Sample]]]:
-    """Batches of one size, the last filled up from the ones ahead of it.
+    """Batches of one size, the last filled up with samples before it.
 
     A graph compiled for one size serves them all.
     """
@@ -223,7 +223,7 @@ def _oracle(
             found=f"a {type(model).__name__}",
             fix="Evaluate this model with --backend compile or onnx.",
         )
-    tokenizer: Any = processor.tokenizer
+    tokenizer: PreTrainedTokenizerBase = processor.tokenizer
 
     def answer(inputs: dict[str, Tensor]) -> list[list[int]]:
         positions = own_positions(model, inputs)
@@ -236,7 +236,7 @@ def _oracle(
     return answer
 
 
-def _generate(model: Any, inputs: dict[str, Tensor]) -> list[list[int]]:
+def _generate(model: Generates, inputs: dict[str, Tensor]) -> list[list[int]]:
     ids = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
     new: list[list[int]] = ids[:, inputs["input_ids"].shape[1] :].tolist()
     return new

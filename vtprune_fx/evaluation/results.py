@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -15,7 +14,7 @@ from vtprune_fx.reference.questions import Question
 
 @dataclass(frozen=True)
 class Result:
-    """What one recipe did to all questions.
+    """Answers and costs of all questions under one recipe.
 
     Attributes:
         recipe: Its name; ``dense`` where nothing is pruned.
@@ -48,7 +47,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Questions, and what every recipe answered.
+    """Questions, and the answers under every recipe.
 
     Attributes:
         questions: In the order in which they were drawn.
@@ -102,13 +101,13 @@ class Evaluation:
         return costs, kinds
 
     def _label(self, result: Result) -> str:
-        """The recipe's name, or a baseline's own part of it."""
+        """The recipe's name, or a baseline's method, indented under its recipe."""
         for other in self.results:
             if result.recipe == f"{other.recipe}-{result.method}":
                 return f"  {result.method}"
         return result.recipe
 
-    def fields(self) -> dict[str, Any]:
+    def fields(self) -> dict[str, object]:
         """Everything as plain data, answers included."""
         return {
             "results": [self._fields_of(result) for result in self.results],
@@ -123,7 +122,7 @@ class Evaluation:
             ],
         }
 
-    def _fields_of(self, result: Result) -> dict[str, Any]:
+    def _fields_of(self, result: Result) -> dict[str, object]:
         change, spread = paired(self.results[0].right, result.right)
         return {
             "recipe": result.recipe,
@@ -143,8 +142,8 @@ def wilson(right: int, total: int) -> tuple[float, float]:
     z, share = 1.96, right / total
     middle = share + z * z / (2 * total)
     spread = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-    whole = 1 + z * z / total
-    return (middle - spread) / whole, (middle + spread) / whole
+    scale = 1 + z * z / total
+    return (middle - spread) / scale, (middle + spread) / scale
 
 
 def paired(before: Sequence[bool], after: Sequence[bool]) -> tuple[float, float]:

@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import torch
 from PIL import Image
@@ -161,7 +161,7 @@ def _listed(folder: Path, limit: int) -> Iterator[Callable[[], Prompt]]:
         yield functools.partial(_opened, text, folder / file)
 
 
-def _field(where: str, fields: Mapping[str, Any], name: str) -> str:
+def _field(where: str, fields: Mapping[str, object], name: str) -> str:
     value = fields.get(name)
     if isinstance(value, str) and value:
         return value
@@ -197,12 +197,13 @@ def _of_hub(source: str, limit: int) -> Iterator[Callable[[], Prompt]]:
         raise _not_data(source, f"{type(error).__name__}: {error}") from error
 
 
-def _datasets() -> Any:
-    return optional("datasets", "datasets", "a data set", extra="datasets")
+def _datasets() -> ModuleType:
+    found: ModuleType = optional("datasets", "datasets", "a data set", extra="datasets")
+    return found
 
 
 def _rows(
-    source: str, rows: Iterator[Mapping[str, Any]]
+    source: str, rows: Iterator[Mapping[str, object]]
 ) -> Iterator[Callable[[], Prompt]]:
     for number, row in enumerate(rows, start=1):
         where = f"calibration data {source!r}, row {number}"

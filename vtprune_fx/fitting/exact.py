@@ -17,7 +17,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -90,8 +90,12 @@ class Trials:
         """
 
         def keep(
-            _: nn.Module, args: Any, options: dict[str, Any], left: Tensor
+            _: nn.Module,
+            args: tuple[Tensor, ...],
+            kwargs: dict[str, object],
+            left: Tensor,
         ) -> None:
+            options = cast("_Options", kwargs)
             entered = args[0] if args else options["hidden_states"]
             watch = current_watch()
             state = _state(entered, options, watch.visual)
@@ -210,16 +214,26 @@ def _without(state: State, drop: Tensor) -> State:
     }
 
 
+class _Options(TypedDict):
+    """Keyword arguments that a decoder hands to its layers."""
+
+    hidden_states: Tensor
+    attention_mask: Tensor | None
+    position_embeddings: tuple[Tensor, Tensor]
+    position_ids: Tensor
+
+
 class _Entered(Exception):  # noqa: N818 - a way out of the model, not an error
     """Carries what the decoder hands to its first layer."""
 
-    def __init__(self, hidden: Tensor, options: dict[str, Any]) -> None:
+    def __init__(self, hidden: Tensor, options: _Options) -> None:
         super().__init__()
         self.hidden, self.options = hidden, options
 
 
-def _enter(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-    raise _Entered(args[0] if args else kwargs.pop("hidden_states"), kwargs)
+def _enter(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, object]) -> None:
+    options = cast("_Options", kwargs)
+    raise _Entered(args[0] if args else options["hidden_states"], options)
 
 
 def _entered(
@@ -237,7 +251,7 @@ def _entered(
     raise unobservable(model, "a first layer that never ran")
 
 
-def _state(hidden: Tensor, options: Mapping[str, Any], visual: Tensor) -> State:
+def _state(hidden: Tensor, options: _Options, visual: Tensor) -> State:
     """A batch in front of the first layer, by what the decoder hands to that."""
     mask = options["attention_mask"]
     if mask is None:

@@ -12,7 +12,6 @@ import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -135,13 +134,14 @@ def _noting(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    **kwargs: Any,
+    scaling: float | None = None,
+    **_: object,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention as ever, noted."""
     watch = _watch.get()
     if watch.roles is None:
         watch.roles = token_roles(watch.visual, attention_mask)
-    scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
+    scale = scaling or query.shape[-1] ** -0.5
     output, received = attend(query, key, value, attention_mask, watch.roles, scale)
     watch.received.append(received)
     return output.transpose(1, 2), None

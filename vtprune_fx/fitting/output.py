@@ -6,7 +6,6 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from vtprune_fx.errors import InputError
 from vtprune_fx.files import replace_file
@@ -45,7 +44,7 @@ def _listed(folder: Path) -> list[str]:
     return [f"{name}.{end}" for name in _read(folder) for end in ("json", "png")]
 
 
-def _read(folder: Path) -> dict[str, dict[str, Any]]:
+def _read(folder: Path) -> dict[str, dict[str, object]]:
     """What the folder's summary tells, by the name of the recipe."""
     file = folder / SUMMARY
     if not file.exists():

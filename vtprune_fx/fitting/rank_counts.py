@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any, cast
+from typing import cast
 
 from rich.console import Console
 from rich.progress import track
@@ -109,7 +109,7 @@ def _samples(
     calibration: Calibration,
 ) -> Iterator[oracle.Sample]:
     for batch in calibration.batches():
-        inputs: dict[str, Any] = calibration.inputs(processor, batch, model.device)
+        inputs = calibration.inputs(processor, batch, model.device)
         yield from oracle.split_batch(model, **inputs)
 
 

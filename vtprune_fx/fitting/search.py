@@ -146,9 +146,8 @@ def search(
 ) -> dict[float, Found]:
     """The smallest tolerance that meets each budget.
 
-    Bisection: a larger tolerance saves more. A trial counts for all budgets that it
-    decides, and ends when it has decided them. With an estimate, steps around it are
-    tried before the middle, and each trial's saving corrects it by a factor.
+    Bisection: a larger tolerance saves more. A trial serves all budgets it decides.
+    With an estimate, steps near it are tried first; each trial's saving corrects it.
 
     Args:
         trial: What layers drop at a tolerance.

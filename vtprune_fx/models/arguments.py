@@ -1,8 +1,9 @@
 """Names of arguments: the cache's, which changed, and those that a model lacks.
 
 A cache is an argument of ``forward`` and a field of what it returns. transformers up to
-5.23 calls both ``past_key_values``, from 5.24 on ``cache``. Whatever hands a cache to a
-model, or takes one from it, asks here. Exported graphs say ``past_key_values``.
+5.23 calls both ``past_key_values``, from 5.24 on ``cache``. All code that
+passes a cache to a model, or takes one from it, gets the name here. Exported graphs
+use ``past_key_values``.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import dataclasses
 import difflib
 import inspect
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from typing import Any, cast
 
 from transformers import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -47,7 +48,7 @@ def cache_of(outputs: object) -> Any:
     return None if name is None else getattr(outputs, name)
 
 
-def given_cache(arguments: Mapping[str, Any]) -> Cache | None:
+def given_cache(arguments: Mapping[str, object]) -> Cache | None:
     """The cache among arguments of ``forward``, under any of its names.
 
     Raises:
@@ -61,10 +62,10 @@ def given_cache(arguments: Mapping[str, Any]) -> Cache | None:
             found="two, under the old and the new name of the argument",
             fix=f"Pass {CACHE_NAMES[0]} alone.",
         )
-    return next(iter(given.values()), None)
+    return cast("Cache | None", next(iter(given.values()), None))
 
 
-def causal_output(logits: Any, cache: Cache) -> CausalLMOutputWithPast:
+def causal_output(logits: object, cache: Cache) -> CausalLMOutputWithPast:
     """A language model's output of transformers, of logits and a cache.
 
     Args:
@@ -73,8 +74,8 @@ def causal_output(logits: Any, cache: Cache) -> CausalLMOutputWithPast:
     """
     name = cache_field(CausalLMOutputWithPast)
     assert name is not None, "it has had a cache under one of the names so far"
-    fields: dict[str, Any] = {"logits": logits, name: cache}
-    return CausalLMOutputWithPast(**fields)
+    made: Callable[..., CausalLMOutputWithPast] = CausalLMOutputWithPast
+    return made(**{"logits": logits, name: cache})
 
 
 def refuse_unknown(arguments: Mapping[str, object], known: Collection[str]) -> None:

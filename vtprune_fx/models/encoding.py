@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ FEATURES = "mm_encoder_outputs"
 
 
 def encoded(
-    model: PreTrainedModel, inputs: Mapping[str, Any], *, anyway: bool = False
+    model: PreTrainedModel, inputs: Mapping[str, object], *, anyway: bool = False
 ) -> dict[str, Any]:
     """Inputs whose images and videos are encoded, where sizes depend on values.
 
@@ -41,21 +41,30 @@ def encoded(
         The same, or with ``mm_encoder_outputs`` and ``position_ids`` in place of pixels
         and their sizes.
     """
-    # Typed as taking keyword arguments that transformers does not declare.
-    encoder: Any = model
-    ready = dict(inputs)
+    ready: dict[str, Any] = dict(inputs)
     positions = own_positions(model, ready)
     if positions is not None:
         ready["position_ids"] = positions
     if gives_pixels(ready) and (anyway or takes_sizes(model, ready)):
-        # The method by which ``generate`` encodes, for every model alike.
+        # The method by which ``generate`` encodes, the same for every model.
+        encoder = cast("_Encodes", model)
         ready = encoder._prepare_multimodal_encoder_kwargs_for_generation(ready)
     if ready.get(FEATURES):
         ready[FEATURES] = {kind: _joined(f) for kind, f in ready[FEATURES].items()}
     return ready
 
 
-def prefill_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
+class _Encodes(Protocol):
+    """A model with the encoding step of ``generate``, which has a wider type."""
+
+    def _prepare_multimodal_encoder_kwargs_for_generation(
+        self, inputs: dict[str, Any], /
+    ) -> dict[str, Any]: ...
+
+
+def prefill_inputs(
+    model: PreTrainedModel, inputs: Mapping[str, object]
+) -> dict[str, Any]:
     """What an exported prefill graph takes, from what a processor returned.
 
     Args:
@@ -84,7 +93,9 @@ def counted_positions(attention_mask: Tensor) -> Tensor:
     return (attention_mask.cumsum(1) - 1).clamp(min=0)
 
 
-def own_positions(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor | None:
+def own_positions(
+    model: PreTrainedModel, inputs: Mapping[str, object]
+) -> Tensor | None:
     """[axes, B, S]: positions of a model that counts them along several axes.
 
     None where they are given, or are counted along one axis.
@@ -94,8 +105,12 @@ def own_positions(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor |
         inputs: What it is called with, its cache among them unless that is empty.
     """
     count = getattr(model.base_model, "compute_3d_position_ids", None)
-    ids: Tensor | None = inputs.get("input_ids")
-    if count is None or ids is None or inputs.get("position_ids") is not None:
+    ids = inputs.get("input_ids")
+    if (
+        count is None
+        or not isinstance(ids, Tensor)
+        or inputs.get("position_ids") is not None
+    ):
         return None
     given = {name: inputs.get(name) for name in inspect.signature(count).parameters}
     given["inputs_embeds"] = torch.empty(*ids.shape, 0, device=ids.device)
@@ -156,7 +171,7 @@ def _joined(features: BaseModelOutputWithPooling) -> object:
 
 
 def _one(parts: Tensor | list[Tensor] | tuple[Tensor, ...] | None) -> object:
-    """A tensor as it is; several as a list of one, their rows in order."""
+    """One tensor unchanged; several as a list of one, their rows in order."""
     if parts is None or isinstance(parts, Tensor):
         return parts
     return [torch.cat(list(parts))]

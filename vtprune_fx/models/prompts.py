@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Protocol, cast
 
 from PIL import Image
 from torch import Tensor
-from transformers import ProcessorMixin
+from transformers import PreTrainedModel, ProcessorMixin
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 
 def prompt_inputs(
@@ -26,15 +26,7 @@ def prompt_inputs(
         ``input_ids`` [1, S], ``attention_mask`` [1, S], and ``pixel_values``
         [1, 3, H, W] where there is an image.
     """
-    content = [{"type": "image"}] if image is not None else []
-    turn: dict[str, Any] = {
-        "role": "user",
-        "content": [*content, {"type": "text", "text": prompt}],
-    }
-    if processor.chat_template is None:
-        text = f"{image_token(processor)}\n{prompt}" if image is not None else prompt
-    else:
-        text = processor.apply_chat_template([turn], add_generation_prompt=True)
+    text = _text(processor, prompt, 0 if image is None else 1)
     inputs = processor(images=image, text=text, return_tensors="pt")
     return {name: inputs[name] for name in inputs}
 
@@ -47,26 +39,15 @@ def batch_inputs(
 
     Args:
         processor: The model's processor.
-        prompts: What is asked, and the images that it is about, which stand ahead.
+        prompts: Questions, each with its images, which come before the text.
 
     Returns:
         What the model takes: ``input_ids`` and ``attention_mask`` [B, S],
         ``pixel_values``.
     """
-    texts = []
-    for text, images in prompts:
-        content = [{"type": "image"} for _ in images]
-        turn: Any = {"role": "user", "content": [*content, {"type": "text"}]}
-        turn["content"][-1]["text"] = text
-        if processor.chat_template is None:
-            texts.append(f"{image_token(processor)}\n" * len(images) + text)
-        else:
-            texts.append(
-                processor.apply_chat_template([turn], add_generation_prompt=True)
-            )
     inputs = processor(
         images=[image for _, images in prompts for image in images],
-        text=texts,
+        text=[_text(processor, text, len(images)) for text, images in prompts],
         return_tensors="pt",
         padding=True,
         padding_side="left",
@@ -74,13 +55,47 @@ def batch_inputs(
     return {name: inputs[name] for name in inputs}
 
 
+def _text(processor: ProcessorMixin, prompt: str, images: int) -> str:
+    """The text of a user's turn that starts with so many images."""
+    if processor.chat_template is None:
+        return f"{image_token(processor)}\n" * images + prompt if images else prompt
+    content = [{"type": "image"}] * images + [{"type": "text", "text": prompt}]
+    turn: dict[str, object] = {"role": "user", "content": content}
+    template = cast("_Template", processor.apply_chat_template)
+    return template([turn], add_generation_prompt=True)
+
+
+class _Template(Protocol):
+    """A chat template, whose content transformers types as plain text."""
+
+    def __call__(
+        self, turns: list[dict[str, object]], *, add_generation_prompt: bool
+    ) -> str: ...
+
+
 def image_token(processor: ProcessorMixin) -> str:
     """The placeholder that stands for an image in a prompt."""
-    concrete: Any = processor  # each has one, but their base class declares none
-    return str(concrete.image_token)
+    # Each has one, but their base class declares none.
+    return str(cast("_HasImageToken", processor).image_token)
 
 
-def continued(model: Any, inputs: dict[str, Tensor], max_new_tokens: int) -> list[int]:
+class _HasImageToken(Protocol):
+    image_token: str
+
+
+class Generates(Protocol):
+    """A model with transformers' ``generate``."""
+
+    @property
+    def generate(self) -> Callable[..., Tensor]:
+        """Inputs and options in, ids [B, S + new] out."""
+
+
+def continued(
+    model: PreTrainedModel | Generates,
+    inputs: dict[str, Tensor],
+    max_new_tokens: int,
+) -> list[int]:
     """The ids that greedy decoding appends to a single prompt.
 
     Args:
@@ -88,6 +103,8 @@ def continued(model: Any, inputs: dict[str, Tensor], max_new_tokens: int) -> lis
         inputs: ``input_ids`` [1, S] and what goes with them.
         max_new_tokens: Tokens at most.
     """
-    ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    # Of transformers' models only some classes declare the method.
+    generate = cast("Generates", model).generate
+    ids = generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     new: list[int] = ids[0, inputs["input_ids"].shape[1] :].tolist()
     return new

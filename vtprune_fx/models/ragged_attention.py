@@ -1,6 +1,6 @@
-"""Decoding on a ragged cache, through transformers' own extension points.
+"""Decoding on a ragged cache, through transformers' extension points.
 
-After a pruned prefill each layer's cache has its own length, while transformers builds
+After a pruned prefill the layers' caches differ in length, while transformers builds
 one mask for all layers, as long as the first layer's cache. ``ATTENTION`` is an
 attention implementation like any other (``model.set_attn_implementation``) that fits
 the mask to its layer.
@@ -9,8 +9,8 @@ the mask to its layer.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ def ragged_sdpa(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> tuple[Tensor, Tensor | None]:
     """Scaled dot product attention whose mask is made for caches of several lengths.
 
@@ -56,14 +56,19 @@ def ragged_sdpa(
         [B, Q, H, D], and None for the weights.
     """
     if attention_mask is not None:
-        attention_mask = _of_layer(module, attention_mask, query, key)
-    output: tuple[Tensor, Tensor | None] = sdpa_attention_forward(
-        module, query, key, value, attention_mask, **kwargs
-    )
-    return output
+        layer = cast("_Layer", module)
+        attention_mask = _of_layer(layer, attention_mask, query, key)
+    attend: Callable[..., tuple[Tensor, Tensor | None]] = sdpa_attention_forward
+    return attend(module, query, key, value, attention_mask, **kwargs)
 
 
-def _of_layer(module: Any, mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
+class _Layer(Protocol):
+    """What is read of an attention module."""
+
+    layer_idx: int
+
+
+def _of_layer(module: _Layer, mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
     """The layer's part of a mask, [B, 1, Q, N]."""
     if mask.shape[1] > 1:
         return mask[:, module.layer_idx, None, :, : key.shape[2]]
@@ -72,12 +77,13 @@ def _of_layer(module: Any, mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
     return torch.cat((mask[:, :, :, :cached], mask[:, :, :, came:]), dim=3)
 
 
-def _mask(*args: Any, use_vmap: bool = False, **kwargs: Any) -> Tensor | None:
+def _mask(*args: object, use_vmap: bool = False, **kwargs: object) -> Tensor | None:
     """Transformers' mask, a model's patterns made by broadcasting.
 
     Made by vmap they could not be traced a second time, to ATen operators.
     """
-    return sdpa_mask(*args, **kwargs)
+    mask: Callable[..., Tensor | None] = sdpa_mask
+    return mask(*args, **kwargs)
 
 
 AttentionInterface.register(ATTENTION, ragged_sdpa)
@@ -122,7 +128,7 @@ def check_rotary(text: PreTrainedConfig) -> None:
     Raises:
         InputError: They are of that kind.
     """
-    given: Any = getattr(text, "rope_parameters", None) or {}
+    given = getattr(text, "rope_parameters", None) or {}
     each = (given, *(kind for kind in given.values() if isinstance(kind, dict)))
     if any(kind.get("rope_type") == "dynamic" for kind in each):
         raise InputError(
@@ -156,7 +162,7 @@ def can_set_attention(model: PreTrainedModel) -> bool:
 
 
 class _Decoder(Protocol):
-    """What is called of a decoder, which transformers types as a plain module."""
+    """Methods of a decoder, which transformers types as a plain module."""
 
     def set_attn_implementation(self, name: str, /) -> None: ...
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
@@ -98,7 +98,7 @@ def example_prompts(
 
     Args:
         model: A model that ``build`` made.
-        visual_tokens: Visual tokens of each prompt; those of one image if left out.
+        visual_tokens: Visual tokens of each prompt; those of one image by default.
         text_tokens: All its other tokens.
 
     Returns:
@@ -116,13 +116,14 @@ def example_prompts(
             found=str(text_tokens),
             fix="Pass the number of tokens in the prompt that are not visual.",
         )
-    taken, images = _IMAGES[model.config.model_type](model.config, visual_tokens)
+    config = cast("_Config", model.config)
+    taken, images = _IMAGES[model.config.model_type](config, visual_tokens)
     if visual_tokens not in {None, taken}:
         raise InputError(
             "number of visual tokens",
             expected=f"what images of this model take, such as {taken}",
             found=str(visual_tokens),
-            fix="Pass that number, or leave it out for one image.",
+            fix="Pass that number, or omit it for one image.",
         )
     names = ("input_ids", "attention_mask", "position_ids")
     shape = (SAMPLES, taken + text_tokens)
@@ -132,11 +133,30 @@ def example_prompts(
     return text | images
 
 
-Pictures = tuple[int, dict[str, Any]]
+class _Vision(Protocol):
+    """What is read of a vision tower's configuration."""
+
+    image_size: int
+    patch_size: int
+    num_channels: int
+    spatial_merge_size: int
+
+
+class _Config(Protocol):
+    """What is read of a model's configuration."""
+
+    dtype: torch.dtype
+    vision_config: _Vision
+    image_grid_pinpoints: list[list[int]]
+
+    def get_text_config(self) -> PreTrainedConfig: ...
+
+
+Pictures = tuple[int, dict[str, object]]
 """Visual tokens of a prompt, and the inputs for two prompts that bring them."""
 
 
-def _pixels(config: Any, visual_tokens: int | None) -> Pictures:
+def _pixels(config: _Config, visual_tokens: int | None) -> Pictures:
     """Images of one size, a token for each patch: LLaVA."""
     vision = config.vision_config
     each = (vision.image_size // vision.patch_size) ** 2
@@ -146,16 +166,16 @@ def _pixels(config: Any, visual_tokens: int | None) -> Pictures:
     return count * each, {"pixel_values": pixels}
 
 
-def _features(config: Any, visual_tokens: int) -> Pictures:
+def _features(config: _Config, visual_tokens: int) -> Pictures:
     """Features of an encoder whose token count depends on the image size."""
     shape = (SAMPLES * visual_tokens, config.get_text_config().hidden_size)
     # A list as encoders of this kind give one, though typed as a tensor.
-    rows: Any = [torch.empty(shape, dtype=config.dtype, device=META)]
-    given = BaseModelOutputWithPooling(pooler_output=rows)
+    rows = [torch.empty(shape, dtype=config.dtype, device=META)]
+    given = BaseModelOutputWithPooling(pooler_output=cast("torch.Tensor", rows))
     return visual_tokens, {FEATURES: {"image": given}}
 
 
-def _any_resolution(config: Any, visual_tokens: int | None) -> Pictures:
+def _any_resolution(config: _Config, visual_tokens: int | None) -> Pictures:
     """LLaVA-NeXT: a scaled image, and the largest square grid with its row ends."""
     vision = config.vision_config
     side = vision.image_size // vision.patch_size
@@ -164,15 +184,15 @@ def _any_resolution(config: Any, visual_tokens: int | None) -> Pictures:
     return _features(config, visual_tokens or side**2 + wide * (wide + 1))
 
 
-def _patches(config: Any, visual_tokens: int | None) -> Pictures:
+def _patches(config: _Config, visual_tokens: int | None) -> Pictures:
     """Qwen2-VL: merged patches, by default of an image of 1008 x 1008 pixels."""
     vision = config.vision_config
     side = 1008 // (vision.patch_size * vision.spatial_merge_size)
     return _features(config, visual_tokens or side**2)
 
 
-_IMAGES: dict[str, Callable[[Any, int | None], Pictures]] = {
-    # By model type: what brings about so many visual tokens, those of an image if None.
+_IMAGES: dict[str, Callable[[_Config, int | None], Pictures]] = {
+    # By model type: makes images of so many visual tokens, one image if None.
     "llava": _pixels,
     "llava_next": _any_resolution,
     "qwen2_vl": _patches,

@@ -1,8 +1,8 @@
-"""The oracle's way through a model: its own layers, one sample, one layer at a time.
+"""The oracle's run of a model: the model's layers, one sample, one layer at a time.
 
-Nothing is known of a decoder but what transformers' decoders share: a list of layers,
-rotary tables, a norm. A layer runs as it is, with an attention that is written out here
-and notes what it was given: transformers has a registry for that.
+The code relies only on what transformers' decoders share: a list of layers, rotary
+tables, a norm. A layer runs unmodified, with an attention that is written out here and
+records its inputs: transformers has a registry for that.
 
 Letters in shapes are those of ``oracle``.
 """
@@ -14,7 +14,7 @@ import inspect
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ ATTENTION = "vtprune_oracle"
 
 @dataclass(eq=False)
 class Heads:
-    """What the attention of one layer is given.
+    """Inputs of the attention of one layer, and its probabilities.
 
     Attributes:
         allowed: Which keys each query may attend to. [q, m] bool
@@ -42,7 +42,7 @@ class Heads:
         query: Rotated. [H, q, d]
         key: Rotated, the cached ones first. [K, m, d]
         value: As ``key``.
-        scale: What logits are multiplied by.
+        scale: The factor of the logits.
         probabilities: The attention, float32 whatever the model's precision. [H, q, m]
     """
 
@@ -59,7 +59,13 @@ _heads: ContextVar[Heads] = ContextVar("vtprune_oracle_heads")
 
 
 def _attend(
-    _: nn.Module, query: Tensor, key: Tensor, value: Tensor, *__: object, **kwargs: Any
+    _: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *__: object,
+    scaling: float | None = None,
+    **___: object,
 ) -> tuple[Tensor, None]:
     """Attention of one sample, written out: [1, q, H, d]."""
     heads = _heads.get()
@@ -67,7 +73,7 @@ def _attend(
     if heads.before is not None:
         heads.key = torch.cat((heads.before[0], heads.key), dim=1)
         heads.value = torch.cat((heads.before[1], heads.value), dim=1)
-    heads.scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
+    heads.scale = scaling or query.shape[-1] ** -0.5
     group = len(heads.query) // len(heads.key)
     # Each key head serves H/K query heads in a row.
     keys, values = (
@@ -82,6 +88,22 @@ def _attend(
 
 AttentionInterface.register(ATTENTION, _attend)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+
+
+class _Parts(Protocol):
+    """What transformers' decoders share."""
+
+    config: _Config
+    layers: nn.ModuleList
+    rotary_emb: nn.Module
+    norm: nn.Module
+    embed_tokens: nn.Module
+
+
+class _Config(Protocol):
+    """What is read of a decoder's configuration."""
+
+    layer_types: list[str]
 
 
 class Decoder:
@@ -99,8 +121,8 @@ class Decoder:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self._model: Any = model
-        self._decoder: Any = model.get_decoder()
+        self._model = model
+        self._decoder: _Parts = model.get_decoder()
         check_decoder(model.config.get_text_config())
         parts = ("layers", "rotary_emb", "norm", "embed_tokens")
         missing = [part for part in parts if not hasattr(self._decoder, part)]
@@ -109,12 +131,12 @@ class Decoder:
                 "oracle",
                 expected="a decoder that is built as transformers' are",
                 found=f"{type(self._decoder).__name__} without {', '.join(missing)}",
-                fix="Check a graph of this model against its own unpruned forward.",
+                fix="Check a graph of this model against the unpruned model.",
             )
-        self.layers: list[Any] = list(self._decoder.layers)
+        self.layers = list(self._decoder.layers)
 
     def running(self) -> AbstractContextManager[None]:
-        """Let the layers attend as is written here, inside the block."""
+        """Run the layers with this module's attention inside the block."""
         return attention_implementation(self._model, ATTENTION)
 
     def embed(self, ids: Tensor) -> Tensor:
@@ -157,13 +179,13 @@ class Decoder:
 
 @dataclass(frozen=True, eq=False)
 class Entered:
-    """A padded batch ahead of its first decoder layer.
+    """A padded batch before its first decoder layer.
 
     Attributes:
         hidden: Embeddings, features in their places. [B, S, h]
-        positions: As rotary tables were made of them. [B or 1, S] or [axes, B, S]
-        mask: What the layer's attention would get, or None. [B or 1, 1, S, S] bool
-        later: Features added to visual tokens behind the first layers, [v, h] each.
+        positions: Those of the rotary tables. [B or 1, S] or [axes, B, S]
+        mask: The mask of the layer's attention, or None. [B or 1, 1, S, S] bool
+        later: Features added to visual tokens after the first layers, [v, h] each.
     """
 
     hidden: Tensor
@@ -172,24 +194,28 @@ class Entered:
     later: list[Tensor]
 
 
+_Args = tuple[object, ...]
+_Kwargs = dict[str, object]
+
+
 class _Stop(Exception):  # noqa: N818 - a way out of the model, not an error
     """Ends a run at the first layer."""
 
 
 def enter(model: PreTrainedModel, **inputs: object) -> Entered:
-    """Run a model's own code up to its first decoder layer."""
+    """Run an unmodified model up to its first decoder layer."""
     decoder, noted = Decoder(model), dict[str, Any]()
-    module: Any = model.get_decoder()
+    module: nn.Module = model.get_decoder()
 
-    def called(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def called(_: nn.Module, args: _Args, kwargs: _Kwargs) -> None:
         noted["later"] = kwargs.get("deepstack_visual_embeds") or []
 
-    def rotated(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def rotated(_: nn.Module, args: _Args, kwargs: _Kwargs) -> None:
         noted["positions"] = kwargs.get("position_ids", args[-1])
         if len(args) > 1:
             noted["positions"] = args[1]
 
-    def first(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def first(_: nn.Module, args: _Args, kwargs: _Kwargs) -> None:
         noted["hidden"] = args[0] if args else kwargs["hidden_states"]
         noted["mask"] = kwargs["attention_mask"]
         raise _Stop
@@ -198,7 +224,7 @@ def enter(model: PreTrainedModel, **inputs: object) -> Entered:
         watched.register_forward_pre_hook(hook, with_kwargs=True)
         for watched, hook in (
             (module, called),
-            (module.rotary_emb, rotated),
+            (module.get_submodule("rotary_emb"), rotated),
             (decoder.layers[0], first),
         )
     ]

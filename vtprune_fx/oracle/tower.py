@@ -8,11 +8,27 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, PreTrainedModel
+
+
+class _Attention(Protocol):
+    """What is read of a CLIP attention."""
+
+    q_proj: nn.Module
+    k_proj: nn.Module
+    num_heads: int
+    scale: float
+
+
+class _Layer(Protocol):
+    """What is read of a CLIP encoder layer."""
+
+    layer_norm1: nn.Module
+    self_attn: _Attention
 
 
 @contextlib.contextmanager
@@ -20,26 +36,31 @@ def watched(model: PreTrainedModel) -> Iterator[Callable[[int], Tensor | None]]:
     """Look at the layer of the tower that is selected, while a model encodes images.
 
     Yields:
-        A function of v, to call afterwards. It gives, for each patch, in float32, the
-        attention that it gets from the class token, sum over heads, or in a tower
-        without one from all patches, mean over them; behind that its key, mean over
-        heads: [v, 1 + w]. None where the model has no such tower, or encoded nothing.
+        A function of v, to call afterwards. It returns [v, 1 + w] float32: for each
+        patch the attention that it gets from the class token, sum over heads, or in a
+        tower without one from all patches, mean over them; then its key, mean over
+        heads. None where the model has no such tower, or encoded nothing.
     """
     layer, entered = _selected_layer(model), list[Tensor]()
 
     def note(_module: object, _inputs: object, normed: Tensor) -> None:
         entered.append(normed)
 
+    def looked(visual: int) -> Tensor | None:
+        if layer is None or not entered:
+            return None
+        return _looked(layer, entered[0], visual)
+
     hook = None if layer is None else layer.layer_norm1.register_forward_hook(note)
     try:
-        yield lambda visual: _looked(layer, entered[0], visual) if entered else None
+        yield looked
     finally:
         if hook is not None:
             hook.remove()
 
 
-def _looked(layer: Any, entered: Tensor, visual: int) -> Tensor:
-    """[v, 1 + w] of what entered the layer's attention, [I, N, ...]."""
+def _looked(layer: _Layer, entered: Tensor, visual: int) -> Tensor:
+    """[v, 1 + w] for the inputs of the layer's attention, [I, N, ...]."""
     leading = entered.shape[1] - visual // len(entered)
     attention, found = layer.self_attn, []
     for normed in entered:
@@ -53,16 +74,17 @@ def _looked(layer: Any, entered: Tensor, visual: int) -> Tensor:
     return torch.cat(found)
 
 
-def _selected_layer(model: PreTrainedModel) -> Any:
+def _selected_layer(model: PreTrainedModel) -> _Layer | None:
     """The layer of the tower whose output the features are, or None."""
     if not isinstance(model, LlavaForConditionalGeneration):
         return None
-    encoder: Any = getattr(model.model.vision_tower, "encoder", None)
-    selected: Any = model.config.vision_feature_layer
+    encoder = getattr(model.model.vision_tower, "encoder", None)
+    selected = model.config.vision_feature_layer
     if encoder is None or not isinstance(selected, int):
         return None
     # Hidden states are the embeddings', and then one a layer.
-    return encoder.layers[selected % (len(encoder.layers) + 1) - 1]
+    layer: _Layer = encoder.layers[selected % (len(encoder.layers) + 1) - 1]
+    return layer
 
 
 def _heads(projected: Tensor, heads: int) -> Tensor:
