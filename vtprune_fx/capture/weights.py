@@ -61,10 +61,10 @@ def _held(module: GraphModule) -> dict[str, Tensor]:
 
 
 def hold(module: GraphModule, weights: list[Tensor]) -> None:
-    """Let a graph hold what was lifted out of it.
+    """Put tensors that were lifted out of a graph back into it.
 
     Args:
-        module: A graph whose last inputs are those tensors, or what they are made of
+        module: A graph whose last inputs are those tensors, or their parts
             (``subclasses.parts``). Changed in place.
         weights: The tensors.
     """

@@ -37,7 +37,7 @@ def open_image(source: str | Path | bytes) -> Image.Image:
 
     Raises:
         InputError: It is missing, is no picture, is too large or too long, or has
-            values of which nobody says which are black and which white.
+            values without a stated black and white.
     """
     where = "image" if isinstance(source, bytes) else f"image {str(source)!r}"
     content = source if isinstance(source, bytes) else _read(source, where)

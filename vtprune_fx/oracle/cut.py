@@ -1,4 +1,4 @@
-"""The oracle's cut: who is rated how, who stays, and what dropped tokens become.
+"""The oracle's cut: ratings, kept tokens, and new tokens made of dropped ones.
 
 Letters in shapes are those of ``pruner``.
 """
@@ -27,13 +27,13 @@ class Row:
 
     Attributes:
         hidden: The residual stream. [m, h]
-        present: Which tokens of the sample they are. [m]
+        present: Their indices in the sample. [m]
         visual: Which of them are visual. [m] bool
-        instruction: Which of them are the text that rates those. [m] bool
+        instruction: Which of them are the text that rates visual tokens. [m] bool
         positions: Their rotary positions. [m]
-        patches: What the tower made of them, zeros for text. [m, 1 + w], or [m, 0]
-            where the recipe does not look at it.
-        mask: Which of them each may attend to, None for those ahead. [m, m] bool
+        patches: The tower's values of them, zeros for text. [m, 1 + w], or [m, 0]
+            where the recipe does not read them.
+        mask: Which of them each may attend to, None for a causal mask. [m, m] bool
     """
 
     hidden: Tensor
@@ -65,7 +65,7 @@ class Row:
 
 @dataclass(frozen=True, eq=False)
 class Rated:
-    """What a cut went by.
+    """Ratings that a cut follows.
 
     Attributes:
         scores: Of the visual tokens. [v present]
@@ -79,10 +79,10 @@ class Rated:
 def cut_row(
     recipe: Recipe, cut: Cut, row: Row, seen: Seen, staying: Tensor | None
 ) -> tuple[Row, Tensor, Rated]:
-    """Let the lowest rated visual tokens leave.
+    """Drop the visual tokens with the lowest scores.
 
     Returns:
-        Who is left, which of the tokens those are [m] bool, and what that went by.
+        The kept tokens, which of the tokens they are [m] bool, and the ratings.
     """
     scores, rank = rate(recipe, seen), None
     if cut.by_rank is not None:
@@ -90,7 +90,7 @@ def cut_row(
         drop = cut.by_rank.drop(rank, seen.count)
         cut = cut.model_copy(update={"drop": drop})
     if staying is None:
-        stay = _stay(scores, row.visual, cut.drop)
+        stay = _kept(scores, row.visual, cut.drop)
     else:
         stay = torch.isin(row.present, staying)
     left = row.only(stay)
@@ -105,16 +105,16 @@ def cut_row(
 def _recycled(
     recycle: Recycle, cut: Cut, before: Row, left: Row, scores: Tensor
 ) -> Row:
-    """The tokens left, and new ones made of dropped ones behind the last visual token.
+    """The kept tokens, and new ones made of dropped ones after the last visual token.
 
-    A new token has the position of the visual token that stood last ahead of the cut,
-    and that one's patch.
+    A new token has the position and the patch of the visual token that was the last one
+    before the cut.
     """
     if before.mask is not None:
         raise PlanError(
             "oracle",
-            expected="tokens that attend to those ahead of them, to make new ones",
-            found="images that attend to themselves both ways",
+            expected="tokens that attend to earlier ones alone, to make new ones",
+            found="images whose tokens attend to later ones too",
             fix="Use a recipe without the field 'recycle'.",
         )
     chosen, clusters = recycle.counts(cut.drop)
@@ -128,19 +128,19 @@ def _recycled(
     else:
         new = merge(before.hidden[best_first], clusters, paper=recycle.form == "paper")
     last = int(places[-1])
-    # Where the new tokens go: behind all of those left that stood up to there.
+    # Where the new tokens go: after all kept tokens up to there.
     stood = torch.arange(len(before.visual), device=places.device)
     gone = torch.zeros_like(before.visual)
     gone[places[dropped]] = True
     at = int((stood[~gone] <= last).sum())
-    own = torch.full((clusters,), -1, device=places.device)
+    no_index = torch.full((clusters,), -1, device=places.device)
     yes = torch.ones(clusters, dtype=torch.bool, device=places.device)
     position = before.positions[..., last, None].expand(
         *before.positions.shape[:-1], clusters
     )
     return Row(
         _insert(left.hidden, at, new),
-        _insert(left.present, at, own),
+        _insert(left.present, at, no_index),
         _insert(left.visual, at, yes),
         _insert(left.instruction, at, ~yes),
         torch.cat((left.positions[..., :at], position, left.positions[..., at:]), -1),
@@ -153,13 +153,13 @@ def _insert(values: Tensor, at: int, new: Tensor) -> Tensor:
     return torch.cat((values[:at], new, values[at:]))
 
 
-def _stay(scores: Tensor, visual: Tensor, drop: int) -> Tensor:
-    """Who stays when the ``drop`` lowest leave; of equals the earlier leaves first.
+def _kept(scores: Tensor, visual: Tensor, drop: int) -> Tensor:
+    """All but the ``drop`` lowest tokens; of equals the earlier is dropped first.
 
     Shapes: scores [v present], visual [m] bool -> [m] bool
     """
     lowest = torch.argsort(scores, stable=True)[:drop]
-    leaving = visual.nonzero()[:, 0][lowest]
+    dropped = visual.nonzero()[:, 0][lowest]
     stay = torch.ones_like(visual)
-    stay[leaving] = False
+    stay[dropped] = False
     return stay

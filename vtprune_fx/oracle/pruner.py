@@ -1,25 +1,25 @@
 """The oracle: a slow, plain eager pruner that every pruned graph is checked against.
 
 Written for reading. It takes one sample at a time, so it has no batches, no padding
-and no attention mask but the causal triangle, or what the model's own mask lets images
-see beyond it. It shares no code with the passes and runs on an unmodified transformers
-vision-language model: embeddings, features and positions are what the model's own code
-hands to its first decoder layer, the layers are the model's own, one by one
-(``decoder``). Attention, scoring and the cut are written out.
+and no attention mask except the causal one, or the model's mask where images attend to
+later tokens. It shares no code with the passes and runs on an unmodified transformers
+vision-language model: embeddings, features and positions are those that the model
+passes to its first decoder layer, and the model's layers run one by one (``decoder``).
+Attention, scoring and the cut are written out.
 
 At a cut of ``c`` tokens the visual tokens present are rated (``scores``) and the
-``c`` with the lowest score leave, of equals the earlier:
+``c`` with the lowest score are dropped, of equals the earlier:
 
 * ``after_attention``: the attention output and the residual, before the output
   projection and the MLP (FitPrune, Ye et al., arXiv:2409.10197). Both work token by
-  token, so here they run on all and whoever leaves is dropped behind them;
+  token, so here they run on all tokens and the cut comes after them;
 * ``after_layer``: what the layer gives the next (FastV, SparseVLM);
 * ``before_layer``: what the layer gets, rated by the queries and keys that it would
   have had (PyramidDrop).
 
-A layer's keys and values are of what entered its attention. Whoever stays keeps its
-rotary position, or with compacted positions those left take the first ones; keys that
-are cached already stay as they are. Where a recipe recycles, some of the dropped tokens
+A layer's keys and values are of the tokens that entered its attention. Kept tokens keep
+their rotary positions, or with compacted positions they take the first ones; keys that
+are cached already do not change. Where a recipe recycles, some of the dropped tokens
 become new ones (``recycling``).
 
 Letters in shapes: ``n`` tokens of the sample, ``m`` of them present in a layer, ``v``
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class Prefill:
-    """What a prefill computed, and the state that decoding goes on from.
+    """Results of a prefill, and the state that decoding continues from.
 
     Attributes:
         logits: Of the tokens that survived every cut. [n_final, vocab]
@@ -94,15 +94,15 @@ def prefill(
         model: The model.
         recipe: What is pruned.
         sample: The prompt.
-        staying: For each layer with a cut, which tokens of the sample stay, where
-            another pruner decided; scores are still computed. Not where a recipe makes
-            new tokens, which are nobody's in the sample.
+        staying: For each layer with a cut, which tokens of the sample are kept, where
+            another pruner decided; scores are still computed. Not for a recipe that
+            makes new tokens, which have no index in the sample.
 
     Raises:
-        PlanError: The recipe drops more visual tokens than a layer has left, names a
-            layer that the model lacks.
-        InputError: The sample has more or fewer features than placeholders, or it does
-            not tell the patches that the recipe looks at.
+        PlanError: The recipe drops more visual tokens than a layer has left, or
+            names a layer that the model lacks.
+        InputError: The sample has more or fewer features than placeholders, or it
+            lacks the patches that the recipe reads.
     """
     decoder = Decoder(model)
     visual = is_visual(sample.input_ids, model.config)
@@ -131,7 +131,7 @@ def prefill(
 def _first_row(
     model: PreTrainedModel, recipe: Recipe, sample: Sample, pruned: bool
 ) -> Row:
-    """The whole sample, ahead of the first layer."""
+    """The complete sample, before the first layer."""
     visual = is_visual(sample.input_ids, model.config)
     hidden = _embed(model, sample)
     present = torch.arange(len(hidden), device=hidden.device)
@@ -142,14 +142,14 @@ def _first_row(
 
 
 def _with_later(row: Row, features: Tensor, visual: Tensor) -> Row:
-    """Features added to those visual tokens that are left: [v, h]."""
+    """Features added to the visual tokens that are present: [v, h]."""
     added = row.hidden.new_zeros(len(visual), features.shape[1])
     added[visual] = features.to(added)
     return replace(row, hidden=row.hidden + added[row.present])
 
 
 def _next_positions(recipe: Recipe, sample: Sample, keys: list[Tensor]) -> list[int]:
-    """The position behind the last token that each layer holds."""
+    """The position after the last token that each layer holds."""
     if recipe.positions == "compacted":
         return [int(sample.positions[..., k.shape[1] - 1].max()) + 1 for k in keys]
     return [int(sample.positions.max()) + 1] * len(keys)
@@ -157,7 +157,7 @@ def _next_positions(recipe: Recipe, sample: Sample, keys: list[Tensor]) -> list[
 
 @torch.no_grad()
 def step(model: PreTrainedModel, state: Prefill, token: int) -> Tensor:
-    """Decode one token: append it to every layer's cache, each of its own length.
+    """Decode one token: append it to every layer's cache, whatever its length.
 
     Args:
         model: The model that made the state.
@@ -220,10 +220,10 @@ def _run_layer(
     cut: Cut | None,
     staying: Tensor | None,
 ) -> tuple[Row, Heads, Rated | None]:
-    """One layer, and its cut, at which those of ``staying`` stay, if it is given.
+    """One layer, and its cut, which keeps those of ``staying`` if it is given.
 
     Returns:
-        The tokens left, what the layer's attention was given, and what its cut went by.
+        The kept tokens, the inputs of the layer's attention, and the cut's ratings.
     """
     rated = None
     site = None if cut is None else cut.site
@@ -262,9 +262,9 @@ def _seen(row: Row, heads: Heads, tables: tuple[Tensor, Tensor]) -> Seen:
 
 
 def _after_last(visual: Tensor) -> Tensor:
-    """The tokens after the last visual token of the whole sample. [n] bool -> [n] bool.
+    """The tokens after the last visual token of the sample. [n] bool -> [n] bool.
 
-    The prompt as it came decides, so that the same text rates the visual tokens at
+    The unpruned prompt decides, so that the same text rates the visual tokens at
     every cut, even after the last image has lost all of its tokens.
     """
     seen = visual.long().cumsum(dim=0)
@@ -301,13 +301,13 @@ def _check_cut(recipe: Recipe, layer: int, layers: int, drop: int, left: int) ->
 
 
 def _patches(recipe: Recipe, sample: Sample, visual: Tensor) -> Tensor:
-    """What the tower made of each token's patch, for a recipe that looks at it."""
+    """The tower's values of each token's patch, for a recipe that reads them."""
     if not recipe.sees_tower:
         return torch.empty(len(visual), 0, device=visual.device)
     if sample.patches is None:
         raise InputError(
             f"recipe {recipe.name}",
-            expected="a sample that was made of images, whose patches it looks at",
+            expected="a sample that was made of images, whose patches it reads",
             found="features alone, or a model whose tower does not show them",
             fix="Give split_batch the pixel_values of a LLaVA.",
         )

@@ -34,13 +34,13 @@ def merge(tokens: Tensor, clusters: int, *, paper: bool) -> Tensor:
     members: list[list[int]] = [[] for _ in centres]
     for i in range(count):
         if i in centres:
-            own = centres.index(i)
+            nearest_centre = centres.index(i)
         elif paper:
             likeness = torch.cosine_similarity(exact[i][None], exact[centres])
-            own = int(likeness.argmax())
+            nearest_centre = int(likeness.argmax())
         else:
-            own = int(apart[i, centres].argmin())
-        members[own].append(i)
+            nearest_centre = int(apart[i, centres].argmin())
+        members[nearest_centre].append(i)
     joined = [tokens[of].float() for of in members]
     new = [each.sum(dim=0) if paper else each.mean(dim=0) for each in joined]
     return torch.stack(new).to(tokens.dtype)

@@ -1,8 +1,8 @@
 """The scores of the oracle: every shipped scorer once more, for one sample.
 
 Plain eager code that shares nothing with ``scorers``. Letters in shapes are those of
-``oracle``. A scorer that somebody registered has no
-second version; it is called with a batch of one.
+``oracle``. A scorer registered by a user has no second version; it is called with a
+batch of one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """What one sample's tokens are rated by.
+    """Values that rate one sample's tokens.
 
     Attributes:
         query: Rotated. [H, m, d]
@@ -35,8 +35,8 @@ class Seen:
         sin: Rotary sines. [m, d]
         visual: Which tokens are visual. [m] bool
         instruction: Which text rates them. [m] bool
-        patches: What the vision tower made of them, as ``tower`` tells it.
-            [m, 1 + w], or [m, 0] where the recipe does not look at it.
+        patches: The vision tower's values of them, from ``tower.watched``.
+            [m, 1 + w], or [m, 0] where the recipe does not read them.
         allowed: Which tokens each may attend to. [m, m] bool
         probabilities: The layer's attention, rows are queries. [H, m, m] float32
     """
@@ -60,7 +60,7 @@ class Seen:
 
 
 def rate(recipe: Recipe, seen: Seen) -> Tensor:
-    """What the recipe scores each visual token present, in order. [v present]."""
+    """The recipe's score of each visual token present, in order. [v present]."""
     if recipe.score in _SCORES and registry.is_built_in(recipe.score):
         return _SCORES[recipe.score](recipe, seen)
     roles = _roles(seen.visual, seen.instruction)[None]
@@ -104,8 +104,8 @@ def fitprune_scores(
     """
     largest = probabilities.amax(dim=0)[:, visual]
     cross = largest[instruction].sum(dim=0)
-    own = largest[visual].sum(dim=0) / visual.sum()
-    return cross * own
+    visual_mean = largest[visual].sum(dim=0) / visual.sum()
+    return cross * visual_mean
 
 
 def inverted(recipe: Recipe, seen: Seen) -> Tensor:
@@ -135,7 +135,7 @@ def last_token(_: Recipe, seen: Seen) -> Tensor:
 def raters(
     recipe: Recipe, embeddings: Tensor, visual: Tensor, instruction: Tensor
 ) -> Tensor:
-    """Which of the text behind the images rates. [n] bool.
+    """Which of the text after the images rates. [n] bool.
 
     All of it, or with SparseVLM (arXiv:2410.04417) the text with more than its share of
     the visual tokens' softmaxed similarity.
@@ -221,7 +221,7 @@ def divprune(recipe: Recipe, seen: Seen) -> Tensor:
 
 
 def visionzip(_: Recipe, seen: Seen) -> Tensor:
-    """VisionZip's (arXiv:2412.04467): what the tower's class token attends to."""
+    """VisionZip's (arXiv:2412.04467): the attention of the tower's class token."""
     return seen.patches[seen.visual, 0]
 
 
