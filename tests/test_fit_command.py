@@ -311,8 +311,8 @@ def incomplete(file: Path) -> None:
         (lambda file: file.write_bytes(b"no statistics"), "found "),
         (short, "found "),
         (incomplete, "own"),
-        (flipped, "other contents"),
-        (reshaped, "other contents"),
+        (flipped, "not match its checksum"),
+        (reshaped, "not match its checksum"),
     ],
 )
 def test_broken_statistics_are_one_message(

@@ -1,4 +1,4 @@
-"""What FitPrune's recipe search needs to know of an unpruned model.
+"""Statistics of an unpruned model for FitPrune's recipe search.
 
 Shapes: N samples, L layers, V visual tokens (of the sample that has most).
 """
@@ -29,8 +29,8 @@ from vtprune_fx.scorers.roles import PADDING, VISUAL
 class Statistics:
     """Attention that visual tokens receive in an unpruned model.
 
-    Visual tokens stand in their order; behind the last one of a sample that has fewer
-    than V of them stand zeros. What the attention is, is told at ``observe.Received``.
+    Visual tokens are in prompt order, followed by zeros in a sample that has fewer than
+    V of them. ``observe.Received`` defines the attention.
 
     Attributes:
         cross: [N, L, V] float32, from the instruction.
@@ -63,7 +63,7 @@ _PER_TOKEN = ("cross", "own", "cross_share", "own_share")
 
 
 def observe(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Statistics:
-    """Run a model on a batch, inside ``observe.observed``, and note what was received.
+    """Run a model on a batch, inside ``observe.observed``, and return its statistics.
 
     Args:
         model: An unmodified transformers model.
@@ -99,7 +99,7 @@ def observe(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Statistics:
 
 
 def _visual_first(received: Tensor, roles: Tensor) -> Tensor:
-    """[B, V]: of [B, S] the visual tokens, in order, zeros behind them."""
+    """[B, V]: of [B, S] the visual tokens, in order, followed by zeros."""
     visual = roles == VISUAL
     width = int(visual.sum(dim=1).max())
     order = visual.long().argsort(dim=1, descending=True, stable=True)[:, :width]
@@ -131,7 +131,7 @@ def save_statistics(
     Args:
         statistics: Of some samples.
         file: Where to.
-        origin: Fingerprints of what they were taken from.
+        origin: Fingerprints of their model and data.
 
     Raises:
         InputError: The file cannot be written.
@@ -144,15 +144,15 @@ def save_statistics(
 
 
 _CONTENTS = "contents"
-"""Of a file's metadata: tells whether its tensors are those that were written."""
+"""Of a file's metadata: a checksum of the tensors that were written."""
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> str:
-    told = hashlib.sha256()
+    content = hashlib.sha256()
     for name, value in sorted(tensors.items()):
-        told.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        told.update(value.contiguous().numpy().tobytes())
-    return told.hexdigest()[:16]
+        content.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        content.update(value.contiguous().numpy().tobytes())
+    return content.hexdigest()[:16]
 
 
 def load_statistics(file: Path, origin: Mapping[str, str]) -> Statistics:
@@ -160,7 +160,7 @@ def load_statistics(file: Path, origin: Mapping[str, str]) -> Statistics:
 
     Args:
         file: A safetensors file.
-        origin: What it has to be taken from.
+        origin: Fingerprints that it must have.
 
     Raises:
         InputError: It cannot be read, is of something else, or was changed.
@@ -174,7 +174,7 @@ def load_statistics(file: Path, origin: Mapping[str, str]) -> Statistics:
         raise _broken(file, first_sentence(error)) from error
     _check_origin(file, found, origin)
     if found.get(_CONTENTS) != _checksum(values):
-        raise _broken(file, "other contents than its checksum tells of")
+        raise _broken(file, "contents that do not match its checksum")
     return Statistics(**values)
 
 
@@ -201,12 +201,11 @@ def _check_origin(
 
 
 class Counts:
-    """What each layer drops at a tolerance, by the statistics.
+    """Drops of each layer at a tolerance, estimated from the statistics.
 
-    A layer loses nothing but what it has left, and what it has left receives more once
-    others are gone: a row of attention sums to 1. It is taken to grow as much as it
-    would if every head and row gave what the tokens that left received on average to
-    all others.
+    A layer drops only tokens that are present, and these receive more once others are
+    dropped: a row of attention sums to 1. The estimate is that every head and row
+    gives the dropped tokens' average attention to all others.
 
     Args:
         statistics: Of the calibration prompts.
@@ -226,7 +225,7 @@ class Counts:
         ]
 
     def __call__(self, tolerance: float) -> Iterator[Tensor]:
-        """Let tokens leave, layer by layer.
+        """Drop tokens, layer by layer.
 
         Args:
             tolerance: Share of the attention that a layer may lose, alpha.
@@ -236,7 +235,7 @@ class Counts:
         """
         left = self._present
         for cross, own in self._layers:
-            drop = cross.may_leave(left, tolerance) & own.may_leave(left, tolerance)
+            drop = cross.may_drop(left, tolerance) & own.may_drop(left, tolerance)
             left = left & ~drop
             yield drop.sum(dim=1)
 
@@ -246,19 +245,19 @@ class _Layer:
 
     def __init__(self, received: Tensor, share: Tensor, present: Tensor) -> None:
         self.ranked, self.order = ranked(received, present)
-        self.share, self.whole = share.double(), received.double().sum(dim=1)
+        self.share, self.total = share.double(), received.double().sum(dim=1)
 
-    def may_leave(self, left: Tensor, tolerance: float) -> Tensor:
-        # Instead of what is left growing, the bar is lowered.
+    def may_drop(self, left: Tensor, tolerance: float) -> Tensor:
+        # Instead of raising the attention of present tokens, lower the bound.
         given_up = self.share.masked_fill(left, 0).sum(dim=1)
-        least = self.whole * (1 - tolerance) * (1 - given_up)
+        least = self.total * (1 - tolerance) * (1 - given_up)
         return lightest(self.ranked, self.order, left, least)
 
 
 def ranked(received: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
-    """Values in float64 from the largest on, and whose they are; [N, V] all.
+    """Values in float64 from the largest on, and their tokens' indices; [N, V] all.
 
-    Tokens that are not there come first; of equals the later one does.
+    Absent tokens come first; of equals the later one does.
     """
     absent = received.double().masked_fill(~present, torch.inf)
     values, order = absent.sort(dim=1, stable=True)
@@ -266,15 +265,15 @@ def ranked(received: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def lightest(ranked: Tensor, order: Tensor, left: Tensor, least: Tensor) -> Tensor:
-    """The largest set of tokens with the smallest values that leaves enough of the sum.
+    """The most tokens, smallest values first, whose removal keeps enough of the sum.
 
     All candidates at once, by prefix sums.
 
     Args:
-        ranked: [N, V], values as the function of that name gives them.
-        order: [N, V], likewise.
-        left: [N, V] bool, the tokens that are there; others are passed over.
-        least: [N], what the values of those that stay must come to at least.
+        ranked: [N, V], values from the function of that name.
+        order: [N, V], indices from it.
+        left: [N, V] bool, the tokens that are present; others are ignored.
+        least: [N], the least sum of the values of kept tokens.
 
     Returns:
         [N, V] bool.

@@ -9,8 +9,8 @@ from vtprune_fx.errors import InputError
 from vtprune_fx.fitting.options import Fitted
 
 TRIES, NEAR, MOST, LEAST = 3, 0.02, 0.9, 0.1
-"""Recipes timed for each of these, how near a budget is near, the most MACs to save,
-and the least time that a share of them is taken to save."""
+"""Recipes timed for each limit of cuts, the distance from a budget that is near enough,
+the largest share of the MACs to save, and the least slope of time over MACs."""
 
 
 def enough_time(
@@ -24,7 +24,7 @@ def enough_time(
     budget, one larger by what that misses, and then along the line through both.
 
     Args:
-        timed: A share of the MACs and the most cuts in, what was made and timed out.
+        timed: Maps (MAC share, most cuts) to the fitted recipe with its measured time.
         budget: Share of the time to save.
         limits: The most cuts to try, None for any number.
 

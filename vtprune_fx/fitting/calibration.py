@@ -1,4 +1,4 @@
-"""Prompts to fit a recipe on: a folder, a data set, or the reference model's own."""
+"""Prompts to fit a recipe on: of a folder, a data set, or the reference model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from vtprune_fx.optional import optional
 from vtprune_fx.reference.questions import draw_samples
 
 REFERENCE = "reference"
-"""Names the reference model's own questions, of the split that it was trained on."""
+"""Names the reference model's questions, of the split that it was trained on."""
 
 METADATA = "metadata.jsonl"
 """File of a folder of images that has a line ``{"file_name": ..., "prompt": ...}`` for
@@ -43,8 +43,8 @@ class Calibration:
     """Calibration prompts.
 
     Attributes:
-        name: What the user named.
-        openers: One a sample: images are opened when they are needed.
+        name: The source that the user gave.
+        openers: One for each sample: images are opened when they are needed.
     """
 
     name: str
@@ -55,14 +55,14 @@ class Calibration:
         return len(self.openers)
 
     def fingerprint(self) -> str:
-        """Tells these prompts and images from others."""
+        """A hash of these prompts and images."""
         return self._looked_at[0]
 
     def batches(self) -> list[list[int]]:
-        """The samples of each batch, whoever runs it.
+        """The samples of each batch, the same in all processes.
 
-        A batch is as long as its longest prompt, and images are most of a prompt: those
-        of a batch have as many, and texts of like length.
+        A batch is as long as its longest prompt, and images are most of a prompt: the
+        prompts of a batch have equally many images, and texts of similar length.
         """
         sizes = self._looked_at[1]
         batches: list[list[int]] = []
@@ -75,16 +75,16 @@ class Calibration:
 
     @functools.cached_property
     def _looked_at(self) -> tuple[str, list[tuple[int, int]]]:
-        """The fingerprint, and of each sample how many images and letters it has."""
-        told, sizes = hashlib.sha256(), list[tuple[int, int]]()
+        """The fingerprint, and the numbers of images and letters of each sample."""
+        content, sizes = hashlib.sha256(), list[tuple[int, int]]()
         for opener in self.openers:
             text, images = opener()
             sizes.append((len(images), len(text)))
-            told.update(f"{len(text)} {text}".encode())
+            content.update(f"{len(text)} {text}".encode())
             for image in images:
-                told.update(f"{image.size}".encode())
-                told.update(image.tobytes())
-        return told.hexdigest()[:16], sizes
+                content.update(f"{image.size}".encode())
+                content.update(image.tobytes())
+        return content.hexdigest()[:16], sizes
 
     def inputs(
         self, processor: ProcessorMixin, samples: Sequence[int], device: torch.device

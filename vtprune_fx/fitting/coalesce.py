@@ -58,16 +58,16 @@ def attention_kept(statistics: Statistics, usual: int) -> Tensor:
 
 
 def _shares(received: Tensor) -> Tensor:
-    whole = received.sum(dim=1, keepdim=True)
-    return received / whole.clamp(min=torch.finfo(received.dtype).tiny)
+    total = received.sum(dim=1, keepdim=True)
+    return received / total.clamp(min=torch.finfo(received.dtype).tiny)
 
 
 def mean_kept(kept: Tensor, drops: Sequence[int]) -> float:
     """The share of the attention that a recipe keeps, mean over all layers.
 
     Args:
-        kept: What ``attention_kept`` gave.
-        drops: What layers drop; those after the last drop nothing.
+        kept: The result of ``attention_kept``.
+        drops: Drops of each layer; those after the last drop nothing.
     """
     gone = torch.tensor([*drops, *[0] * (len(kept) - len(drops))]).cumsum(dim=0)
     left = kept.shape[1] - 1 - gone
@@ -91,7 +91,7 @@ def coalesced(
     Args:
         drops: What layers drop; it meets the budget.
         cuts: How many layers may, at least 1.
-        kept: What ``attention_kept`` gave.
+        kept: The result of ``attention_kept``.
         geometry: Of the decoder.
         prompts: The calibration prompts.
         budget: Share of the MACs to save.
@@ -152,11 +152,11 @@ def _saved(drops: Sequence[int], geometry: Geometry, prompts: Prompts) -> float:
 
 
 Cuts = tuple[tuple[int, int], ...]
-"""Layers, and what they drop."""
+"""Layers, and how many tokens each drops."""
 
 
 class _Merges:
-    """What merging neighbours costs: each merge by itself, whatever the others are.
+    """Costs of merging neighbours: each merge independent of the others.
 
     Between the first layer of a merge and that of the next, tokens are dropped once.
     """
@@ -221,16 +221,16 @@ class _Merges:
             yield layer, (end - start - float(held)) / layers, macs / layers
 
     def _macs(self, before: int, after: int) -> float:
-        """MACs of a layer which so many of the usual tokens enter and leave."""
+        """MACs of a layer with so many of the usual tokens before and after its cut."""
         if (before, after) not in self._known:
             prompts = self._prompts
-            entering, leaving = (
+            entering, kept = (
                 prompts.visual * count // prompts.usual + prompts.text
                 for count in (before, after)
             )
-            whole = prompts.visual + prompts.text
+            every = prompts.visual + prompts.text
             geometry = self._geometry
-            macs = geometry.macs_before_cut(entering) + geometry.macs_after_cut(leaving)
-            dense = geometry.macs_before_cut(whole) + geometry.macs_after_cut(whole)
+            macs = geometry.macs_before_cut(entering) + geometry.macs_after_cut(kept)
+            dense = geometry.macs_before_cut(every) + geometry.macs_after_cut(every)
             self._known[before, after] = float(macs.sum() / dense.sum())
         return self._known[before, after]

@@ -1,7 +1,7 @@
-"""Take statistics batch by batch, so that a run that was cut short goes on.
+"""Take statistics batch by batch, so that an interrupted run can be resumed.
 
-Each batch's statistics are a file of their own until all are there. Of several
-processes each takes every n-th batch; all see the same folder.
+Each batch's statistics are a separate file until all are there. Of several processes
+each takes every n-th batch; all use the same folder.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ STATISTICS, PARTS = "statistics.safetensors", "statistics.parts"
 """In a folder: the statistics, and those of single batches while they are taken."""
 
 _PROBED = 64
-"""Values of each weight that tell models apart."""
+"""Values of each weight that enter a model's fingerprint."""
 
 
 def origin(model: PreTrainedModel, calibration: Calibration) -> dict[str, str]:
@@ -36,14 +36,14 @@ def origin(model: PreTrainedModel, calibration: Calibration) -> dict[str, str]:
 
 
 def model_fingerprint(model: PreTrainedModel) -> str:
-    """Tells a model from others, by a few values of each of its weights."""
-    told = hashlib.sha256()
+    """A hash of a few values of each of a model's weights."""
+    content = hashlib.sha256()
     for name, weight in model.state_dict().items():
-        told.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        content.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
         values = weight.detach().flatten()
         probed = values[:: max(1, len(values) // _PROBED)]
-        told.update(probed.to("cpu", torch.float32).numpy().tobytes())
-    return told.hexdigest()[:16]
+        content.update(probed.to("cpu", torch.float32).numpy().tobytes())
+    return content.hexdigest()[:16]
 
 
 def collect(
@@ -59,8 +59,8 @@ def collect(
         take: Takes those of some samples.
         calibration: The prompts.
         folder: Where statistics are, go, or were begun.
-        source: What ``origin`` gave.
-        advance: Told how many samples are done.
+        source: The result of ``origin``.
+        advance: Called with the number of samples that are done.
 
     Raises:
         InputError: What is there is broken, or of another model or data, or ``take``
@@ -85,7 +85,7 @@ def _take(
     advance: Callable[[int], None],
 ) -> None:
     done = 0
-    for samples in own_batches(calibration):
+    for samples in batches_here(calibration):
         part, its = _part(parts, samples, source)
         if part.exists():
             load_statistics(part, its)
@@ -95,7 +95,7 @@ def _take(
         advance(done)
 
 
-def own_batches(calibration: Calibration) -> list[list[int]]:
+def batches_here(calibration: Calibration) -> list[list[int]]:
     """The batches of this process."""
     return calibration.batches()[distributed.rank() :: distributed.count()]
 
@@ -104,8 +104,8 @@ def _part(
     parts: Path, samples: Sequence[int], source: Mapping[str, str]
 ) -> tuple[Path, dict[str, str]]:
     """A batch's file, and what its statistics are taken from."""
-    told = {"samples": " ".join(map(str, samples))}
-    return parts / f"{samples[0]:08}.safetensors", {**source, **told}
+    part = {"samples": " ".join(map(str, samples))}
+    return parts / f"{samples[0]:08}.safetensors", {**source, **part}
 
 
 def _finish(calibration: Calibration, folder: Path, source: Mapping[str, str]) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, distributed
 
 @contextlib.contextmanager
 def joined() -> Iterator[None]:
-    """Meet the other processes, where ``torchrun`` started several."""
+    """Join the ``torchrun`` process group, if there is one."""
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
     if alone or distributed.is_initialized():
         yield
@@ -34,7 +34,7 @@ def count() -> int:
 
 
 def wait_for_all() -> None:
-    """Go on when all processes have come here."""
+    """Wait until all processes have reached this call."""
     if distributed.is_initialized():
         distributed.barrier()
 

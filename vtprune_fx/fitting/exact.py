@@ -1,12 +1,12 @@
 """FitPrune's search as published: attention recomputed on the pruned sequence.
 
-A trial of one tolerance runs the decoder layer by layer. Tokens leave at the end of a
-layer, where the method has its attention output and residual lose them: nobody reads
-what the layer makes of them afterwards. Samples of a batch lose tokens of their own;
-the batch becomes as short as its longest sample, with padding ahead of the others.
+A trial of one tolerance runs the decoder layer by layer. Tokens are dropped at the end
+of a layer; the method drops them from the attention output and residual, and nothing
+reads what the layer computes of them afterwards. Samples of a batch lose different
+tokens; the batch becomes as short as its longest sample, the others padded on the left.
 
-No tolerance changes what happens ahead of the first cut: every trial starts from what
-the first layer left when statistics were taken of the unpruned model.
+No tolerance changes anything before the first cut: every trial starts from the output
+of the first layer, recorded when statistics were taken of the unpruned model.
 
 Shapes: B samples of a batch, S tokens, L layers, N samples.
 """
@@ -36,27 +36,27 @@ from vtprune_fx.models.placeholders import is_visual
 from vtprune_fx.scorers.roles import PADDING, VISUAL, token_roles
 
 ROOM = 2**29
-"""Bytes of batches that wait in memory behind the first layer, and of as many behind
-the layer that a trial has come to; more wait in files."""
+"""Bytes of batches kept in memory after the first layer, and as many after the layer
+that a trial has reached; further ones are kept in files."""
 
 State = dict[str, Tensor]
 """A batch between two layers.
 
 ``hidden`` [B, S, d], ``mask`` [B, 1, S, S] bool, ``roles`` [B, S], the decoder's tables
-``cos``, ``sin`` [..., B, S, D] and ``positions`` [..., B, S], and what tokens received
-in the layer that ran: ``cross`` and ``own`` [B, S].
+``cos``, ``sin`` [..., B, S, D] and ``positions`` [..., B, S], and the attention that
+tokens received in the layer that ran: ``cross`` and ``own`` [B, S].
 """
 
 
 @dataclass(frozen=True)
 class Step:
-    """What happened to N samples in one layer, all [N].
+    """Token counts of N samples in one layer, all [N].
 
     Attributes:
         present: Visual tokens that entered it.
-        by_cross: How many could leave by what they received from the instruction.
-        by_own: By what they received from visual tokens.
-        dropped: How many were among both, and left.
+        by_cross: How many may be dropped by their attention from the instruction.
+        by_own: The same by their attention from visual tokens.
+        dropped: How many are in both sets, and are dropped.
     """
 
     present: Tensor
@@ -79,14 +79,14 @@ class Trials:
         self.model, self.layers = model, decoder_layers(model)
         self._start, self._now = _Shelf(folder / "start"), _Shelf(folder / "now")
         self._started = set[int]()
-        self._whole: dict[int, tuple[Tensor, Tensor]] = {}
+        self._totals: dict[int, tuple[Tensor, Tensor]] = {}
 
     @contextlib.contextmanager
     def starting(self, batch: int) -> Iterator[None]:
-        """Keep what the first layer leaves of prompts that are observed in the block.
+        """Keep the first layer's output for prompts that are observed in the block.
 
         Args:
-            batch: What the prompts are called together.
+            batch: A number for the prompts.
         """
 
         def keep(
@@ -99,7 +99,7 @@ class Trials:
             entered = args[0] if args else options["hidden_states"]
             watch = current_watch()
             state = _state(entered, options, watch.visual)
-            self._start.put(batch, _behind(state, left, watch))
+            self._start.put(batch, _after(state, left, watch))
             self._started.add(batch)
 
         hook = self.layers[0].register_forward_hook(keep, with_kwargs=True)
@@ -116,13 +116,13 @@ class Trials:
         cross: Tensor,
         own: Tensor,
     ) -> None:
-        """Let prompts take part, run to behind the first layer if they were not.
+        """Add prompts to the trials, run through the first layer if they were not.
 
         Args:
-            batch: What the prompts are called together.
-            inputs: Gives what the processor returns, padded on either side.
-            cross: [B, L], what all visual tokens together receive from the instruction
-                in the unpruned model.
+            batch: A number for the prompts.
+            inputs: Returns the processor's batch, padded on either side.
+            cross: [B, L], the attention that all visual tokens together receive from
+                the instruction in the unpruned model.
             own: [B, L], the same from visual tokens.
 
         Raises:
@@ -131,10 +131,10 @@ class Trials:
         if batch not in self._started:
             entered = _entered(self.model, self.layers[0], inputs())
             self._start.put(batch, self._ran(0, entered))
-        self._whole[batch] = (cross, own)
+        self._totals[batch] = (cross, own)
 
     def __call__(self, tolerance: float) -> Iterator[Tensor]:
-        """Let tokens leave, layer by layer.
+        """Drop tokens, layer by layer.
 
         Args:
             tolerance: Share of the attention that a layer may lose, alpha.
@@ -146,33 +146,33 @@ class Trials:
 
     @torch.no_grad()
     def steps(self, tolerance: float) -> Iterator[Step]:
-        """Let tokens leave, and tell how many could.
+        """Drop tokens, and count those that each condition allows to drop.
 
         Args:
             tolerance: Share of the attention that a layer may lose, alpha.
 
         Yields:
-            What happened in each layer.
+            The counts of each layer.
         """
         for layer in range(len(self.layers)):
             batches = [torch.zeros(4, 0, dtype=torch.int64)]
-            for index, whole in self._whole.items():
+            for index, totals in self._totals.items():
                 state = (self._now if layer else self._start).take(index)
                 if layer:
                     state = self._ran(layer, state)
                 visual = state["roles"] == VISUAL
                 cross, own = (
-                    _may_leave(state[what], visual, total[:, layer] * (1 - tolerance))
-                    for what, total in zip(("cross", "own"), whole, strict=True)
+                    _may_drop(state[what], visual, total[:, layer] * (1 - tolerance))
+                    for what, total in zip(("cross", "own"), totals, strict=True)
                 )
-                told = (visual, cross, own, cross & own)
-                batches.append(torch.stack([t.sum(dim=1) for t in told]).cpu())
+                sets = (visual, cross, own, cross & own)
+                batches.append(torch.stack([s.sum(dim=1) for s in sets]).cpu())
                 if layer + 1 < len(self.layers):
                     self._now.put(index, _without(state, cross & own))
             yield Step(*torch.cat(batches, dim=1))
 
     def _ran(self, index: int, state: State) -> State:
-        """The batch behind a layer."""
+        """The batch after a layer."""
         watch = Watch(state["roles"] == VISUAL, state["roles"])
         with watching(watch):
             hidden = self.layers[index](
@@ -182,17 +182,17 @@ class Trials:
                 position_embeddings=(state["cos"], state["sin"]),
             )
         if not watch.received:
-            raise unobservable(self.model, "attention of its own")
-        return _behind(state, hidden, watch)
+            raise unobservable(self.model, "attention outside the registry")
+        return _after(state, hidden, watch)
 
 
-def _behind(state: State, hidden: Tensor, watch: Watch) -> State:
-    """The batch behind the layer that ran last."""
+def _after(state: State, hidden: Tensor, watch: Watch) -> State:
+    """The batch after the layer that ran last."""
     received = watch.received[-1]
     return state | {"hidden": hidden, "cross": received.cross, "own": received.own}
 
 
-def _may_leave(received: Tensor, visual: Tensor, least: Tensor) -> Tensor:
+def _may_drop(received: Tensor, visual: Tensor, least: Tensor) -> Tensor:
     return lightest(*ranked(received, visual), visual, least.to(visual.device))
 
 
@@ -224,7 +224,7 @@ class _Options(TypedDict):
 
 
 class _Entered(Exception):  # noqa: N818 - a way out of the model, not an error
-    """Carries what the decoder hands to its first layer."""
+    """Carries the arguments that the decoder passes to its first layer."""
 
     def __init__(self, hidden: Tensor, options: _Options) -> None:
         super().__init__()
@@ -239,7 +239,7 @@ def _enter(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, object]) ->
 def _entered(
     model: PreTrainedModel, first: nn.Module, inputs: Mapping[str, Tensor]
 ) -> State:
-    """A batch in front of the first layer."""
+    """A batch before the first layer."""
     hook = first.register_forward_pre_hook(_enter, with_kwargs=True)
     try:
         model.base_model(**inputs, use_cache=False)
@@ -252,7 +252,7 @@ def _entered(
 
 
 def _state(hidden: Tensor, options: _Options, visual: Tensor) -> State:
-    """A batch in front of the first layer, by what the decoder hands to that."""
+    """A batch before the first layer, from the decoder's arguments for that layer."""
     mask = options["attention_mask"]
     if mask is None:
         length = hidden.shape[1]
@@ -272,7 +272,7 @@ def _state(hidden: Tensor, options: _Options, visual: Tensor) -> State:
 
 
 class _Shelf:
-    """Batches that wait: in memory up to ``ROOM``, in files beyond it."""
+    """Stored batches: in memory up to ``ROOM``, in files beyond it."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._kept = folder, dict[int, State]()

@@ -1,8 +1,8 @@
 """``vtprune fit``: recipes for a model and budgets, from calibration prompts.
 
 A folder holds what belongs together: the statistics, which later runs reuse, and a
-recipe and a picture for each budget. Of several processes each takes batches of its
-own, and all come to the same recipes.
+recipe and a picture for each budget. Of several processes each takes some of the
+batches, and all find the same recipes.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from vtprune_fx.fitting.attention_statistics import (
 from vtprune_fx.fitting.by_latency import enough_time
 from vtprune_fx.fitting.calibration import Calibration, open_calibration
 from vtprune_fx.fitting.coalesce import attention_kept, coalesced, mean_kept
-from vtprune_fx.fitting.collect import collect, origin, own_batches
+from vtprune_fx.fitting.collect import batches_here, collect, origin
 from vtprune_fx.fitting.exact import Trials
 from vtprune_fx.fitting.naming import named
 from vtprune_fx.fitting.observe import observed
@@ -71,7 +71,7 @@ FEW_CUTS = (None, 6, 3)
 def fit_request(request: Request, folder: Path, options: Options) -> list[Fitted]:
     """Open a model and its calibration prompts, and fit recipes.
 
-    What can be refused is refused ahead of anything slow.
+    Arguments are checked before anything slow.
 
     Args:
         request: What to open.
@@ -106,7 +106,7 @@ def _device(name: str | None) -> torch.device:
             f"device {named!r}",
             expected="a device of torch that this machine has",
             found=first_sentence(error),
-            fix="Name cpu, or leave it out.",
+            fix="Name cpu, or omit it.",
         ) from error
 
 
@@ -124,7 +124,7 @@ def fit_recipes(
         processor: Its processor.
         calibration: The prompts.
         folder: New, empty, or written by this before.
-        options: What is wanted.
+        options: Options of the fit.
 
     Raises:
         InputError: A budget or a prompt is not usable, the folder holds something else,
@@ -254,23 +254,23 @@ class _Job:
 
     @contextlib.contextmanager
     def _of_all(self, trials: Trials, statistics: Statistics) -> Iterator[Trial]:
-        """Trials on all processes' samples, each of which runs its own."""
-        own = own_batches(self.calibration)
+        """Trials on the samples of all processes, each of which runs its share."""
+        batches = batches_here(self.calibration)
         cross, received = (
             s.double().sum(dim=2) for s in (statistics.cross, statistics.own)
         )
         with observed(self.model), _bar("exact", None) as (progress, task):
-            for samples in own:
+            for samples in batches:
                 inputs = functools.partial(self._inputs, samples)
                 trials.add(samples[0], inputs, cross[samples], received[samples])
-            mine = [index for samples in own for index in samples]
+            mine = [index for samples in batches for index in samples]
 
             def of_all(tolerance: float) -> Iterator[Tensor]:
                 progress.update(task, description=f"trial at alpha {tolerance:.4f}")
                 for counts in trials(tolerance):
-                    everybody = torch.zeros(len(self.calibration), dtype=torch.int64)
-                    everybody[mine] = counts
-                    yield distributed.sum_of_all(everybody)
+                    every = torch.zeros(len(self.calibration), dtype=torch.int64)
+                    every[mine] = counts
+                    yield distributed.sum_of_all(every)
                     progress.advance(task)
 
             yield of_all
@@ -328,7 +328,7 @@ def _bar(what: str, total: int | None) -> Iterator[tuple[Progress, TaskID]]:
 
 
 def check_request(folder: Path, options: Options) -> None:
-    """Refuse what can be refused without a model.
+    """Check the arguments before a model is loaded.
 
     Raises:
         InputError: A budget is no share, or the folder is a file or holds anything
@@ -354,7 +354,7 @@ def _check_measurable(options: Options) -> None:
             "option --latency",
             expected="recipes found from statistics, by one process",
             found=found,
-            fix="Fit to MACs, or leave the other option out. Statistics that several "
+            fix="Fit to MACs, or omit the other option. Statistics that several "
             "processes took can be given with --statistics.",
         )
     if options.latency == "onnx":

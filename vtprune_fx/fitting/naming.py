@@ -1,4 +1,4 @@
-"""What a fitted recipe is called, and what its file says about where it is from."""
+"""Name and provenance of a fitted recipe."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def named(fitted: Fitted, options: Options, calibration: Calibration) -> Fitted:
         model=options.model,
         note=_note(fitted, options, calibration),
     )
-    told = {"name": _name(fitted.budget, options), "provenance": provenance}
-    return dataclasses.replace(fitted, recipe=fitted.recipe.model_copy(update=told))
+    changes = {"name": _name(fitted.budget, options), "provenance": provenance}
+    return dataclasses.replace(fitted, recipe=fitted.recipe.model_copy(update=changes))
 
 
 def _name(budget: float, options: Options) -> str:
-    """``fitprune-MODEL-60``, and what is unusual about it."""
+    """``fitprune-MODEL-60``, and the options that differ from the defaults."""
     model = re.sub(r"[^a-z0-9.]+", "-", Path(options.model).name.lower())
     parts = ["fitprune", model.strip("-."), f"{100 * budget:g}"]
     parts += ["visual"] * (options.count == "visual")

@@ -1,7 +1,7 @@
-"""Attention that tokens receive, noted while an unmodified model runs.
+"""Attention that tokens receive, recorded while an unmodified model runs.
 
-Through transformers' own extension point for attention, so nothing here knows a model's
-source. A head's attention map lives as long as the head is worked on.
+Through transformers' extension point for attention, so nothing here depends on a
+model's source. A head's attention map exists only while the head is processed.
 
 Shapes: B samples, H query heads, G key heads, S tokens, D head width.
 """
@@ -28,8 +28,8 @@ from vtprune_fx.ops.attention import attention_bias
 from vtprune_fx.scorers.roles import INSTRUCTION, VISUAL, token_roles
 
 BLOCK = {"cpu": 2**18, "cuda": 2**26}
-"""Elements of attention maps that are worked on at once, by kind of device: what the
-caches of a processor hold, and what keeps a GPU busy."""
+"""Elements of attention maps that are processed at once, by kind of device: as many as
+a processor's caches hold, and enough to keep a GPU busy."""
 
 ATTENTION = "vtprune_observed"
 """Name of the attention implementation in transformers' registries."""
@@ -37,7 +37,7 @@ ATTENTION = "vtprune_observed"
 
 @dataclass(frozen=True)
 class Received:
-    """What each token received in one layer, all [B, S] float32.
+    """The attention that each token received in one layer, all [B, S] float32.
 
     With M the maximum over heads of the attention probabilities and A their mean:
 
@@ -56,13 +56,13 @@ class Received:
 
 @dataclass
 class Watch:
-    """What the layers of one run noted.
+    """Records of the layers of one run.
 
     Attributes:
         visual: [B, S] bool, which tokens are visual.
-        roles: [B, S], as ``token_roles`` gives them: read from the first layer's mask
-            if left out.
-        received: One a layer, in the order in which they ran.
+        roles: [B, S], from ``token_roles``: by default read from the first layer's
+            mask.
+        received: One for each layer, in the order in which they ran.
     """
 
     visual: Tensor
@@ -75,7 +75,7 @@ _watch: ContextVar[Watch] = ContextVar("vtprune_watch")
 
 @contextlib.contextmanager
 def observed(model: PreTrainedModel) -> Iterator[None]:
-    """Let a model's decoder note what its tokens receive, inside the block.
+    """Record the attention that a decoder's tokens receive, inside the block.
 
     Raises:
         InputError: The model's attention cannot be observed.
@@ -87,7 +87,7 @@ def observed(model: PreTrainedModel) -> Iterator[None]:
 
 @contextlib.contextmanager
 def watching(watch: Watch) -> Iterator[None]:
-    """Note in ``watch`` what layers receive that run inside the block."""
+    """Record in ``watch`` the attention in layers that run inside the block."""
     token = _watch.set(watch)
     try:
         yield
@@ -96,7 +96,7 @@ def watching(watch: Watch) -> Iterator[None]:
 
 
 def current_watch() -> Watch:
-    """What the layers note in that run at this moment."""
+    """The record of the layers that are running."""
     return _watch.get()
 
 
@@ -125,7 +125,7 @@ def unobservable(model: PreTrainedModel, found: str) -> InputError:
 def _check_observable(model: PreTrainedModel) -> None:
     check_decoder(model.config.get_text_config())
     if not can_set_attention(model):
-        raise unobservable(model, "attention of its own")
+        raise unobservable(model, "attention outside the registry")
 
 
 def _noting(
@@ -137,7 +137,7 @@ def _noting(
     scaling: float | None = None,
     **_: object,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention as ever, noted."""
+    """Ordinary attention, recorded."""
     watch = _watch.get()
     if watch.roles is None:
         watch.roles = token_roles(watch.visual, attention_mask)
@@ -159,11 +159,11 @@ def attend(
     roles: Tensor,
     scale: float,
 ) -> tuple[Tensor, Received]:
-    """Attention, and what each token received.
+    """Attention, and the attention that each token received.
 
-    Some rows of one head at a time: their part of the map stays in the processor's
-    cache, which makes this faster than all at once, and keys that no row may see are
-    left out.
+    Some rows of one head at a time: their part of the map fits the processor's cache,
+    which makes this faster than all at once, and keys that no row may attend to are
+    skipped.
 
     Args:
         query: [B, H, S, D], rotated.
@@ -171,7 +171,7 @@ def attend(
         value: [B, G, S, D].
         mask: As in ``scorers.evidence.Evidence``.
         roles: [B, S].
-        scale: What logits are multiplied by.
+        scale: The factor of the logits.
 
     Returns:
         The output, [B, H, S, D] in the values' type.

@@ -1,4 +1,4 @@
-"""What ``vtprune fit`` is asked for, and what it finds."""
+"""Options and results of ``vtprune fit``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Count = Literal["all", "visual"]
 
 @dataclass(frozen=True)
 class Options:
-    """What ``vtprune fit`` was asked for.
+    """Options of ``vtprune fit``.
 
     Attributes:
         budgets: Shares of the decoder's prefill MACs to save.
@@ -25,8 +25,8 @@ class Options:
         max_cuts: Merge neighbouring cuts until there are at most so many.
         latency: Where to measure, if budgets are shares of the time to the first token
             rather than of MACs.
-        statistics: A file to use instead of the folder's own.
-        model: What the user calls the model.
+        statistics: A file to use instead of the one in the folder.
+        model: The user's name of the model.
         command: The command line.
     """
 
@@ -67,11 +67,11 @@ class Fitted:
 
 @dataclass(frozen=True)
 class Request:
-    """What ``vtprune fit`` opens.
+    """The model and data of ``vtprune fit``.
 
     Attributes:
         model: A checkpoint folder or a hub id.
-        data: What ``open_calibration`` takes.
+        data: The source for ``open_calibration``.
         limit: Samples at most.
         device: Of torch, or None for a GPU if there is one.
         dtype: Of the weights, a name of torch.

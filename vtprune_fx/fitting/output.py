@@ -14,7 +14,7 @@ from vtprune_fx.fitting.options import Fitted
 from vtprune_fx.plots import draw_recipe
 
 SUMMARY = "fit.json"
-"""In a folder: its recipes, and what they save."""
+"""In a folder: its recipes, and their savings."""
 
 
 def check_folder(folder: Path) -> None:
@@ -40,18 +40,18 @@ def check_folder(folder: Path) -> None:
 
 
 def _listed(folder: Path) -> list[str]:
-    """Files of the recipes that the folder's summary tells of."""
+    """Files of the recipes in the folder's summary."""
     return [f"{name}.{end}" for name in _read(folder) for end in ("json", "png")]
 
 
 def _read(folder: Path) -> dict[str, dict[str, object]]:
-    """What the folder's summary tells, by the name of the recipe."""
+    """Entries of the folder's summary, by the name of the recipe."""
     file = folder / SUMMARY
     if not file.exists():
         return {}
     try:
-        told = json.loads(file.read_text(encoding="utf-8"))["recipes"]
-        return {str(fields["recipe"]): dict(fields) for fields in told}
+        entries = json.loads(file.read_text(encoding="utf-8"))["recipes"]
+        return {str(fields["recipe"]): dict(fields) for fields in entries}
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(
             f"file {file}",
@@ -62,11 +62,11 @@ def _read(folder: Path) -> dict[str, dict[str, object]]:
 
 
 def write_fitted(folder: Path, fitted: Sequence[Fitted]) -> None:
-    """Add recipes and pictures to the folder; those of other names stay."""
-    told = _read(folder)
+    """Add recipes and pictures to the folder, beside those of other names."""
+    entries = _read(folder)
     for one in fitted:
-        told[one.recipe.name] = dataclasses.asdict(one) | {"recipe": one.recipe.name}
-    summary = json.dumps({"recipes": list(told.values())}, indent=1) + "\n"
+        entries[one.recipe.name] = dataclasses.asdict(one) | {"recipe": one.recipe.name}
+    summary = json.dumps({"recipes": list(entries.values())}, indent=1) + "\n"
     replace_file(folder / SUMMARY, summary.encode())
     for one in fitted:
         text = one.recipe.to_json()

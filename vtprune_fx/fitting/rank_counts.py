@@ -1,7 +1,7 @@
 """``vtprune calibrate``: static counts for a recipe whose counts follow the rank.
 
-Each calibration prompt is pruned by its own ranks, by the oracle. A layer then keeps
-the mean over prompts of what stayed behind it, rounded: a recipe like any other.
+The oracle prunes each calibration prompt by that prompt's ranks. A layer then keeps the
+mean over prompts of the tokens kept after it, rounded: an ordinary static recipe.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from vtprune_fx.recipes.schema import Provenance, Recipe
 
 @dataclass(frozen=True)
 class Counted:
-    """What calibration prompts kept behind one layer.
+    """Tokens of calibration prompts kept after one layer.
 
     Attributes:
         layer: The layer.
-        ranks: Of the raters' attention, one a prompt.
-        stayed: Visual tokens that stayed, without new ones, one a prompt.
-        stay: How many stay in the static recipe: their mean, rounded, if there are as
-            many there.
-        drop: How many leave in it.
+        ranks: Of the raters' attention, one for each prompt.
+        stayed: Visual tokens kept, without new ones, one number for each prompt.
+        stay: Visual tokens that the static recipe keeps: their mean, rounded, or all
+            that are present if those are fewer.
+        drop: Visual tokens that it drops.
     """
 
     layer: int
@@ -44,7 +44,7 @@ class Counted:
 
 
 def check_adaptive(recipe: Recipe, file: Path) -> None:
-    """Refuse what can be refused without a model.
+    """Check the arguments before a model is loaded.
 
     Raises:
         RecipeError: The recipe has counts already.
@@ -55,7 +55,7 @@ def check_adaptive(recipe: Recipe, file: Path) -> None:
             f"recipe {recipe.name}",
             expected="counts that follow the rank of each sample's attention",
             found="numbers: there is nothing to calibrate",
-            fix="Use it as it is, or fit one with `vtprune fit`.",
+            fix="Use it unchanged, or fit one with `vtprune fit`.",
         )
     if file.is_dir():
         raise InputError(
@@ -83,7 +83,7 @@ def calibrate(
         provenance: Of the static recipe.
 
     Returns:
-        The static recipe, and what it was made from, layer by layer.
+        The static recipe, and the counts that it was made from, layer by layer.
 
     Raises:
         InputError: A prompt has no visual token, or another number than the others.
