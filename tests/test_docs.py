@@ -34,16 +34,23 @@ RETIRED = re.compile(
     re.I,
 )
 RETIRED_IN_CODE = re.compile(
-    RETIRED.pattern + r"|\bown\b|\bwhole\b|\btells?\b|\bwho (?:stay|leave)\b", re.I
+    # "own:" and "``own``" are a field of statistics files.
+    RETIRED.pattern + r"|\bown\b(?!:|``)|\bwhole\b|\btells?\b|\bwho (?:stay|leave)\b",
+    re.I,
 )
 CLEANED = (  # folders whose docstrings and comments are free of these words
     "export",
     "passes",
     "vtprune_fx/analysis",
+    "vtprune_fx/capture",
     "vtprune_fx/cli",
+    "vtprune_fx/evaluation",
+    "vtprune_fx/fitting",
     "vtprune_fx/generation",
     "vtprune_fx/graph",
+    "vtprune_fx/models",
     "vtprune_fx/ops",
+    "vtprune_fx/oracle",
     "vtprune_fx/planning",
     "vtprune_fx/recipes",
     "vtprune_fx/reference",
@@ -57,6 +64,7 @@ NOT_YET = {  # files in them that are not
     "export/onnx_trust.py",
     "export/trust.py",
     "export/verify.py",
+    "vtprune_fx/evaluation/picture.py",
     "vtprune_fx/recipes/schema.py",
 }
 FILES = [file for folder in CLEANED for file in sorted((ROOT / folder).rglob("*.py"))]

@@ -114,7 +114,7 @@ def _rows_of(features: object, rows: Dim) -> object:
 
 @contextlib.contextmanager
 def images_as_one_sequence(model: PreTrainedModel) -> Iterator[None]:
-    """Let the number of images stay dynamic.
+    """Keep the number of images dynamic.
 
     LLaVA makes a list of its images' features and concatenates it, which fixes their
     number in a trace. A projector that returns all images as one long one makes a list

@@ -39,7 +39,7 @@ def lengths_from_data(mode: FakeTensorMode) -> Iterator[None]:
     """Let operators on fakes return numbers, and sizes, that are new symbols.
 
     Dynamo forbids both where it may break a graph instead, and takes a backend that
-    asks for one to ask for that: the graph would run as it came.
+    asks for one to ask for that: the graph would run unpruned.
     """
     shapes = mode.shape_env
     assert shapes is not None, "Dynamo's sizes are symbols"
