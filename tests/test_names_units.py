@@ -116,7 +116,7 @@ def test_a_cache_under_two_names_is_refused() -> None:
     ("given", "message"),
     [
         ({"atention_mask": 1}, "Did you mean attention_mask?"),
-        ({"zzz": 1}, "Leave it out"),
+        ({"zzz": 1}, "Omit it"),
         ({"zzz": 1, "aaa": 2}, "argument aaa, zzz"),
     ],
 )

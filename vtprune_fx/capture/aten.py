@@ -1,9 +1,9 @@
-"""The two ways into the one form that passes read: ATen, before dispatch.
+"""Two front ends for the form that passes read: ATen operators before dispatch.
 
 * ``export``: ``torch.export`` through transformers' exporter, which carries the patches
   that models need.
-* ``lower``: what Dynamo hands a backend, traced to the same operators. Symbols and
-  ``nn_module_stack`` survive.
+* ``lower``: the graph that Dynamo passes to a backend, traced to the same operators.
+  Symbols and ``nn_module_stack`` survive.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def export(model: PreTrainedModel, inputs: Mapping[str, object]) -> ExportedProg
 
     Args:
         model: An unmodified transformers model.
-        inputs: What its processor returned: ``input_ids`` [B, S], ``attention_mask``
+        inputs: The processor's output: ``input_ids`` [B, S], ``attention_mask``
             [B, S], pixel values [I, ...], I images in all. The program takes the
             inputs that ``encoding.encoded`` returns for it.
 
@@ -117,8 +117,8 @@ def images_as_one_sequence(model: PreTrainedModel) -> Iterator[None]:
     """Keep the number of images dynamic.
 
     LLaVA makes a list of its images' features and concatenates it, which fixes their
-    number in a trace. A projector that returns all images as one long one makes a list
-    of one item, and the concatenation the same tensor.
+    number in a trace. With a projector that returns all images as one long image the
+    list has one item, and the concatenation is the same tensor.
     """
     projector = getattr(model.base_model, "multi_modal_projector", None)
     if projector is None:

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from vtprune_fx import oracle
 from vtprune_fx.errors import InputError
 from vtprune_fx.evaluation.results import Evaluation, Result
-from vtprune_fx.models.encoding import counted_positions, own_positions
+from vtprune_fx.models.encoding import counted_positions, model_positions
 from vtprune_fx.models.placeholders import is_visual
 from vtprune_fx.models.prompts import Generates, batch_inputs
 from vtprune_fx.recipes.counting import Cost, Geometry, cost
@@ -38,7 +38,7 @@ NEW_TOKENS = 12
 Backend = Literal["torch", "compile", "onnx"]
 
 Answerer = Callable[[dict[str, Tensor]], list[list[int]]]
-"""A processor's batch in, the new ids of each sample out."""
+"""Maps a processor's batch to the new ids of each sample."""
 
 
 def evaluate(
@@ -53,8 +53,8 @@ def evaluate(
     Args:
         model: An unmodified transformers model.
         processor: Its processor.
-        recipes: What to cut. Shares are turned to counts by the number of visual tokens
-            that a prompt has; prompts with as many are answered together.
+        recipes: Recipes to compare. Shares are turned to counts by the number of visual
+            tokens in a prompt; prompts with the same number are answered together.
         samples: Pictures with one question each.
         backend: ``torch``: the eager oracle; ``compile``: ``torch.compile`` with
             inductor; ``onnx``: ONNX Runtime.
@@ -123,7 +123,7 @@ class _Asked:
         return self.recipe.bound(int(visual[0]))
 
     def ask(self, samples: Sequence[tuple[int, Sample]], answer: Answerer) -> None:
-        """Answer a batch, and count what each of its prompts costs."""
+        """Answer a batch, and count the cost of each of its prompts."""
         inputs = inputs_of(self.processor, [sample for _, sample in samples])
         rows = zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
         for (index, _), new, row in zip(samples, answer(inputs), rows, strict=True):
@@ -154,7 +154,7 @@ class _Asked:
 
 
 def _method(recipe: Recipe) -> str:
-    """What chose the tokens: a method, or for a baseline its score."""
+    """The recipe's method, or for a baseline its score."""
     return recipe.score if recipe.method == "baseline" else recipe.method
 
 
@@ -226,7 +226,7 @@ def _oracle(
     tokenizer: PreTrainedTokenizerBase = processor.tokenizer
 
     def answer(inputs: dict[str, Tensor]) -> list[list[int]]:
-        positions = own_positions(model, inputs)
+        positions = model_positions(model, inputs)
         if positions is None:
             positions = counted_positions(inputs["attention_mask"])
         samples = oracle.split_batch(model, **inputs, position_ids=positions)

@@ -18,11 +18,11 @@ class Result:
 
     Attributes:
         recipe: Its name; ``dense`` where nothing is pruned.
-        method: What chose the tokens: a method, or for a baseline its score.
-        answers: One a question.
-        right: Which of them are.
+        method: The recipe's method, or for a baseline its score.
+        answers: One for each question.
+        right: Which of them are right.
         macs_saved: Share of the language model's prefill, over all questions.
-        visual_tokens: Left after a layer, mean over layers and questions.
+        visual_tokens: Kept after a layer, mean over layers and questions.
         cache_bytes: KV cache of a prompt, mean over questions.
     """
 

@@ -89,7 +89,7 @@ def coalesced(
     cut goes to the first of its layers, which saves no less than the recipe did.
 
     Args:
-        drops: What layers drop; it meets the budget.
+        drops: Drops of each layer; they meet the budget.
         cuts: How many layers may, at least 1.
         kept: The result of ``attention_kept``.
         geometry: Of the decoder.
@@ -97,7 +97,7 @@ def coalesced(
         budget: Share of the MACs to save.
 
     Returns:
-        What layers drop, up to the last cut.
+        Drops of each layer, up to the last cut.
     """
     at = [layer for layer, drop in enumerate(drops) if drop]
     if len(at) <= cuts:

@@ -198,10 +198,10 @@ def _may_drop(received: Tensor, visual: Tensor, least: Tensor) -> Tensor:
 
 def _without(state: State, drop: Tensor) -> State:
     """The batch without some tokens: [B, S] bool."""
-    stay = ~drop & (state["roles"] != PADDING)
-    width = int(stay.sum(dim=1).max())
-    order = stay.long().argsort(dim=1, stable=True)[:, -width:]
-    gone = ~stay.gather(1, order)
+    keep = ~drop & (state["roles"] != PADDING)
+    width = int(keep.sum(dim=1).max())
+    order = keep.long().argsort(dim=1, stable=True)[:, -width:]
+    gone = ~keep.gather(1, order)
     rows = torch.arange(len(order), device=order.device)[:, None]
     mask = state["mask"][rows[:, None], 0, order[:, :, None], order[:, None, :]]
     return {

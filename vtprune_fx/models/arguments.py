@@ -1,9 +1,9 @@
 """Names of arguments: the cache's, which changed, and those that a model lacks.
 
-A cache is an argument of ``forward`` and a field of what it returns. transformers up to
-5.23 calls both ``past_key_values``, from 5.24 on ``cache``. All code that
-passes a cache to a model, or takes one from it, gets the name here. Exported graphs
-use ``past_key_values``.
+A cache is an argument of ``forward`` and a field of its output. transformers up to 5.23
+calls both ``past_key_values``, from 5.24 on ``cache``. All code that passes a cache to
+a model, or takes one from it, gets the name here. Exported graphs use
+``past_key_values``.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def given_cache(arguments: Mapping[str, object]) -> Cache | None:
 
 
 def causal_output(logits: object, cache: Cache) -> CausalLMOutputWithPast:
-    """A language model's output of transformers, of logits and a cache.
+    """Logits and a cache as the output of transformers' language models.
 
     Args:
         logits: [B, S, vocabulary].
@@ -96,5 +96,5 @@ def refuse_unknown(arguments: Mapping[str, object], known: Collection[str]) -> N
         f"argument {', '.join(unknown)}",
         expected="arguments that the model takes",
         found="a name that it does not know",
-        fix=f"Did you mean {close[0]}?" if close else "Leave it out.",
+        fix=f"Did you mean {close[0]}?" if close else "Omit it.",
     )

@@ -1,4 +1,4 @@
-"""What a model computes from values before its decoder runs, done before tracing.
+"""Computations that depend on values, done before tracing the decoder.
 
 An encoder that takes more than pixels (sizes of images, grids of patches, which pixels
 are padding) makes as many features as those values say, and some models count
@@ -42,7 +42,7 @@ def encoded(
         and their sizes.
     """
     ready: dict[str, Any] = dict(inputs)
-    positions = own_positions(model, ready)
+    positions = model_positions(model, ready)
     if positions is not None:
         ready["position_ids"] = positions
     if gives_pixels(ready) and (anyway or takes_sizes(model, ready)):
@@ -65,7 +65,7 @@ class _Encodes(Protocol):
 def prefill_inputs(
     model: PreTrainedModel, inputs: Mapping[str, object]
 ) -> dict[str, Any]:
-    """What an exported prefill graph takes, from what a processor returned.
+    """Inputs of an exported prefill graph, from a processor's output.
 
     Args:
         model: An unmodified transformers model.
@@ -93,7 +93,7 @@ def counted_positions(attention_mask: Tensor) -> Tensor:
     return (attention_mask.cumsum(1) - 1).clamp(min=0)
 
 
-def own_positions(
+def model_positions(
     model: PreTrainedModel, inputs: Mapping[str, object]
 ) -> Tensor | None:
     """[axes, B, S]: positions of a model that counts them along several axes.
@@ -148,7 +148,7 @@ def gives_images(inputs: Mapping[str, object]) -> bool:
 
 
 def takes_sizes(model: PreTrainedModel, inputs: Mapping[str, object]) -> bool:
-    """Whether the model's encoders take any of the inputs beside pixels."""
+    """Whether the model's encoders take any input except pixels."""
     given = {name for name, value in inputs.items() if value is not None}
     encoders = (
         getattr(model.base_model, f"get_{kind}_features", None) for kind in _KINDS

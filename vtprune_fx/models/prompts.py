@@ -20,7 +20,7 @@ def prompt_inputs(
     Args:
         processor: The model's processor.
         prompt: The question.
-        image: What it is about, if anything.
+        image: The image that it is about, or None.
 
     Returns:
         ``input_ids`` [1, S], ``attention_mask`` [1, S], and ``pixel_values``
@@ -88,7 +88,7 @@ class Generates(Protocol):
 
     @property
     def generate(self) -> Callable[..., Tensor]:
-        """Inputs and options in, ids [B, S + new] out."""
+        """Maps inputs and options to ids [B, S + new]."""
 
 
 def continued(
@@ -99,11 +99,11 @@ def continued(
     """The ids that greedy decoding appends to a single prompt.
 
     Args:
-        model: Anything with transformers' ``generate``.
-        inputs: ``input_ids`` [1, S] and what goes with them.
+        model: A model with transformers' ``generate``.
+        inputs: ``input_ids`` [1, S] and the other inputs.
         max_new_tokens: Tokens at most.
     """
-    # Of transformers' models only some classes declare the method.
+    # Only some classes of transformers' models declare the method.
     generate = cast("Generates", model).generate
     ids = generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     new: list[int] = ids[0, inputs["input_ids"].shape[1] :].tolist()

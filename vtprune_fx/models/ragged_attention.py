@@ -50,7 +50,7 @@ def ragged_sdpa(
             all may be longer than the keys: padding comes first and, where all
             samples have images, is kept; the new tokens come last; dropped tokens
             were between them.
-        kwargs: What transformers passes on (scaling, dropout, ...).
+        kwargs: Further arguments of transformers (scaling, dropout, ...).
 
     Returns:
         [B, Q, H, D], and None for the weights.
@@ -63,7 +63,7 @@ def ragged_sdpa(
 
 
 class _Layer(Protocol):
-    """What is read of an attention module."""
+    """The part of an attention module that is read."""
 
     layer_idx: int
 
@@ -91,7 +91,7 @@ AttentionMaskInterface.register(ATTENTION, _mask)
 
 
 def check_decoder(text: PreTrainedConfig) -> None:
-    """Refuse a decoder that would compute something else on a ragged cache.
+    """Refuse a decoder that would give wrong results on a ragged cache.
 
     Raises:
         InputError: Layers attend to a window, or ``check_traceable`` refuses it.

@@ -94,7 +94,7 @@ def build(config: PreTrainedConfig) -> PreTrainedModel:
 def example_prompts(
     model: PreTrainedModel, visual_tokens: int | None, text_tokens: int
 ) -> dict[str, Any]:
-    """What an export is traced with: two prompts about images, shapes alone.
+    """Inputs to trace an export with: two prompts about images, shapes alone.
 
     Args:
         model: A model that ``build`` made.
@@ -134,7 +134,7 @@ def example_prompts(
 
 
 class _Vision(Protocol):
-    """What is read of a vision tower's configuration."""
+    """The part of a vision tower's configuration that is read."""
 
     image_size: int
     patch_size: int
@@ -143,7 +143,7 @@ class _Vision(Protocol):
 
 
 class _Config(Protocol):
-    """What is read of a model's configuration."""
+    """The part of a model's configuration that is read."""
 
     dtype: torch.dtype
     vision_config: _Vision
@@ -153,7 +153,7 @@ class _Config(Protocol):
 
 
 Pictures = tuple[int, dict[str, object]]
-"""Visual tokens of a prompt, and the inputs for two prompts that bring them."""
+"""Visual tokens of a prompt, and the image inputs of two such prompts."""
 
 
 def _pixels(config: _Config, visual_tokens: int | None) -> Pictures:

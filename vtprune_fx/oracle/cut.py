@@ -45,21 +45,21 @@ class Row:
     mask: Tensor | None
 
     def heads(self) -> Heads:
-        """An attention to be filled in."""
+        """The row's attention, to be filled in by ``Decoder.run``."""
         count = len(self.hidden)
         causal = torch.ones(count, count, dtype=torch.bool, device=self.hidden.device)
         return Heads(causal.tril() if self.mask is None else self.mask)
 
-    def only(self, stay: Tensor) -> Row:
-        """Some of the tokens: [m] bool."""
+    def only(self, keep: Tensor) -> Row:
+        """The row with some of its tokens: [m] bool."""
         return Row(
-            self.hidden[stay],
-            self.present[stay],
-            self.visual[stay],
-            self.instruction[stay],
-            self.positions[..., stay],
-            self.patches[stay],
-            None if self.mask is None else self.mask[stay][:, stay],
+            self.hidden[keep],
+            self.present[keep],
+            self.visual[keep],
+            self.instruction[keep],
+            self.positions[..., keep],
+            self.patches[keep],
+            None if self.mask is None else self.mask[keep][:, keep],
         )
 
 
@@ -90,16 +90,16 @@ def cut_row(
         drop = cut.by_rank.drop(rank, seen.count)
         cut = cut.model_copy(update={"drop": drop})
     if staying is None:
-        stay = _kept(scores, row.visual, cut.drop)
+        keep = _kept(scores, row.visual, cut.drop)
     else:
-        stay = torch.isin(row.present, staying)
-    left = row.only(stay)
+        keep = torch.isin(row.present, staying)
+    left = row.only(keep)
     if recipe.recycle is not None and cut.drop:
         left = _recycled(recipe.recycle, cut, row, left, scores)
     if recipe.positions == "compacted":
         positions = row.positions[..., : left.positions.shape[-1]]
         left = replace(left, positions=positions)
-    return left, stay, Rated(scores, rank)
+    return left, keep, Rated(scores, rank)
 
 
 def _recycled(
@@ -160,6 +160,6 @@ def _kept(scores: Tensor, visual: Tensor, drop: int) -> Tensor:
     """
     lowest = torch.argsort(scores, stable=True)[:drop]
     dropped = visual.nonzero()[:, 0][lowest]
-    stay = torch.ones_like(visual)
-    stay[dropped] = False
-    return stay
+    keep = torch.ones_like(visual)
+    keep[dropped] = False
+    return keep

@@ -91,7 +91,7 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
 class _Parts(Protocol):
-    """What transformers' decoders share."""
+    """Parts that transformers' decoders share."""
 
     config: _Config
     layers: nn.ModuleList
@@ -101,7 +101,7 @@ class _Parts(Protocol):
 
 
 class _Config(Protocol):
-    """What is read of a decoder's configuration."""
+    """The part of a decoder's configuration that is read."""
 
     layer_types: list[str]
 
@@ -116,7 +116,7 @@ class Decoder:
         layers: Its layers.
 
     Raises:
-        PlanError: It does not have what transformers' decoders have.
+        PlanError: It lacks a part that transformers' decoders share.
         InputError: ``ragged_attention.check_decoder`` refuses it.
     """
 

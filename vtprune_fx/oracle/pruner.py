@@ -112,8 +112,8 @@ def prefill(
     with decoder.running():
         for index in range(len(decoder.layers)):
             cut = cuts.get(index)
-            stay = None if staying is None or cut is None else staying[index]
-            row, heads, rated = _run_layer(decoder, index, row, recipe, cut, stay)
+            keep = None if staying is None or cut is None else staying[index]
+            row, heads, rated = _run_layer(decoder, index, row, recipe, cut, keep)
             kept.append(row.present)
             keys.append(heads.key)
             values.append(heads.value)
@@ -237,8 +237,8 @@ def _run_layer(
         heads = row.heads()
         after = decoder.run(index, row.hidden, tables, heads)
     if cut is not None and site == "after_attention":
-        row, stay, rated = cut_row(recipe, cut, row, seen, staying)
-        after = after[stay]
+        row, keep, rated = cut_row(recipe, cut, row, seen, staying)
+        after = after[keep]
     row = replace(row, hidden=after)
     if cut is not None and site == "after_layer":
         seen = replace(seen, hidden=row.hidden)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 _FROM_ZERO = torch.empty(0, dtype=torch.long)
-"""Stands for ``arange(n)`` where a sample is made without positions."""
+"""Default positions, replaced by ``arange(n)``."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +31,7 @@ class Sample:
 
     Attributes:
         input_ids: Token ids, a placeholder where a visual token stands. [n]
-        features: What stands in the visual tokens' places, in their order. [v, h]
+        features: Embeddings of the visual tokens, in their order. [v, h]
         positions: Rotary positions; 0, 1, 2, ... where none are given. [n]
         mask: Which tokens each may attend to, None for a causal mask. [n, n] bool
         later: Features that the model adds after its first layers. [v, h] each
@@ -71,8 +71,8 @@ def split_batch(
         attention_mask: 1 where a token stands, 0 where padding does. [B, S]
         features: Of all samples, in place of images. [v, h]
         position_ids: Rotary positions, [B, S], [1, S] or [axes, B, S]. Without them
-            they are what the model's plain forward makes: most count from the start of
-            the padded row.
+            they are those of the unpruned model: most count from the start of the
+            padded row.
         inputs: What else the processor returned: ``pixel_values``, ...
 
     Returns:
@@ -137,7 +137,7 @@ def _samples(
 
 
 def _by_hand(input_ids: Tensor, position_ids: Tensor | None) -> Entered:
-    """Positions alone, for a batch whose features are given or that has none."""
+    """Positions alone, for a batch that needs no encoder."""
     if position_ids is None:
         position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
     return Entered(torch.empty(0), position_ids, None, [])
@@ -152,7 +152,7 @@ def _mask_of(mask: Tensor | None, row: int, real: Tensor) -> Tensor | None:
 
 
 def check_features(features: int, placeholders: int) -> None:
-    """Refuse features that are not as many as placeholders.
+    """Check that there is a feature for each placeholder.
 
     Raises:
         InputError: They are more or fewer.

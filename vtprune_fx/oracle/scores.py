@@ -1,4 +1,4 @@
-"""The scores of the oracle: every shipped scorer once more, for one sample.
+"""The scores of the oracle: a second version of every shipped scorer, for one sample.
 
 Plain eager code that shares nothing with ``scorers``. Letters in shapes are those of
 ``oracle``. A scorer registered by a user has no second version; it is called with a
@@ -29,7 +29,7 @@ class Seen:
     Attributes:
         query: Rotated. [H, m, d]
         key: Rotated. [K, m, d]
-        scale: What the layer multiplies its logits by.
+        scale: The factor of the layer's logits.
         hidden: The residual stream that is cut. [m, h]
         cos: Rotary cosines of the tokens. [m, d]
         sin: Rotary sines. [m, d]
@@ -75,7 +75,7 @@ def rate(recipe: Recipe, seen: Seen) -> Tensor:
 
 
 def _roles(visual: Tensor, instruction: Tensor) -> Tensor:
-    """[n] int64, as ``selection`` numbers them."""
+    """Roles of ``scorers.roles``. [n] int64."""
     roles = torch.full_like(visual, CONTEXT, dtype=torch.long)
     roles[visual], roles[instruction] = VISUAL, INSTRUCTION
     return roles
@@ -109,7 +109,7 @@ def fitprune_scores(
 
 
 def inverted(recipe: Recipe, seen: Seen) -> Tensor:
-    """FitPrune's, the wrong way round."""
+    """FitPrune's, negated."""
     return -fitprune(recipe, seen)
 
 

@@ -1,4 +1,4 @@
-"""The oracle's look into the vision tower, and VisionZip's merge, written out in loops.
+"""The oracle's record of the vision tower, and VisionZip's merge, written in loops.
 
 For LLaVA with a tower built like CLIP's. Shapes: I images, N tokens of the tower for
 each, v visual tokens, m of them merged, w width of a head, h hidden size.
@@ -33,7 +33,7 @@ class _Layer(Protocol):
 
 @contextlib.contextmanager
 def watched(model: PreTrainedModel) -> Iterator[Callable[[int], Tensor | None]]:
-    """Look at the layer of the tower that is selected, while a model encodes images.
+    """Record the selected layer of the tower, while a model encodes images.
 
     Yields:
         A function of v, to call afterwards. It returns [v, 1 + w] float32: for each
