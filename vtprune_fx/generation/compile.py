@@ -43,8 +43,8 @@ def compile(
 
     ``model(...)`` and ``model.generate(...)`` then run as ever: prompts with images
     pruned, what follows on the ragged cache. One graph serves all prompt lengths, and
-    one all decode steps. Greedy, sampling, assistants, beams, several sequences, batches
-    with padding before the prompts, streaming and further turns, which are not pruned,
+    one all decode steps. Greedy, sampling, assistants, beams, several sequences, left
+    padding, streaming and further turns, which are not pruned,
     work as in transformers; with ``cache_implementation="static"`` every layer is
     allocated at its pruned length and the new tokens. ``docs/limits.md`` lists what is
     refused, when it is asked for; that changes nothing for the next call.
