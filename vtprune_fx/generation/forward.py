@@ -40,7 +40,6 @@ from vtprune_fx.models.encoding import (
     encoded,
     gives_images,
     gives_pixels,
-    own_positions,
     token_axis,
 )
 from vtprune_fx.models.ragged_attention import (
@@ -354,9 +353,8 @@ class PrunedForward:
         mark_dynamic(3, mask)
         if new > 1:
             mark_dynamic(2, mask)
-        positions = own_positions(self._model, named)
-        if positions is not None:
-            named["position_ids"] = positions
+        # Later images are not pruned, so none of their encoders is traced.
+        named = encoded(self._model, named, anyway=True)
         _mark_prompt(named | {"attention_mask": None})
         layers: list[Any] = cache.layers
         for layer in layers:
