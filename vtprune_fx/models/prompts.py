@@ -8,6 +8,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
 
+from vtprune_fx.errors import InputError
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -25,6 +27,9 @@ def prompt_inputs(
     Returns:
         ``input_ids`` [1, S], ``attention_mask`` [1, S], and ``pixel_values``
         [1, 3, H, W] where there is an image.
+
+    Raises:
+        InputError: The question spells a placeholder.
     """
     text = _text(processor, prompt, 0 if image is None else 1)
     inputs = processor(images=image, text=text, return_tensors="pt")
@@ -44,6 +49,9 @@ def batch_inputs(
     Returns:
         What the model takes: ``input_ids`` and ``attention_mask`` [B, S],
         ``pixel_values``.
+
+    Raises:
+        InputError: A question spells a placeholder.
     """
     inputs = processor(
         images=[image for _, images in prompts for image in images],
@@ -56,7 +64,12 @@ def batch_inputs(
 
 
 def _text(processor: ProcessorMixin, prompt: str, images: int) -> str:
-    """The text of a user's turn that starts with so many images."""
+    """The text of a user's turn that starts with so many images.
+
+    Raises:
+        InputError: The prompt spells a placeholder.
+    """
+    check_words(processor, prompt)
     if processor.chat_template is None:
         return f"{image_token(processor)}\n" * images + prompt if images else prompt
     content = [{"type": "image"}] * images + [{"type": "text", "text": prompt}]
@@ -71,6 +84,24 @@ class _Template(Protocol):
     def __call__(
         self, turns: list[dict[str, object]], *, add_generation_prompt: bool
     ) -> str: ...
+
+
+def check_words(processor: ProcessorMixin, text: str) -> None:
+    """Refuse a user's text that spells a placeholder: it would stand for an image.
+
+    Raises:
+        InputError: It does.
+    """
+    names = ("image_token", "video_token", "audio_token")
+    given = [getattr(processor, name, None) for name in names]
+    spelt = [token for token in given if isinstance(token, str) and token in text]
+    if spelt:
+        raise InputError(
+            "prompt",
+            expected="words alone; the chat template places the images",
+            found=f"{spelt[0]!r}, the placeholder that the processor replaces",
+            fix="Leave it out, or write it with a space inside.",
+        )
 
 
 def image_token(processor: ProcessorMixin) -> str:
