@@ -151,7 +151,7 @@ def check_later_images(model: PreTrainedModel, named: Mapping[str, object]) -> N
 
     Raises:
         InputError: Images attend to all of their tokens, or are placed along several
-            axes that only the complete conversation tells.
+            axes that only the complete conversation determines.
     """
     why = None
     if named.get("token_type_ids") is not None:
