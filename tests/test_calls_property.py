@@ -267,7 +267,7 @@ def run(sequences: int, seed: int) -> None:
 
 
 def test_a_few_sequences_of_calls() -> None:
-    run(15, seed=1)
+    run(6, seed=1)
 
 
 @pytest.mark.slow
