@@ -101,25 +101,27 @@ def _wrong_spec(text: str) -> str | None:
 
     Trees hold JSON in strings, which is read in the same way.
     """
-    try:
-        spec = parse_json(text)
-    except ValueError as error:
-        return f"no JSON: {error}"
-    if not isinstance(spec, dict | list):
-        return None
-    for place, name, value in walk(spec):
-        if name in ("__enum__", "fqn"):
-            return f"{name} at {place}, which names code"
-        if name == "type" and value not in _BUILT_IN and not _is_of_transformers(value):
-            return f"type {str(value)[:80]!r}"
-        if isinstance(value, str):
-            if _OF_A_MODULE.fullmatch(value) and not _is_of_transformers(value):
-                return f"{value[:80]!r}, which names code"
-            if value.lstrip().startswith(("{", "[")):
-                wrong = _wrong_spec(value)
-                if wrong is not None:
-                    return wrong
+    waiting = [text]
+    while waiting:
+        try:
+            spec = parse_json(waiting.pop())
+        except ValueError as error:
+            return f"no JSON: {error}"
+        for place, name, value in walk(spec):
+            if _names_code(name, value):
+                return f"{place} {str(value)[:80]!r}, which names code"
+            if isinstance(value, str) and value.lstrip().startswith(("{", "[")):
+                waiting.append(value)
     return None
+
+
+def _names_code(name: str, value: object) -> bool:
+    if name in ("__enum__", "fqn"):
+        return True
+    if name == "type":
+        return value not in _BUILT_IN and not _is_of_transformers(value)
+    named = isinstance(value, str) and _OF_A_MODULE.fullmatch(value)
+    return bool(named) and not _is_of_transformers(value)
 
 
 def _is_of_transformers(value: object) -> bool:

@@ -101,12 +101,16 @@ def read(folder: Path) -> Manifest:
         ExportError: There is none, or it cannot be read.
     """
     try:
-        if (folder / FILE).is_symlink():
-            raise OSError(errno.EINVAL, "a link")
+        _check_no_link(folder / FILE)
         fields = parse_json(read_whole(folder / FILE))
         return Manifest.model_validate(fields)
     except (OSError, ValueError) as error:
         raise refused(folder, f"a readable {FILE}", _reason(error)) from error
+
+
+def _check_no_link(path: Path) -> None:
+    if path.is_symlink():
+        raise OSError(errno.EINVAL, "a link")
 
 
 def _reason(error: Exception) -> str:

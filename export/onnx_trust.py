@@ -1,9 +1,10 @@
 """What the graphs of an ONNX export may hold, checked before anything opens them.
 
-Every message of the file is looked at, at every depth: graphs inside of operators, local
-functions and the defaults of their attributes, sparse weights. Refused are weights
-outside of the graph's own file of weights, and all operators but ONNX's own and those
-that exports hold. A local function cannot take the name of an operator: ONNX Runtime
+Every message of the file is looked at, at every depth: graphs inside of operators,
+local functions and the defaults of their attributes, sparse weights. Refused are
+weights outside of the graph's own file of weights, and all operators but ONNX's own and
+those that exports hold. A local function cannot take the name of an operator: ONNX
+Runtime
 would run its own in the function's place.
 """
 

@@ -21,6 +21,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from vtprune_fx.errors import ExportError, InputError
+from vtprune_fx.export.manifest import Manifest, hashes, refused
 from vtprune_fx.export.target import GraphSpec, TensorSpec, target_of
 from vtprune_fx.export.trust import trusted
 from vtprune_fx.files import check_output, scratch_beside
@@ -83,6 +84,7 @@ def write_triton(folder: Path, repository: Path, max_batch: int) -> list[Path]:
                 model.name, target.triton.backend, file, graphs[part], joined
             )
             _write(scratch / part, files, text)
+            _check_written(folder, scratch / part / "1", contents)
         for part, model in models.items():
             (scratch / part).rename(model)
     return list(models.values())
@@ -117,8 +119,19 @@ def _tensors(kind: str, tensors: Iterable[TensorSpec], batched: bool) -> Iterabl
         dims = ", ".join(map(str, tensor.dims[batched:]))
         yield (
             f"{kind} {{ name: {json.dumps(tensor.name)} "
-            f"data_type: {_TYPES[tensor.type]} dims: [ {dims} ] }}"
+            f"data_type: {_type(tensor)} dims: [ {dims} ] }}"
         )
+
+
+def _type(tensor: TensorSpec) -> str:
+    if tensor.type not in _TYPES:
+        raise ExportError(
+            f"{tensor.name!r} of a graph",
+            expected=f"a type among {', '.join(_TYPES)}",
+            found=tensor.type or "none",
+            fix="Write the folder again with `vtprune export`.",
+        )
+    return _TYPES[tensor.type]
 
 
 def _check_new(model: Path) -> None:
@@ -129,6 +142,13 @@ def _check_new(model: Path) -> None:
             found="one that exists already",
             fix="Remove it, or choose another --output. Nothing was changed.",
         )
+
+
+def _check_written(folder: Path, version: Path, contents: Manifest) -> None:
+    """Check that what was linked or copied is what was checked."""
+    for name, digest in hashes(version).items():
+        if digest != contents.files[name]:
+            raise refused(folder, f"{name} as it was written", "another content")
 
 
 def _write(model: Path, files: Iterable[Path], text: str) -> None:

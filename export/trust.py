@@ -1,9 +1,9 @@
 """What any export may hold, checked before anything opens its files.
 
 A folder may come from anywhere and its manifest agree with it, so hashes say nothing
-about who wrote it. What an export may hold is a list: names of files, fields of the JSON
-files, formats of graphs. transformers reads other files and formats, some of them in
-ways that run code or that read from elsewhere.
+about who wrote it. What an export may hold is a list: names of files, fields of the
+JSON files, formats of graphs. transformers reads other files and formats, some of them
+in ways that run code or that read from elsewhere.
 """
 
 from __future__ import annotations
@@ -71,11 +71,11 @@ def trusted(folder: Path) -> Manifest:
     contents = read(folder)
     suffix = target_of(folder, contents).suffix
     graphs = {name: f"{name}{suffix}" for name in COMPONENTS}
-    _check_names(folder, tuple(graphs.values()))
-    check_whole(folder, contents)
     for name in (*_NEEDED, *graphs.values()):
         if name not in contents.files:
             raise refused(folder, name, "no such file")
+    _check_names(folder, tuple(graphs.values()))
+    check_whole(folder, contents)
     fields = {
         name: _fields(folder, name)
         for name in sorted(contents.files)
