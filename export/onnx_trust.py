@@ -4,8 +4,7 @@ Every message of the file is looked at, at every depth: graphs inside of operato
 local functions and the defaults of their attributes, sparse weights. Refused are
 weights outside of the graph's own file of weights, and all operators but ONNX's own and
 those that exports hold. A local function cannot take the name of an operator: ONNX
-Runtime
-would run its own in the function's place.
+Runtime would run its own in the function's place.
 """
 
 from __future__ import annotations
