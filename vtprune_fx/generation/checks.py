@@ -7,10 +7,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 from transformers.utils import TransformersKwargs
 
 from vtprune_fx.errors import InputError
+from vtprune_fx.generation.failures import mismatch
 from vtprune_fx.models.arguments import CACHE_NAMES
 from vtprune_fx.models.ragged_attention import ATTENTION
 
@@ -137,6 +140,58 @@ def check_states(named: Mapping[str, object]) -> None:
             fix="A prompt and the candidates run one after the other, and the prompt's "
             f"layers differ in length. {_UNDO}",
         )
+
+
+def check_later_images(model: PreTrainedModel, named: Mapping[str, object]) -> None:
+    """Refuse images on a filled cache that depend on what came before them.
+
+    Args:
+        model: The model.
+        named: Its arguments, images among them.
+
+    Raises:
+        InputError: Images attend to all of their tokens, or are placed along several
+            axes that only the complete conversation tells.
+    """
+    why = None
+    if named.get("token_type_ids") is not None:
+        why = "an image whose tokens attend to later ones, which the cache's mask hides"
+    if named.get("position_ids") is None and hasattr(
+        model.base_model, "compute_3d_position_ids"
+    ):
+        why = "an image without position_ids, which the model counts along several axes"
+    if why is not None:
+        raise InputError(
+            f"later turn of {type(model).__name__}",
+            expected="text alone on a filled cache",
+            found=why,
+            fix="Start from an empty cache, with the conversation from its start.",
+        )
+
+
+def check_features(
+    model: PreTrainedModel, features: Mapping[str, object], ids: Tensor | None
+) -> None:
+    """Refuse encoded images that do not fit the placeholders.
+
+    Args:
+        model: The model.
+        features: What its encoders gave, by kind.
+        ids: [B, Q], the new tokens; None where embeddings are given.
+
+    Raises:
+        InputError: There is another number of features.
+    """
+    width = model.config.get_text_config().hidden_size
+    for kind, encoded in features.items():
+        token = getattr(model.config, f"{kind}_token_id", None)
+        if token is None or ids is None:
+            continue
+        each = pytree.tree_leaves(getattr(encoded, "pooler_output", None))
+        came = sum(n.numel() for n in each if isinstance(n, Tensor)) // width
+        places = int((ids == token).sum())
+        if came != places:
+            raise mismatch(f"{came} features for {places} placeholders")
 
 
 _REFUSED_OPTIONS = {

@@ -43,19 +43,17 @@ def compile(
 
     ``model(...)`` and ``model.generate(...)`` then run as ever: prompts with images
     pruned, what follows on the ragged cache. One graph serves all prompt lengths, and
-    one all decode steps. Greedy, sampling, beams, several sequences, batches with
-    padding in front, streaming and further turns on the cache work as in transformers;
-    with ``cache_implementation="static"`` every layer is allocated at its pruned
-    length and the new tokens.
-
-    A further turn on a filled cache is not pruned.
+    one all decode steps. Greedy, sampling, assistants, beams, several sequences, left
+    padding, streaming and further turns, which are not pruned,
+    work as in transformers; with ``cache_implementation="static"`` every layer is
+    allocated at its pruned length and the new tokens. ``docs/limits.md`` lists what is
+    refused, when it is asked for; that changes nothing for the next call.
 
     Where a recipe looks at the vision tower (VisionZip) the tower is part of the
-    compiled prompt; ``generate`` then does not encode images before it. Beams and
-    several sequences take prompts with one image at most.
+    compiled prompt, and beams and several sequences take one image a prompt.
 
     Args:
-        model: An unmodified transformers model.
+        model: An unmodified transformers model, or a ``PeftModel`` of one.
         recipe: What to cut: a recipe, a shipped name, a file, or None for the default
             that fits the model.
         inner: Name of the ``torch.compile`` backend that compiles the graphs.
@@ -67,28 +65,31 @@ def compile(
         The model.
 
     Raises:
-        InputError: The model is compiled already, ``ragged_attention.check_decoder``
-            refuses it, or there is no such backend or mode.
+        InputError: The model prunes already, is wrapped so that it could not, or its
+            decoder cannot be pruned; or there is no such backend or mode.
         RecipeError: The recipe cannot be loaded.
+        PlanError: The recipe cuts at layers that the model does not have.
     """
-    inner_most = inner_model(model)
-    if _pruned_forward(inner_most) is not None:
+    bare = inner_model(model)
+    _check(bare)
+    loaded = load_recipe(recipe) if recipe is not None else None
+    if loaded is not None:
+        check_layers(loaded, bare.config.get_text_config().num_hidden_layers)
+    options = {"inner": inner_compiler(inner, mode), "passes": passes}
+    PrunedForward(bare, loaded, options, decode).attach()
+    return model
+
+
+def _check(model: PreTrainedModel) -> None:
+    if _pruned_forward(model) is not None:
         raise InputError(
             type(model).__name__,
             expected="a model as it was loaded",
             found="one that prunes already",
             fix="Call vtprune_fx.undo(model) first.",
         )
-    check_can_prune(inner_most)
-    text = inner_most.config.get_text_config()
-    check_decoder(text)
-    loaded = load_recipe(recipe) if recipe is not None else None
-    if loaded is not None:
-        check_layers(loaded, text.num_hidden_layers)
-    compiler = inner_compiler(inner, mode)
-    options = {"inner": compiler, "passes": passes}
-    PrunedForward(inner_most, loaded, options, decode).attach()
-    return model
+    check_can_prune(model)
+    check_decoder(model.config.get_text_config())
 
 
 def _pruned_forward(model: PreTrainedModel) -> PrunedForward | None:
@@ -108,13 +109,13 @@ def undo(model: Model) -> Model:
     Raises:
         InputError: Another library wrapped the model's ``forward`` since.
     """
-    inner_most = inner_model(model)
-    found = _pruned_forward(inner_most)
+    bare = inner_model(model)
+    found = _pruned_forward(bare)
     if found is None:
         return model
-    if next(layers_of(forward_of(inner_most))) is not found:
+    if next(layers_of(forward_of(bare))) is not found:
         raise InputError(
-            f"{type(inner_most).__name__}.forward",
+            f"{type(bare).__name__}.forward",
             expected="what vtprune_fx.compile set",
             found="another function around it, as accelerate sets it",
             fix="Take that off first, as by accelerator.unwrap_model(model, "

@@ -376,8 +376,12 @@ class PrunedForward:
             mark_dynamic(3, mask)
         if new > 1:
             mark_dynamic(2, mask)
+        if gives_images(named):
+            checks.check_later_images(self._model, named)
         # Later images are not pruned, so no graph needs to have their encoders.
         named = encoded(self._model, named, anyway=True)
+        if named.get(FEATURES):
+            checks.check_features(self._model, named[FEATURES], named.get("input_ids"))
         mark_prompt(named | {"attention_mask": None})
         layers: Sequence[object] = cache.layers
         for layer in layers:

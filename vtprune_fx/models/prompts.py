@@ -8,6 +8,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import ProcessorMixin
 
+from vtprune_fx.errors import InputError
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -25,7 +27,11 @@ def prompt_inputs(
     Returns:
         ``input_ids`` [1, S], ``attention_mask`` [1, S], and ``pixel_values``
         [1, 3, H, W] where there is an image.
+
+    Raises:
+        InputError: The question spells a placeholder.
     """
+    check_words(processor, prompt)
     content = [{"type": "image"}] if image is not None else []
     turn: dict[str, Any] = {
         "role": "user",
@@ -47,14 +53,18 @@ def batch_inputs(
 
     Args:
         processor: The model's processor.
-        prompts: What is asked, and the images that it is about, which stand ahead.
+        prompts: What is asked, and the images that it is about, which stand before it.
 
     Returns:
         What the model takes: ``input_ids`` and ``attention_mask`` [B, S],
         ``pixel_values``.
+
+    Raises:
+        InputError: A question spells a placeholder.
     """
     texts = []
     for text, images in prompts:
+        check_words(processor, text)
         content = [{"type": "image"} for _ in images]
         turn: Any = {"role": "user", "content": [*content, {"type": "text"}]}
         turn["content"][-1]["text"] = text
@@ -72,6 +82,24 @@ def batch_inputs(
         padding_side="left",
     )
     return {name: inputs[name] for name in inputs}
+
+
+def check_words(processor: ProcessorMixin, text: str) -> None:
+    """Refuse a user's text that spells a placeholder: it would stand for an image.
+
+    Raises:
+        InputError: It does.
+    """
+    names = ("image_token", "video_token", "audio_token")
+    given = [getattr(processor, name, None) for name in names]
+    spelt = [token for token in given if isinstance(token, str) and token in text]
+    if spelt:
+        raise InputError(
+            "prompt",
+            expected="words alone; the chat template places the images",
+            found=f"{spelt[0]!r}, the placeholder that the processor replaces",
+            fix="Leave it out, or write it with a space inside.",
+        )
 
 
 def image_token(processor: ProcessorMixin) -> str:
