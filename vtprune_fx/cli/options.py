@@ -12,6 +12,10 @@ REFERENCE = "fitprune-reference-55"
 """The recipe for the reference model."""
 
 
+LARGEST_SEED = 2**32 - 1
+"""The largest seed that all generators of random numbers take."""
+
+
 RecipeOption = Annotated[
     str, typer.Option("--recipe", help="Name of a shipped recipe, or a recipe file.")
 ]

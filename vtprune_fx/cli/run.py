@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.console import Console
 
-from vtprune_fx.cli.options import REFERENCE, OptionalRecipe, RecipeOption
+from vtprune_fx.cli.options import LARGEST_SEED, REFERENCE, OptionalRecipe, RecipeOption
 from vtprune_fx.recipes.loading import load_recipe
 from vtprune_fx.reference import CHECKPOINT
 
@@ -70,7 +70,9 @@ def evaluate(
         ),
     ] = False,
     split: SplitOption = "test",
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the questions.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the questions.")
+    ] = 0,
     limit: Annotated[int, typer.Option(min=1, help="How many questions.")] = 500,
     backend: BackendOption = "torch",
     output: Annotated[
@@ -124,7 +126,9 @@ def demo(
         "vtprune-demo"
     ),
     recipe: RecipeOption = REFERENCE,
-    seed: Annotated[int, typer.Option(min=0, help="Which picture and question.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=LARGEST_SEED, help="Which picture and question.")
+    ] = 0,
 ) -> None:
     """Ask the reference model a question, before and after pruning, on every runtime.
 
