@@ -28,7 +28,7 @@ ELSEWHERE = frozenset(
 _IMPLEMENTATIONS = re.compile(r"_?(attn|experts)_implementation(_\w+)?")
 _KNOWN_IMPLEMENTATIONS = (None, "eager", "sdpa")
 _DTYPES = ("float32", "float16", "bfloat16", None)
-_NAME = re.compile(r"\w+")
+_NAME = re.compile(r"(\w+(-\w+)*)?")
 
 
 def read_fields(path: Path) -> Any:
@@ -92,6 +92,6 @@ def _is_name(value: object) -> bool:
     return all(
         part is None
         or isinstance(part, int | float)
-        or (isinstance(part, str) and _NAME.fullmatch(part.replace("-", "_")))
+        or (isinstance(part, str) and _NAME.fullmatch(part))
         for part in parts
     )
