@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import shutil
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vtprune_fx.errors import ExportError, InputError
 from vtprune_fx.export import manifest
 from vtprune_fx.export.target import find_target
+from vtprune_fx.files import OLD, check_output, scratch_beside
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
     from transformers.exporters import ExportedModel
 
 
-def check_free(folder: Path) -> None:
+def check_free(folder: Path, inputs: Iterable[Path] = ()) -> None:
     """Check that an export may be written to ``folder``.
 
+    Args:
+        folder: Where it shall go.
+        inputs: What it is made of, which it must not lie in.
+
     Raises:
-        InputError: It is a file, or holds anything that an earlier export did not
-            write.
+        InputError: It is no folder, holds anything that an earlier export did not
+            write, cannot be replaced, or nothing can be written there.
     """
+    check_output(folder, "folder", inputs=inputs)
     if not folder.exists():
         return
     found = _foreign(folder)
@@ -39,8 +45,6 @@ def check_free(folder: Path) -> None:
 
 def _foreign(folder: Path) -> str | None:
     """What in ``folder`` is not ours, if anything."""
-    if not folder.is_dir():
-        return "a file"
     entries = {path.name for path in folder.iterdir()}
     if not entries:
         return None
@@ -83,23 +87,38 @@ def written_at_once(folder: Path) -> Iterator[Path]:
     """A scratch folder that takes the place of ``folder`` when all went well.
 
     Raises:
-        InputError: ``folder`` holds something else.
+        InputError: ``folder`` holds something else, cannot be replaced, or its disk is
+            full.
     """
     check_free(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-    try:
+    with scratch_beside(folder) as scratch, _naming_full_disks(folder):
         yield scratch
         check_free(folder)
         scratch.chmod(0o755)
         _take_place(scratch, folder)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+
+
+@contextlib.contextmanager
+def _naming_full_disks(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise InputError(
+            f"output folder {folder}",
+            expected="a disk with space for the export",
+            found=str(error.strerror),
+            fix="Choose another disk. What was there before still is.",
+        ) from error
 
 
 def _take_place(scratch: Path, folder: Path) -> None:
     """Rename ``scratch`` to ``folder``; the old folder goes only if that worked."""
-    retired = scratch.with_name(f"{scratch.name}-old")
+    retired = scratch.with_name(f"{scratch.name}{OLD}")
     if folder.exists():
         folder.rename(retired)
     try:

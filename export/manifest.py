@@ -8,15 +8,16 @@ files checks what they contain.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.metadata
-import json
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 
 from vtprune_fx.errors import ExportError, first_sentence
+from vtprune_fx.files import parse_json, read_whole
 from vtprune_fx.recipes.schema import Recipe
 
 FILE = "vtprune.json"
@@ -32,7 +33,7 @@ Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 _PACKAGES = ("vtprune-fx", "torch", "transformers", "onnx", "onnxscript")
 
-_PASSED_OVER = ("README.md", "LICENSE")
+PASSED_OVER = ("README.md", "LICENSE", ".gitattributes")
 """What a model's repository has beside its files, and no loader reads."""
 
 
@@ -87,7 +88,10 @@ class Manifest(BaseModel):
 
 def is_export(folder: Path) -> bool:
     """Whether ``folder`` says that it holds an export."""
-    return (folder / FILE).is_file()
+    try:
+        return (folder / FILE).exists()
+    except (OSError, ValueError):  # no folder has such a name
+        return False
 
 
 def read(folder: Path) -> Manifest:
@@ -97,10 +101,16 @@ def read(folder: Path) -> Manifest:
         ExportError: There is none, or it cannot be read.
     """
     try:
-        fields = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        _check_no_link(folder / FILE)
+        fields = parse_json(read_whole(folder / FILE))
         return Manifest.model_validate(fields)
     except (OSError, ValueError) as error:
         raise refused(folder, f"a readable {FILE}", _reason(error)) from error
+
+
+def _check_no_link(path: Path) -> None:
+    if path.is_symlink():
+        raise OSError(errno.EINVAL, "a link")
 
 
 def _reason(error: Exception) -> str:
@@ -126,8 +136,8 @@ def check_whole(folder: Path, contents: Manifest) -> None:
             raise refused(folder, name, "no such file")
         if _digest(path) != digest:
             raise refused(folder, f"{name} as it was written", "another content")
-    there = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
-    strange = sorted(there - {FILE, *contents.files, *_PASSED_OVER})
+    there = {path.name for path in folder.iterdir()}
+    strange = sorted(there - {FILE, *contents.files, *PASSED_OVER})
     if strange:
         raise refused(
             folder, f"nothing but what {FILE} lists", strange[0], "Take it out."

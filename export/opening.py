@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
+from vtprune_fx.errors import VtpruneError, first_sentence
 from vtprune_fx.export.graph_model import GraphModel
+from vtprune_fx.export.manifest import refused
 from vtprune_fx.export.onnx_model import open_onnx
 from vtprune_fx.export.target import (
     ExportTarget,
@@ -14,7 +18,7 @@ from vtprune_fx.export.target import (
 )
 from vtprune_fx.export.tensorrt_model import FORMAT, open_tensorrt
 from vtprune_fx.export.triton_inputs import read_engines, read_onnx
-from vtprune_fx.export.trust import trusted
+from vtprune_fx.export.trust import held, trusted
 
 register_target(
     ExportTarget(
@@ -50,5 +54,29 @@ def load(folder: Path, device: str | None = None) -> GraphModel:
             a target that is not registered, or does not run on ``device``.
         MissingDependencyError: The runtime is not installed.
     """
-    contents = trusted(folder)
-    return target_of(folder, contents).open(folder, contents, device)
+    folder = Path(folder)
+    with held(folder):
+        contents = trusted(folder)
+        with _naming_what_is_wrong(folder):
+            model = target_of(folder, contents).open(folder, contents, device)
+        _check_layers(folder, model)
+    return model
+
+
+@contextlib.contextmanager
+def _naming_what_is_wrong(folder: Path) -> Iterator[None]:
+    """Whatever a library says of the files in a folder becomes an error of ours."""
+    try:
+        yield
+    except VtpruneError:
+        raise
+    except Exception as error:
+        found = f"{type(error).__name__}: {first_sentence(error)}"
+        raise refused(folder, "files that its runtime can read", found) from error
+
+
+def _check_layers(folder: Path, model: GraphModel) -> None:
+    expected = len(model.manifest.tokens_per_layer)
+    found = model.config.get_text_config().num_hidden_layers
+    if found != expected:
+        raise refused(folder, f"config.json with {expected} layers", str(found)[:80])

@@ -6,7 +6,6 @@ is in the wrong place, of the wrong type or not contiguous is copied.
 
 from __future__ import annotations
 
-import json
 import mmap
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,6 +31,7 @@ from vtprune_fx.export.manifest import Manifest, refused
 from vtprune_fx.export.tensorrt_library import library, log, version
 from vtprune_fx.export.tensorrt_types import Engine
 from vtprune_fx.export.trust import COMPONENTS
+from vtprune_fx.models.fields import read_fields
 
 Buffer: TypeAlias = bytes | mmap.mmap
 """A serialised engine."""
@@ -240,7 +240,7 @@ def open_tensorrt(
 def _metadata(folder: Path, name: str, precision: str) -> ExportMetadata:
     """What a runner needs: an engine does not know the order of its outputs."""
     try:
-        fields = json.loads((folder / "export.json").read_text(encoding="utf-8"))
+        fields = read_fields(folder / "export.json")
         outputs = fields["components"][name]["metadata"]["export_config"][OUTPUTS]
         names = [str(output) for output in outputs]
     except (OSError, ValueError, KeyError, TypeError) as error:

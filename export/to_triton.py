@@ -17,13 +17,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
 from vtprune_fx.errors import ExportError, InputError
+from vtprune_fx.export.manifest import Manifest, hashes, refused
 from vtprune_fx.export.target import GraphSpec, TensorSpec, target_of
 from vtprune_fx.export.trust import trusted
+from vtprune_fx.files import check_output, scratch_beside
 
 _TYPES = {
     "INT64": "TYPE_INT64",
@@ -54,9 +55,11 @@ def write_triton(folder: Path, repository: Path, max_batch: int) -> list[Path]:
 
     Raises:
         ExportError: The folder is incomplete or was changed, or Triton does not run it.
-        InputError: The models exist already, or engines were built for fewer prompts.
+        InputError: The models exist already, the repository is in the exported folder
+            or cannot be written to, or engines were built for fewer prompts.
         MissingDependencyError: The packages that read ONNX files are not installed.
     """
+    check_output(repository, "folder to fill", inputs=[folder])
     contents = trusted(folder)
     target = target_of(folder, contents)
     if target.triton is None:
@@ -71,8 +74,7 @@ def write_triton(folder: Path, repository: Path, max_batch: int) -> list[Path]:
     models = {part: repository / f"{name}_{part}" for part in graphs}
     for model in models.values():
         _check_new(model)
-    repository.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=repository, prefix=".") as scratch:
+    with scratch_beside(repository / name) as scratch:
         for part, model in models.items():
             joined = max_batch if part == "prefill" else 0
             file = f"{part}{target.suffix}"
@@ -81,9 +83,10 @@ def write_triton(folder: Path, repository: Path, max_batch: int) -> list[Path]:
             text = configuration(
                 model.name, target.triton.backend, file, graphs[part], joined
             )
-            _write(Path(scratch) / part, files, text)
+            _write(scratch / part, files, text)
+            _check_written(folder, scratch / part / "1", contents)
         for part, model in models.items():
-            (Path(scratch) / part).rename(model)
+            (scratch / part).rename(model)
     return list(models.values())
 
 
@@ -116,18 +119,36 @@ def _tensors(kind: str, tensors: Iterable[TensorSpec], batched: bool) -> Iterabl
         dims = ", ".join(map(str, tensor.dims[batched:]))
         yield (
             f"{kind} {{ name: {json.dumps(tensor.name)} "
-            f"data_type: {_TYPES[tensor.type]} dims: [ {dims} ] }}"
+            f"data_type: {_type(tensor)} dims: [ {dims} ] }}"
         )
+
+
+def _type(tensor: TensorSpec) -> str:
+    if tensor.type not in _TYPES:
+        raise ExportError(
+            f"{tensor.name!r} of a graph",
+            expected=f"a type among {', '.join(_TYPES)}",
+            found=tensor.type or "none",
+            fix="Write the folder again with `vtprune export`.",
+        )
+    return _TYPES[tensor.type]
 
 
 def _check_new(model: Path) -> None:
-    if model.exists():
+    if os.path.lexists(model):
         raise InputError(
             f"model {model}",
             expected="a name that is not taken in the repository",
-            found="a folder that exists already",
+            found="one that exists already",
             fix="Remove it, or choose another --output. Nothing was changed.",
         )
+
+
+def _check_written(folder: Path, version: Path, contents: Manifest) -> None:
+    """Check that what was linked or copied is what was checked."""
+    for name, digest in hashes(version).items():
+        if digest != contents.files[name]:
+            raise refused(folder, f"{name} as it was written", "another content")
 
 
 def _write(model: Path, files: Iterable[Path], text: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
@@ -10,9 +9,10 @@ from typing import TYPE_CHECKING, TypedDict
 from transformers.exporters.base import EXPORT_MANIFEST_FILE
 
 from vtprune_fx.errors import ExportError, InputError
-from vtprune_fx.export.manifest import Manifest
+from vtprune_fx.export.manifest import Manifest, refused
 from vtprune_fx.export.target import GraphSpec, TensorSpec
 from vtprune_fx.export.trust import COMPONENTS
+from vtprune_fx.models.fields import read_fields
 from vtprune_fx.optional import optional
 
 if TYPE_CHECKING:
@@ -82,19 +82,23 @@ def read_engines(
             found="engines of TensorRT for RTX",
             fix="Build them with `vtprune-fx[tensorrt]`, or export to ONNX.",
         )
-    fields = json.loads((folder / EXPORT_MANIFEST_FILE).read_text(encoding="utf-8"))
+    fields = read_fields(folder / EXPORT_MANIFEST_FILE)
     found = {}
     for name in COMPONENTS:
         record: _EngineRecord = fields["components"][name]["metadata"]["export_config"]
-        _check_batch(record, max_batch)
-        inputs, outputs = _recorded(record["inputs"]), _recorded(record["outputs"])
+        try:
+            largest = record["batch"][-1] if record["images"][0] == 1 else 0
+            inputs, outputs = _recorded(record["inputs"]), _recorded(record["outputs"])
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            expected = f"export.json to say what {name}.engine takes and returns"
+            raise refused(folder, expected, repr(error)[:300]) from error
+        _check_batch(largest, max_batch)
         found[name] = GraphSpec(inputs, outputs)
     return found
 
 
-def _check_batch(record: _EngineRecord, max_batch: int) -> None:
+def _check_batch(largest: int, max_batch: int) -> None:
     """Check that engines take as many joined prompts, which have one image each."""
-    largest = record["batch"][-1] if record["images"][0] == 1 else 0
     if max_batch > largest:
         raise InputError(
             "--max-batch",

@@ -33,6 +33,8 @@ from vtprune_fx.export.manifest import Manifest, read
 from vtprune_fx.export.opening import load
 from vtprune_fx.export.quantize import rounded
 from vtprune_fx.export.target import target_of
+from vtprune_fx.export.to_onnx import TOLERANCES
+from vtprune_fx.export.trust import held
 from vtprune_fx.export.verify_cases import Case, draw_cases
 from vtprune_fx.models.arguments import cache_of
 from vtprune_fx.models.encoding import counted_positions
@@ -157,14 +159,15 @@ def verify(folder: Path, model: str | None = None, seed: int = 0) -> Verificatio
             found=f"target {target.name!r}, whose graphs do not",
             fix="Export the same model with `vtprune export onnx`, and verify that.",
         )
-    exported = load(folder)
-    contents = exported.manifest
+    with held(folder):
+        exported = load(folder)
+        contents = exported.manifest
+        exported.show_keep_sets(folder)
     original = _original(contents, model)
-    exported.show_keep_sets(folder)
+    # Not the folder's own: it does not judge itself.
+    tolerance = TOLERANCES[contents.precision]
     outcomes = tuple(
-        CaseResult(
-            case.name, tuple(_compared(exported, original, case)), contents.tolerance
-        )
+        CaseResult(case.name, tuple(_compared(exported, original, case)), tolerance)
         for case in draw_cases(original, contents, seed)
     )
     precision = " ".join(filter(None, (contents.precision, contents.quantize)))

@@ -38,6 +38,9 @@ MOST_NESTED = 64
 MOST_DIGITS = 40
 """Digits of a number in a JSON file. Tokenizers write 10^30 for "no limit"."""
 
+MARK = b"written by vtprune"
+"""In the results and pictures that vtprune writes, by which it knows them again."""
+
 Kind = Literal["file", "folder", "folder to fill"]
 """An output: a file, a folder that is replaced, or one that files are added to."""
 

@@ -18,8 +18,10 @@ from transformers import LlavaForConditionalGeneration, ProcessorMixin
 
 from vtprune_fx import oracle
 from vtprune_fx.errors import InputError, VerifyError
-from vtprune_fx.evaluation.picture import draw_kept, unnormalise
+from vtprune_fx.evaluation.picture import draw_kept, png_of, unnormalise
 from vtprune_fx.export import load, require_onnxruntime, write_onnx
+from vtprune_fx.export.folder import check_free
+from vtprune_fx.files import MARK, check_output, replace_file
 from vtprune_fx.generation.compile import pruned
 from vtprune_fx.models.loading import open_checkpoint
 from vtprune_fx.models.placeholders import is_visual
@@ -43,6 +45,14 @@ ROUNDS = 5
 
 PANELS = 3
 """Layers that the picture shows."""
+
+
+PICTURE, KEPT, REPORT = "picture.png", "kept.png", "report.json"
+"""Files that the demo writes, beside the exports."""
+
+
+EXPORTS = ("onnx", "onnx-dense")
+"""Folders that the demo writes."""
 
 
 @dataclass
@@ -112,12 +122,13 @@ def run_demo(
         VtpruneError: Anything else that stops it; the subclass says what.
     """
     require_onnxruntime()
+    _check_folder(folder)
     console = Console()
     model, processor = _open(checkpoint)
     inputs = prompt_inputs(processor, task.prompt, task.image)
     job = _Job(model, processor, inputs, recipe, folder, console)
     folder.mkdir(parents=True, exist_ok=True)
-    task.image.save(folder / "picture.png")
+    replace_file(folder / PICTURE, png_of(task.image))
     with job.step("Oracle, eager, dense and pruned"):
         sample, expected, answer = _ask_oracle(job, recipe)
         _, _, before = _ask_oracle(job, recipe.keep_all())
@@ -132,6 +143,15 @@ def run_demo(
     console.print(f"  after pruning:  {job.text(answer)}, from every runtime")
     _report(job, outcomes, picture)
     return outcomes
+
+
+def _check_folder(folder: Path) -> None:
+    """Check that nothing in the folder is in the way, or somebody else's."""
+    check_output(folder, "folder to fill")
+    for name in (PICTURE, KEPT, REPORT):
+        check_output(folder / name, "file", mark=MARK)
+    for name in EXPORTS:
+        check_free(folder / name)
 
 
 def _open(checkpoint: Path) -> tuple[LlavaForConditionalGeneration, ProcessorMixin]:
@@ -180,14 +200,14 @@ def _on_torch(
 
 
 def _on_onnx(job: _Job, expected: oracle.Prefill) -> RuntimeResult:
-    folder = job.folder / "onnx"
+    folder, without_pruning = (job.folder / name for name in EXPORTS)
     with job.step("ONNX export, pruned prefill and decode"):
         write_onnx(job.model, job.processor, job.recipe, folder)
     with job.step("ONNX export, dense prefill and decode"):
         keep_all = job.recipe.keep_all()
-        write_onnx(job.model, job.processor, keep_all, job.folder / "onnx-dense")
+        write_onnx(job.model, job.processor, keep_all, without_pruning)
     with job.step("ONNX Runtime"):
-        model, dense = load(folder), load(job.folder / "onnx-dense")
+        model, dense = load(folder), load(without_pruning)
         answer = _generate(model, job.inputs, NEW_TOKENS)
         return _result("ONNX Runtime", job, answer, expected, dense, model)
 
@@ -256,9 +276,7 @@ def _draw(job: _Job, sample: oracle.Sample, expected: oracle.Prefill) -> Path:
         for layer in dict.fromkeys(shown)
     }
     seen = unnormalise(job.inputs["pixel_values"][0], job.processor)
-    return draw_kept(
-        seen, kept, (side, side), job.folder / "kept.png", title=job.recipe.name
-    )
+    return draw_kept(seen, kept, (side, side), job.folder / KEPT, title=job.recipe.name)
 
 
 def _report(job: _Job, outcomes: list[RuntimeResult], picture: Path) -> None:
@@ -276,16 +294,17 @@ def _report(job: _Job, outcomes: list[RuntimeResult], picture: Path) -> None:
     )
     console.print(_table(outcomes))
     facts = {
+        "written_by": MARK.decode(),
         "recipe": job.recipe.name,
         "answer": job.text(outcomes[0].tokens),
         "visual_tokens_after_each_layer": spent.after,
         "macs_saved": spent.total.saved,
         "runtimes": [asdict(outcome) for outcome in outcomes],
     }
-    report = job.folder / "report.json"
-    report.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    report = job.folder / REPORT
+    replace_file(report, (json.dumps(facts, indent=2) + "\n").encode())
     for what, where in (
-        ("ONNX export", job.folder / "onnx"),
+        ("ONNX export", job.folder / EXPORTS[0]),
         ("picture", picture),
         ("measurements", report),
     ):

@@ -8,7 +8,12 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from vtprune_fx.cli.options import DtypeOption, ModelArgument, OptionalRecipe
+from vtprune_fx.cli.options import (
+    LARGEST_SEED,
+    DtypeOption,
+    ModelArgument,
+    OptionalRecipe,
+)
 from vtprune_fx.recipes.loading import load_recipe
 
 OutputOption = Annotated[Path, typer.Option(help="New folder, or an earlier export.")]
@@ -83,7 +88,9 @@ def verify_export(
             help="The exported model. Default: the one that the manifest names."
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of prompts and images.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of prompts and images.")
+    ] = 0,
 ) -> None:
     """Compare an export with the oracle; exit with status 1 where they differ.
 

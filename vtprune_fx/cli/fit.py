@@ -13,7 +13,12 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from vtprune_fx.cli.options import DtypeOption, ModelArgument, RecipeOption
+from vtprune_fx.cli.options import (
+    DtypeOption,
+    ModelArgument,
+    RecipeOption,
+    check_device,
+)
 from vtprune_fx.cli.recipes import draw
 from vtprune_fx.recipes.loading import load_recipe
 
@@ -100,9 +105,12 @@ def fit(
     Example: [bold]vtprune fit llava-hf/llava-1.5-7b-hf --data photos
     --budget 0.6 --budget 0.5 --output llava-recipes[/bold]
     """
+    from vtprune_fx.files import check_output
     from vtprune_fx.fitting.job import fit_request
     from vtprune_fx.fitting.options import Options, Request
 
+    check_output(output, "folder to fill")
+    check_device(device)
     options = Options(
         budgets=tuple(dict.fromkeys(budget)),
         count=count,
@@ -155,6 +163,10 @@ def _fitted_table(fitted: Sequence[Fitted]) -> Table:
     return table
 
 
+_NOTE = "The rank rule's mean over"
+"""Begins the note in a recipe that ``calibrate`` wrote, by which it is known again."""
+
+
 def calibrate(
     model: ModelArgument,
     recipe: RecipeOption,
@@ -174,7 +186,7 @@ def calibrate(
     """
     import torch
 
-    from vtprune_fx.files import replace_file
+    from vtprune_fx.files import check_output, replace_file
     from vtprune_fx.fitting import rank_counts
     from vtprune_fx.fitting.calibration import open_calibration
     from vtprune_fx.models.loading import open_checkpoint
@@ -183,6 +195,8 @@ def calibrate(
     # Cheap checks first: loading a model takes minutes.
     loaded = load_recipe(recipe)
     rank_counts.check_adaptive(loaded, output)
+    check_output(output, "file", inputs=[Path(recipe)], mark=_NOTE.encode())
+    check_device(device)
     calibration = open_calibration(data, limit)
     opened, processor = open_checkpoint(model, getattr(torch, dtype))
     on = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -190,7 +204,7 @@ def calibrate(
     provenance = Provenance(
         source=shlex.join(["vtprune", *sys.argv[1:]]),
         model=model,
-        note=f"The rank rule's mean over {len(calibration)} samples, rounded.",
+        note=f"{_NOTE} {len(calibration)} samples, rounded.",
     )
     static, counted = rank_counts.calibrate(
         opened, processor, loaded, calibration, provenance

@@ -6,8 +6,14 @@ from typing import Annotated, Literal
 
 import typer
 
+from vtprune_fx.errors import InputError
+
 REFERENCE = "fitprune-reference-55"
 """The recipe for the reference model."""
+
+
+LARGEST_SEED = 2**32 - 1
+"""The largest seed that all generators of random numbers take."""
 
 
 RecipeOption = Annotated[
@@ -39,3 +45,24 @@ DtypeOption = Annotated[
 ModelArgument = Annotated[
     str, typer.Argument(help="A checkpoint folder, or the id of a model on the hub.")
 ]
+
+
+def check_device(device: str | None) -> None:
+    """Refuse a device that torch does not know, or that this machine lacks.
+
+    Raises:
+        InputError: It is one.
+    """
+    import torch
+
+    if device is None:
+        return
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise InputError(
+            "--device",
+            expected="cpu, or cuda where there is a CUDA device that works",
+            found=repr(device),
+            fix="Omit it for cuda where there is one, else cpu.",
+        ) from error

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.console import Console
 
-from vtprune_fx.cli.options import REFERENCE, OptionalRecipe, RecipeOption
+from vtprune_fx.cli.options import LARGEST_SEED, REFERENCE, OptionalRecipe, RecipeOption
 from vtprune_fx.recipes.loading import load_recipe
 from vtprune_fx.reference import CHECKPOINT
 
@@ -70,7 +70,9 @@ def evaluate(
         ),
     ] = False,
     split: SplitOption = "test",
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the questions.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the questions.")
+    ] = 0,
     limit: Annotated[int, typer.Option(min=1, help="How many questions.")] = 500,
     backend: BackendOption = "torch",
     output: Annotated[
@@ -86,20 +88,24 @@ def evaluate(
     Example: [bold]vtprune eval --recipe fitprune-reference-55 --baselines[/bold]
     """
     from vtprune_fx.evaluation import evaluate as evaluation
-    from vtprune_fx.evaluation.curve import draw_curve
-    from vtprune_fx.files import replace_file
+    from vtprune_fx.evaluation.curve import check_curve, draw_curve
+    from vtprune_fx.files import MARK, check_output, replace_file
     from vtprune_fx.models.loading import open_checkpoint
     from vtprune_fx.plots import require_plots
     from vtprune_fx.reference.questions import draw_samples
 
     if plot is not None:
         require_plots()
+        check_curve(plot)
+    if output is not None:
+        check_output(output, "file", inputs=map(Path, recipe or ()), mark=MARK)
     recipes = _recipes(recipe or [REFERENCE], baselines=baselines)
     samples = list(draw_samples(split, seed, limit))
     result = evaluation.evaluate(*open_checkpoint(model), recipes, samples, backend)
     Console().print(*result.tables())
     if output is not None:
-        asked = {"model": str(model), "split": split, "seed": seed}
+        asked: dict[str, object] = {"written_by": MARK.decode()}
+        asked |= {"model": str(model), "split": split, "seed": seed}
         asked |= {"backend": backend}
         text = json.dumps(asked | result.fields(), indent=1) + "\n"
         replace_file(output, text.encode())
@@ -120,7 +126,9 @@ def demo(
         "vtprune-demo"
     ),
     recipe: RecipeOption = REFERENCE,
-    seed: Annotated[int, typer.Option(min=0, help="Which picture and question.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=LARGEST_SEED, help="Which picture and question.")
+    ] = 0,
 ) -> None:
     """Ask the reference model a question, before and after pruning, on every runtime.
 

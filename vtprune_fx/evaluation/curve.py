@@ -7,13 +7,43 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vtprune_fx.files import replace_file
+from vtprune_fx.errors import InputError
+from vtprune_fx.files import MARK, check_output, replace_file
 from vtprune_fx.plots import require_plots
 
 if TYPE_CHECKING:
     from vtprune_fx.evaluation.results import Evaluation, Result
 
 _MARKERS = {"fitprune": "o", "random": "s", "uniform": "^", "inverted": "v"}
+
+
+_HEADS = ("recipe", "method", "questions", "accuracy", "low", "high", "macs_saved")
+"""First columns of the numbers, by which a file of ours is known again."""
+
+
+def check_curve(file: Path) -> None:
+    """Check that ``draw_curve`` can write its two files, and replaces none of others.
+
+    Args:
+        file: The PNG file to write.
+
+    Raises:
+        InputError: One of them cannot be written, or is not one that it wrote.
+    """
+    numbers = _numbers(file)
+    if numbers == file:
+        raise InputError(
+            f"output file {str(file)!r}",
+            expected="a name that ends in .png",
+            found="that of the file with the numbers",
+            fix="Choose another name. Nothing was changed.",
+        )
+    check_output(file, "file", mark=MARK)
+    check_output(numbers, "file", mark=",".join(_HEADS).encode())
+
+
+def _numbers(file: Path) -> Path:
+    return file.parent / f"{file.stem}.csv"
 
 
 def draw_curve(evaluation: Evaluation, file: Path) -> Path:
@@ -33,8 +63,10 @@ def draw_curve(evaluation: Evaluation, file: Path) -> Path:
         MissingDependencyError: matplotlib is not installed.
     """
     png = io.BytesIO()
-    _figure(evaluation).savefig(png, format="png", dpi=120)
-    numbers = file.with_suffix(".csv")
+    _figure(evaluation).savefig(
+        png, format="png", dpi=120, metadata={"Software": MARK.decode()}
+    )
+    numbers = _numbers(file)
     replace_file(numbers, _csv(evaluation).encode())
     replace_file(file, png.getvalue())
     return numbers
@@ -81,8 +113,7 @@ def _spread(result: Result) -> tuple[float, float]:
 def _csv(evaluation: Evaluation) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    heads = ("recipe", "method", "questions", "accuracy", "low", "high", "macs_saved")
-    writer.writerow((*heads, "visual_tokens", "cache_bytes", *evaluation.kinds))
+    writer.writerow((*_HEADS, "visual_tokens", "cache_bytes", *evaluation.kinds))
     for result in evaluation.results:
         shares = (result.accuracy, *result.interval, result.macs_saved)
         kinds = (evaluation.accuracy_of(result, kind) for kind in evaluation.kinds)

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from vtprune_fx.errors import InputError
-from vtprune_fx.files import replace_file
+from vtprune_fx.files import MARK, replace_file
 from vtprune_fx.optional import optional
 
 if TYPE_CHECKING:
@@ -74,10 +75,16 @@ def draw_kept(
     for layer, kept in kept_by_layer.items():
         text = captions[1].format(layer=layer, kept=len(set(kept)), total=total)
         panels.append((text, fade_dropped(image, kept, grid)))
-    png = io.BytesIO()
-    _arrange(panels, title, scale).save(png, format="PNG")
-    replace_file(path, png.getvalue())
+    replace_file(path, png_of(_arrange(panels, title, scale)))
     return path
+
+
+def png_of(image: Image.Image) -> bytes:
+    """A PNG file that says that vtprune wrote it."""
+    file, said = io.BytesIO(), PngInfo()
+    said.add_text("Software", MARK.decode())
+    image.save(file, format="PNG", pnginfo=said)
+    return file.getvalue()
 
 
 def fade_dropped(

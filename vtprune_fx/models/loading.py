@@ -26,11 +26,15 @@ from vtprune_fx.errors import (
     VtpruneError,
     first_sentence,
 )
+from vtprune_fx.models.fields import read_fields, refused_field
 from vtprune_fx.optional import lacking
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+
+_LONGEST = 4096
+"""Characters of a path at most, in Linux."""
 
 _EXPECTED = "a checkpoint folder or the id of a model on the hub"
 
@@ -63,7 +67,7 @@ def load_model(
     _check_sees_images(model, config)
     with _reading(model, "weights"), quiet() if Path(model).is_dir() else nullcontext():
         loaded: PreTrainedModel = AutoModelForImageTextToText.from_pretrained(
-            str(model), dtype=dtype, config=config
+            str(model), dtype=dtype, config=config, trust_remote_code=False
         )
     return loaded
 
@@ -71,8 +75,11 @@ def load_model(
 def load_processor(model: str | Path) -> ProcessorMixin:
     """The processor of a checkpoint, as ``open_checkpoint`` opens it."""
     _check_exists(model)
+    _check_processor(Path(model))
     with _reading(model, "a processor"):
-        processor: object = AutoProcessor.from_pretrained(str(model))
+        processor: object = AutoProcessor.from_pretrained(
+            str(model), trust_remote_code=False
+        )
     if not isinstance(processor, ProcessorMixin) or not (
         hasattr(processor, "image_processor") and hasattr(processor, "tokenizer")
     ):
@@ -104,14 +111,18 @@ def _where(model: str | Path) -> str:
 def _config(model: str | Path) -> PreTrainedConfig:
     _check_exists(model)
     with _reading(model, "config.json"):
-        config: PreTrainedConfig = AutoConfig.from_pretrained(str(model))
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            str(model), trust_remote_code=False
+        )
     return config
 
 
 def _check_exists(model: str | Path) -> None:
     """Refuse paths that are no folder, and folders without a config.json."""
     path, found = Path(model), None
-    if path.is_dir():
+    if "\0" in str(model) or len(str(model)) > _LONGEST:
+        found = "no path that can be"
+    elif path.is_dir():
         if not (path / "config.json").is_file():
             found = "a folder without a config.json"
     elif path.exists():
@@ -125,6 +136,39 @@ def _check_exists(model: str | Path) -> None:
             found=found,
             fix="Name the folder that save_pretrained() wrote, with config.json in it.",
         )
+
+
+def _check_processor(folder: Path) -> None:
+    """Refuse a folder whose processor would run code or be read from elsewhere.
+
+    That a processor's own class has code in the folder does no harm: transformers has
+    one of its own, or it is an error. A part's class would be asked about.
+    """
+    if not folder.is_dir():
+        return
+    for path in sorted(folder.glob("*.json")):
+        try:
+            fields = read_fields(path)
+        except (OSError, ValueError) as error:
+            raise _not_read(folder, path.name, first_sentence(error)) from error
+        wrong = refused_field(fields) if path.name in _OF_PROCESSORS else None
+        if wrong is not None and wrong[0] != "auto_map":
+            raise _not_read(folder, path.name, " ".join(wrong))
+
+
+_OF_PROCESSORS = (
+    *("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"),
+    *("video_preprocessor_config.json", "audio_tokenizer_config.json"),
+)
+
+
+def _not_read(folder: Path, name: str, found: str) -> InputError:
+    return InputError(
+        f"model {str(folder)!r}, file {name}",
+        expected="a processor's file that stays in its folder and runs no code",
+        found=found,
+        fix="Save the processor of transformers there with save_pretrained().",
+    )
 
 
 def _could_be_hub_id(model: str | Path) -> bool:

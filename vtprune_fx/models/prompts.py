@@ -90,8 +90,10 @@ def check_words(processor: ProcessorMixin, text: str) -> None:
     """Refuse a user's text that spells a placeholder: it would stand for an image.
 
     Raises:
-        InputError: It does.
+        InputError: It does, or it holds half a character.
     """
+    if not text.isascii():
+        _check_whole(text)
     names = ("image_token", "video_token", "audio_token")
     given = [getattr(processor, name, None) for name in names]
     spelt = [token for token in given if isinstance(token, str) and token in text]
@@ -102,6 +104,18 @@ def check_words(processor: ProcessorMixin, text: str) -> None:
             found=f"{spelt[0]!r}, the placeholder that the processor replaces",
             fix="Leave it out, or write it with a space inside.",
         )
+
+
+def _check_whole(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            "prompt",
+            expected="text",
+            found=f"half a character at {error.start} (a lone surrogate)",
+            fix="Pass the prompt in UTF-8.",
+        ) from error
 
 
 def image_token(processor: ProcessorMixin) -> str:

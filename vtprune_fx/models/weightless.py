@@ -17,6 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vtprune_fx.errors import InputError, first_sentence
 from vtprune_fx.models.encoding import FEATURES
+from vtprune_fx.models.fields import read_fields
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -52,7 +53,7 @@ def load_config(source: str | Path) -> PreTrainedConfig:
             with resources.as_file(shipped) as file:
                 return _read(file)
         return _read(Path(source))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers reads it; many kinds
         raise InputError(
             f"--config {source}",
             expected="a model folder or a config.json of transformers, or one of "
@@ -65,7 +66,10 @@ def load_config(source: str | Path) -> PreTrainedConfig:
 def _read(path: Path) -> PreTrainedConfig:
     if not path.exists():
         raise FileNotFoundError("no such file or folder")
-    config: PreTrainedConfig = AutoConfig.from_pretrained(path, local_files_only=True)
+    read_fields(path / "config.json" if path.is_dir() else path)
+    config: PreTrainedConfig = AutoConfig.from_pretrained(
+        path, local_files_only=True, trust_remote_code=False
+    )
     return config
 
 
