@@ -171,6 +171,7 @@ class GraphModel(PreTrainedModel, GenerationMixin):
         if past:
             raise _image_after_prompt()
         self._check_visual_tokens(input_ids)
+        self._check_images(input_ids, len(pixel_values))
         return self._prefill_graph(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -224,6 +225,19 @@ class GraphModel(PreTrainedModel, GenerationMixin):
                 found=str(list(input_ids.shape)),
                 fix="Pad on the left (processor(..., padding='max_length', "
                 "max_length=N)), or export without --batch and --prompt.",
+            )
+
+    def _check_images(self, input_ids: Tensor, images: int) -> None:
+        """Check that there is a place for each image: no graph does."""
+        per_image, placeholder = self.manifest.per_image, self.manifest.image_token_id
+        places = int((input_ids == placeholder).sum())
+        if per_image is not None and places != images * per_image:
+            raise InputError(
+                "images of the prompt",
+                expected=f"{per_image} placeholders for each image",
+                found=f"{images} images for {places} placeholders",
+                fix="Make the prompt by the export's processor, with one placeholder "
+                "for each image, and pass all that it returns.",
             )
 
     def _check_visual_tokens(self, input_ids: Tensor) -> None:

@@ -47,7 +47,8 @@ class Manifest(BaseModel):
             was made in memory.
         recipe: What was cut.
         visual_tokens: Visual tokens of a sample in the example that was traced.
-        tokens_per_layer: Visual tokens left after each decoder layer.
+        per_image: Visual tokens of one image, where that number is known.
+        tokens_per_layer: Visual tokens kept after each decoder layer.
         image_token_id: Id of the placeholder that marks a visual token.
         precision: Type of weights and caches.
         quantize: What the decoder's matrices were rounded to, if anything.
@@ -68,6 +69,7 @@ class Manifest(BaseModel):
     source: str
     recipe: Recipe
     visual_tokens: int
+    per_image: int | None = None
     tokens_per_layer: list[int]
     image_token_id: int
     precision: Precision

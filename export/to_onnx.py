@@ -295,7 +295,7 @@ def write_onnx(
     inputs = example_prompts(processor) if example is None else example
     check_encoders(model, inputs)
     exported, report = export_onnx(model, inputs, recipe, options)
-    fields = manifest_fields(model, report) | asdict(options)
+    fields = manifest_fields(model, report, inputs) | asdict(options)
     write_export(
         folder, exported, processor, target="onnx", packages=versions(), **fields
     )
@@ -318,8 +318,15 @@ def check_encoders(model: PreTrainedModel, inputs: Mapping[str, object]) -> None
         )
 
 
-def manifest_fields(model: PreTrainedModel, report: PruneReport) -> dict[str, Any]:
+def manifest_fields(
+    model: PreTrainedModel, report: PruneReport, inputs: Mapping[str, object]
+) -> dict[str, Any]:
     """Fields of a manifest that describe the model and its cuts.
+
+    Args:
+        model: What was exported.
+        report: What was cut.
+        inputs: The prompts that were traced, as the processor returned them.
 
     Raises:
         ExportError: The model's weights are of a type that is not exported.
@@ -329,11 +336,21 @@ def manifest_fields(model: PreTrainedModel, report: PruneReport) -> dict[str, An
         "source": _source(model),
         "recipe": report.plan.recipe,
         "visual_tokens": report.plan.visual_tokens,
+        "per_image": _per_image(model, inputs),
         "tokens_per_layer": report.visual_tokens,
         "image_token_id": model.config.image_token_id,
         "precision": precision,
         "tolerance": TOLERANCES[precision],
     }
+
+
+def _per_image(model: PreTrainedModel, inputs: Mapping[str, object]) -> int | None:
+    """Visual tokens of one image, where each image has pixels of one row."""
+    ids, pixels = inputs.get("input_ids"), inputs.get("pixel_values")
+    if not isinstance(ids, Tensor) or not isinstance(pixels, Tensor):
+        return None
+    places, images = int(is_visual(ids, model.config).sum()), len(pixels)
+    return places // images if places % images == 0 else None
 
 
 def _precision(model: PreTrainedModel) -> Precision:

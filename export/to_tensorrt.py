@@ -152,7 +152,7 @@ def write_tensorrt(
         processor,
         target=FORMAT,
         packages=versions() | version(),
-        **manifest_fields(model, report),
+        **manifest_fields(model, report, inputs),
     )
     return EngineReport(report, engines)
 

@@ -58,7 +58,9 @@ def names(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 def server(names: dict[str, Any]) -> Any:
     """The example's class, answering every question with it and its image's size."""
 
-    class Answers(names["Answers"]):  # type: ignore[misc]
+    base: Any = names["Answers"]
+
+    class Answers(base):  # type: ignore[misc]
         def __init__(self) -> None:
             pass
 
@@ -128,7 +130,7 @@ def test_a_bad_request_gets_400_and_a_reason(
 def test_a_body_without_a_bound_is_not_read(
     server: Any, headers: dict[str, str], status: int
 ) -> None:
-    request = Asked(AssertionError("it is read"), **headers)
+    request = Asked(AssertionError("it is read"), 0, **headers)
     assert asyncio.run(server(request)).status == status
 
 
