@@ -48,7 +48,7 @@ from vtprune_fx.export.onnx_rank import define_rank, spell_rank
 from vtprune_fx.export.quantize import Quantized, WeightOnly
 from vtprune_fx.models.arguments import PAST
 from vtprune_fx.models.encoding import prefill_inputs, takes_sizes
-from vtprune_fx.models.placeholders import is_visual
+from vtprune_fx.models.placeholders import is_visual, tokens_per_image
 from vtprune_fx.models.prompts import image_token
 from vtprune_fx.models.ragged_attention import (
     ATTENTION,
@@ -336,21 +336,12 @@ def manifest_fields(
         "source": _source(model),
         "recipe": report.plan.recipe,
         "visual_tokens": report.plan.visual_tokens,
-        "per_image": _per_image(model, inputs),
+        "per_image": tokens_per_image(inputs, model.config),
         "tokens_per_layer": report.visual_tokens,
         "image_token_id": model.config.image_token_id,
         "precision": precision,
         "tolerance": TOLERANCES[precision],
     }
-
-
-def _per_image(model: PreTrainedModel, inputs: Mapping[str, object]) -> int | None:
-    """Visual tokens of one image, where each image has pixels of one row."""
-    ids, pixels = inputs.get("input_ids"), inputs.get("pixel_values")
-    if not isinstance(ids, Tensor) or not isinstance(pixels, Tensor):
-        return None
-    places, images = int(is_visual(ids, model.config).sum()), len(pixels)
-    return places // images if places % images == 0 else None
 
 
 def _precision(model: PreTrainedModel) -> Precision:

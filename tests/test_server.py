@@ -41,7 +41,7 @@ class Asked:
 @pytest.fixture
 def names(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The names of the example, without Ray."""
-    modules = {
+    modules: dict[str, dict[str, object]] = {
         "ray": {"serve": types.SimpleNamespace(deployment=lambda *a, **k: None)},
         "starlette": {"__path__": []},
         "starlette.requests": {"Request": Asked},

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from transformers import PreTrainedConfig
 
 _FIELDS = ("image_token_id", "video_token_id")
@@ -37,3 +39,22 @@ def is_visual(ids: Tensor, config: PreTrainedConfig) -> Tensor:
         visual_token_ids(config), dtype=ids.dtype, device=ids.device
     )
     return torch.isin(ids, placeholders)
+
+
+def tokens_per_image(
+    inputs: Mapping[str, object], config: PreTrainedConfig
+) -> int | None:
+    """Visual tokens of one image, where each image has pixels of one row.
+
+    Args:
+        inputs: What a processor returned: ``input_ids``, ``pixel_values`` [I, ...].
+        config: The model's configuration, not its decoder's.
+
+    Returns:
+        Their number, None where images have different ones.
+    """
+    ids, pixels = inputs.get("input_ids"), inputs.get("pixel_values")
+    if not isinstance(ids, Tensor) or not isinstance(pixels, Tensor):
+        return None
+    count, rest = divmod(int(is_visual(ids, config).sum()), len(pixels))
+    return None if rest else count
