@@ -102,16 +102,13 @@ def vtprune_backend(
     _check_known(options)
     mode = options.get("mode") or kwargs.pop("mode", None)
     inner = inner_compiler(options.get("inner", "inductor"), mode)
-    recipe = (
-        load_recipe(options["recipe"]) if options.get("recipe") is not None else None
-    )
+    given = options.get("recipe")
+    recipe = None if given is None else load_recipe(given)
     per_sample = bool(options.get("per_sample"))
     # A mode may ask for CUDA graphs, which record no length that is a symbol.
     target: Target = "compile" if mode is None else "trace"
-    visual = options.get("visual_tokens")
-    found = _prune(
-        module, recipe, visual, target, options.get("passes", ()), per_sample=per_sample
-    )
+    visual, passes = options.get("visual_tokens"), options.get("passes", ())
+    found = _prune(module, recipe, visual, target, passes, per_sample=per_sample)
     if found is None:
         options.get("on_dense", bool)()
         return inner(module, example_inputs, **kwargs)
