@@ -104,9 +104,8 @@ def evaluate(
     result = evaluation.evaluate(*open_checkpoint(model), recipes, samples, backend)
     Console().print(*result.tables())
     if output is not None:
-        asked: dict[str, object] = {"written_by": MARK.decode()}
-        asked |= {"model": str(model), "split": split, "seed": seed}
-        asked |= {"backend": backend}
+        asked = {"model": str(model), "split": split, "seed": seed}
+        asked |= {"backend": backend, "written_by": MARK.decode()}
         text = json.dumps(asked | result.fields(), indent=1) + "\n"
         replace_file(output, text.encode())
     if plot is not None:
