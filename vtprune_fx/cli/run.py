@@ -91,11 +91,9 @@ def evaluate(
     from vtprune_fx.evaluation.curve import check_curve, draw_curve
     from vtprune_fx.files import MARK, check_output, replace_file
     from vtprune_fx.models.loading import open_checkpoint
-    from vtprune_fx.plots import require_plots
     from vtprune_fx.reference.questions import draw_samples
 
     if plot is not None:
-        require_plots()
         check_curve(plot)
     if output is not None:
         check_output(output, "file", inputs=map(Path, recipe or ()), mark=MARK)
@@ -106,8 +104,8 @@ def evaluate(
     if output is not None:
         asked = {"model": str(model), "split": split, "seed": seed}
         asked |= {"backend": backend, "written_by": MARK.decode()}
-        text = json.dumps(asked | result.fields(), indent=1) + "\n"
-        replace_file(output, text.encode())
+        text = json.dumps(asked | result.fields(), indent=1)
+        replace_file(output, f"{text}\n".encode())
     if plot is not None:
         draw_curve(result, plot)
 
