@@ -151,9 +151,9 @@ class GraphModel(PreTrainedModel, GenerationMixin):
             The model's output: logits [B, tokens kept, vocabulary], and the cache.
 
         Raises:
-            InputError: Images or visual tokens are too few or too many, a prompt with an
-                image follows another, a second prompt follows one that was cut before
-                the first layer, or sizes or an argument are not the export's.
+            InputError: Images or visual tokens are too few or too many, a prompt with
+                an image follows another, a second prompt one that was cut before the
+                first layer, or sizes or an argument are not the export's.
         """
         _check_options(options)
         cache = given_cache({PAST: past_key_values, **options})

@@ -15,7 +15,8 @@ from onnx import helper
 
 from tests.test_onnx_safety import edit_graph, edit_json, edit_manifest, trust_again
 from vtprune_fx.errors import ExportError, InputError
-from vtprune_fx.export import load, manifest, trust
+from vtprune_fx.export import load, trust
+from vtprune_fx.export.manifest import check_whole
 from vtprune_fx.export.verify import verify
 from vtprune_fx.models import load_processor, prompt_inputs
 from vtprune_fx.models.fields import refused_field
@@ -218,7 +219,7 @@ def test_a_manifest_that_is_no_file_is_refused(copy: Path, kind: str) -> None:
 def test_what_is_hashed_is_what_is_loaded(
     copy: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    whole = manifest.check_whole
+    whole = check_whole
 
     def change_after(folder: Path, contents: Any) -> None:
         whole(folder, contents)

@@ -27,7 +27,7 @@ class Response:
 class Asked:
     """A request of starlette: its headers, and what it says after some seconds."""
 
-    def __init__(self, says: object, seconds: float = 0, **headers: str) -> None:
+    def __init__(self, says: object, seconds: float = 0, /, **headers: str) -> None:
         self.says, self.seconds = says, seconds
         self.headers = {k.replace("_", "-"): v for k, v in headers.items()}
 
@@ -41,7 +41,7 @@ class Asked:
 @pytest.fixture
 def names(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The names of the example, without Ray."""
-    modules: dict[str, dict[str, object]] = {
+    modules: dict[str, dict[str, Any]] = {
         "ray": {"serve": types.SimpleNamespace(deployment=lambda *a, **k: None)},
         "starlette": {"__path__": []},
         "starlette.requests": {"Request": Asked},
@@ -60,7 +60,7 @@ def server(names: dict[str, Any]) -> Any:
 
     base: Any = names["Answers"]
 
-    class Answers(base):  # type: ignore[misc]
+    class Answers(base):  # type: ignore[misc] # found when it runs
         def __init__(self) -> None:
             pass
 
@@ -140,7 +140,7 @@ def test_a_slow_client_keeps_nobody_waiting(
     monkeypatch.setitem(names["body"].__globals__, "BODY_SECONDS", 0.2)
 
     async def both() -> tuple[Any, bool, Any]:
-        slow = asyncio.create_task(server(Asked({"prompt": "slow"}, seconds=60)))
+        slow = asyncio.create_task(server(Asked({"prompt": "slow"}, 60)))
         await asyncio.sleep(0)
         quick = await server(Asked({"prompt": "quick"}))
         waits = not slow.done()

@@ -29,7 +29,9 @@ def check_curve(file: Path) -> None:
 
     Raises:
         InputError: One of them cannot be written, or is not one that it wrote.
+        MissingDependencyError: matplotlib is not installed.
     """
+    require_plots()
     numbers = _numbers(file)
     if numbers == file:
         raise InputError(
