@@ -330,7 +330,7 @@ def test_unreachable_hub_id(monkeypatch: pytest.MonkeyPatch) -> None:
         ("config.json", b"{}", "expected config.json that can be read"),
         ("model.safetensors", b"nothing", "expected weights that can be read"),
         ("model.safetensors", None, "expected weights that can be read"),
-        ("processor_config.json", b"{", "expected a processor that can be read"),
+        ("processor_config.json", b"{", "expected a processor's file"),
     ],
 )
 def test_broken_checkpoint(

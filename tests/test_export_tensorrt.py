@@ -669,6 +669,6 @@ def test_a_model_in_the_repository_is_left_alone(
 ) -> None:
     taken = tmp_path / "onnx_decode"
     taken.mkdir()
-    with pytest.raises(InputError, match=r"onnx_decode: .* a folder that exists"):
+    with pytest.raises(InputError, match=r"onnx_decode: .* one that exists already"):
         write_triton(export.onnx, tmp_path, 4)
     assert list(tmp_path.rglob("*")) == [taken]

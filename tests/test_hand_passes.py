@@ -440,7 +440,7 @@ def test_samples_that_lose_fewer_need_padding(padding: int, *, fails: bool) -> N
     if not fails:
         module(*given.values())
         return
-    with pytest.raises(RuntimeError, match="visual tokens and padding for 3 to leave"):
+    with pytest.raises(RuntimeError, match="visual tokens and padding, 3 to drop"):
         module(*given.values())
 
 

@@ -343,7 +343,7 @@ def test_what_a_recipe_cannot_say(changes: dict[str, object], message: str) -> N
 
 
 def test_a_name_that_is_taken() -> None:
-    with pytest.raises(RecipeError, match="scorer 'fitprune': expected a name of its"):
+    with pytest.raises(RecipeError, match="scorer 'fitprune': expected another name"):
         register_scorer("fitprune", lambda seen: seen.roles)
 
 

@@ -68,7 +68,7 @@ def _no_package(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _opening(monkeypatch: pytest.MonkeyPatch, fails: Callable[[], None]) -> str:
     """What is said of a processor that cannot be opened for want of a package."""
-    monkeypatch.setattr(AutoProcessor, "from_pretrained", lambda _: fails())
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", lambda *_, **__: fails())
     with pytest.raises(MissingDependencyError) as caught:
         load_processor(CHECKPOINT)
     assert caught.value.where == f"model '{CHECKPOINT}'"
@@ -115,7 +115,9 @@ def test_packages_of_no_extra_of_ours_are_named_by_the_library(
 def test_a_package_that_loads_is_not_to_blame(monkeypatch: pytest.MonkeyPatch) -> None:
     """The message names it, but it is there: the folder is."""
     monkeypatch.setitem(sys.modules, "torchvision", sys)  # any module
-    monkeypatch.setattr(AutoProcessor, "from_pretrained", lambda _: _no_video_class())
+    monkeypatch.setattr(
+        AutoProcessor, "from_pretrained", lambda *_, **__: _no_video_class()
+    )
     with pytest.raises(InputError, match="save_pretrained"):
         load_processor(CHECKPOINT)
 

@@ -141,8 +141,8 @@ def _check_exists(model: str | Path) -> None:
 def _check_processor(folder: Path) -> None:
     """Refuse a folder whose processor would run code or be read from elsewhere.
 
-    That a processor's own class has code in the folder does no harm: transformers has
-    one of its own, or it is an error. A part's class would be asked about.
+    That a processor's class has code in the folder does no harm: transformers has the
+    class, or it is an error. For a part's class transformers would ask the user.
     """
     if not folder.is_dir():
         return
