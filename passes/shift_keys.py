@@ -24,7 +24,9 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from vtprune_fx.analysis.no_match import NoMatch
 from vtprune_fx.analysis.residual import rotary
+from vtprune_fx.errors import PlanError
 from vtprune_fx.graph.insert import Inserter
 from vtprune_fx.graph.stamps import Stamp, StampKind
 from vtprune_fx.graph.values import dropped_tokens
@@ -57,7 +59,13 @@ class ShiftKeys(Pass):
                 continue
             keys, came = named[stream.cached], named[str(stream.cos)]
             found = rotary(named[layer.query])
-            assert isinstance(found, tuple), "placing the recipe saw to it"
+            if isinstance(found, NoMatch):
+                raise PlanError(
+                    f"rotary positions of layer {layer.layer}",
+                    expected="tables that this layer reads after the cut before it",
+                    found=str(found),
+                    fix="Use a recipe that keeps positions, or report the model.",
+                )
             cos, sin = found
             if cos is came:
                 continue

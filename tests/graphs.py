@@ -110,6 +110,7 @@ class Spec:
         kv_heads: Heads of keys and values, 2 or 1.
         mask: What the attention gets; None is plainly causal.
         rotary: Whether queries and keys are rotated.
+        one_view: Whether all layers read one view of each rotary table.
         video: Whether there are features of a second kind.
         checked: Whether the model checks that there is an image, by a number read back.
         last_row: Whether only the last row comes out, after a linear head.
@@ -122,6 +123,7 @@ class Spec:
     kv_heads: int = HEADS
     mask: Literal["bool", "float"] | None = "bool"
     rotary: bool = False
+    one_view: bool = False
     video: bool = False
     checked: bool = False
     last_row: bool = False
@@ -219,7 +221,7 @@ class _Layer:
         b: Builder,
         spec: Spec,
         index: int,
-        named: Mapping[str, Node],
+        named: dict[str, Node],
     ) -> None:
         self._b, self._spec, self._index = b, spec, index
         self._named = named
@@ -249,12 +251,7 @@ class _Layer:
             for n in ("q", "k", "v")
         )
         if self._spec.rotary:
-            tables = [
-                b.call(
-                    aten.unsqueeze.default, self._named[table], 1, name=f"{table}{i}"
-                )
-                for table in ("cos", "sin")
-            ]
+            tables = [self._view_of(table) for table in ("cos", "sin")]
             query = self._rotate(query, tables, "q")
             key = self._rotate(key, tables, "k")
         self.key, self.value = key, value
@@ -264,6 +261,16 @@ class _Layer:
         grouped = {"enable_gqa": True} if self._spec.kv_heads != HEADS else {}
         args = (mask,) if mask is not None else (None, 0.0, True)
         return b.call(op, query, key, value, *args, name=f"attended{i}", **grouped)
+
+    def _view_of(self, table: str) -> Node:
+        """[B, 1, S, D] of a rotary table: the layer's, or one for all."""
+        name = f"{table}_view" if self._spec.one_view else f"{table}{self._index}"
+        if name not in self._named:
+            unsqueeze = aten.unsqueeze.default
+            self._named[name] = self._b.call(
+                unsqueeze, self._named[table], 1, name=name
+            )
+        return self._named[name]
 
     def _rotate(self, value: Node, tables: Sequence[Node], name: str) -> Node:
         """``value * cos + rotate_half(value) * sin``."""

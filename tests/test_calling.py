@@ -19,6 +19,7 @@ from transformers import (
     LlavaForConditionalGeneration,
     MllamaConfig,
     MllamaForConditionalGeneration,
+    StaticCache,
 )
 
 import vtprune_fx
@@ -560,10 +561,34 @@ def test_a_model_that_reads_images_by_cross_attention_is_refused() -> None:
     assert "forward" not in vars(model)
 
 
-def test_images_that_a_model_does_not_know_as_tokens_are_refused(model: Any) -> None:
+def test_images_that_a_model_does_not_know_as_tokens_are_refused() -> None:
     """Nothing to prune in a prompt with an image is an error, not a dense run."""
+    torch.compiler.reset()
     dense: LlavaForConditionalGeneration = fresh()
     dense.config.image_token_id = 98
-    model = compiled(dense)
-    with pytest.raises(VtpruneError):
-        prefilled(model, one())
+    with pytest.raises(InputError, match="found images, and no placeholder"):
+        prefilled(compiled(dense), one())
+
+
+def test_padding_inside_of_a_batch_is_refused_in_a_later_turn(model: Any) -> None:
+    cache = cache_of(prefilled(model, batch(PLAIN, (3, 6), (2, 6))))
+    came = int(cache.get_seq_length())
+    turn = torch.tensor([[7, 8, 9], [0, 8, 9]])
+    mask = torch.ones(2, came + 3, dtype=torch.long)
+    mask[1, 0] = mask[1, came] = 0
+    with pytest.raises(InputError, match="equally long"):
+        prefilled(model, {"input_ids": turn, "attention_mask": mask, CACHE: cache})
+    mask[1, came] = 1
+    given = {"input_ids": turn, "attention_mask": mask, CACHE: cache}
+    assert prefilled(model, given).logits.shape[:2] == (2, 3)
+
+
+def test_a_static_cache_without_use_cache_is_treated_as_transformers_does(
+    model: Any,
+) -> None:
+    def filled(by: Any) -> tuple[bool, int]:
+        cache = StaticCache(config=model.config.get_text_config(), max_cache_len=50)
+        outputs = prefilled(by, one(), use_cache=False, **{CACHE: cache})
+        return cache_of(outputs) is cache, int(cache.get_seq_length())
+
+    assert filled(model) == filled(fresh())

@@ -44,6 +44,7 @@ from tests.hand_passes import (
     run,
 )
 from tests.plain_scores import SCORES, expected, stays
+from vtprune_fx.errors import PlanError
 from vtprune_fx.graph.stamps import STAMP
 from vtprune_fx.graph.values import SHORTER
 
@@ -545,6 +546,13 @@ def test_a_sample_without_image_keeps_its_keys() -> None:
     own, moved = run(before, given)[0][3], run(after, given)[0][3]
     close(moved[1], own[1])
     assert not torch.allclose(moved[0], own[0], atol=1e-3)
+
+
+def test_one_view_of_the_tables_for_all_layers_is_refused_by_name() -> None:
+    """After the cut each layer would need the tables of its tokens."""
+    case = compacted(Spec(layers=2, rotary=True, one_view=True), l0=2)
+    with pytest.raises(PlanError, match=r"rotary positions of layer 1.*a factor that"):
+        case.run("InsertScores", "CheckTokens", "GatherTokens", "ShiftKeys")
 
 
 # -------------------------------------------------------------------------- ReadRows

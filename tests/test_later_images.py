@@ -61,13 +61,6 @@ def test_an_image_in_a_later_turn_is_seen_as_by_the_plain_model(name: str) -> No
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
-def test_an_image_in_a_later_turn_follows_a_pruned_prompt() -> None:
-    model = compiled("LLaVA-1.5", zoo.recipe_of("LLaVA-1.5"))
-    assert two_turns("LLaVA-1.5", model).shape[0] == 3
-    again = two_turns("LLaVA-1.5", model)
-    torch.testing.assert_close(two_turns("LLaVA-1.5", model), again)
-
-
 def test_more_images_than_places_in_a_later_turn_are_refused() -> None:
     model = compiled("LLaVA-1.5")
     with pytest.raises(InputError, match="18 features for 9 placeholders"):

@@ -88,15 +88,12 @@ def evaluate(
     Example: [bold]vtprune eval --recipe fitprune-reference-55 --baselines[/bold]
     """
     from vtprune_fx.evaluation import evaluate as evaluation
-    from vtprune_fx.evaluation.curve import check_curve, draw_curve
-    from vtprune_fx.files import MARK, check_output, replace_file
+    from vtprune_fx.evaluation.curve import draw_curve
+    from vtprune_fx.files import MARK, replace_file
     from vtprune_fx.models.loading import open_checkpoint
     from vtprune_fx.reference.questions import draw_samples
 
-    if plot is not None:
-        check_curve(plot)
-    if output is not None:
-        check_output(output, "file", inputs=map(Path, recipe or ()), mark=MARK)
+    _check_outputs(output, plot, recipe or [])
     recipes = _recipes(recipe or [REFERENCE], baselines=baselines)
     samples = list(draw_samples(split, seed, limit))
     result = evaluation.evaluate(*open_checkpoint(model), recipes, samples, backend)
@@ -108,6 +105,17 @@ def evaluate(
         replace_file(output, f"{text}\n".encode())
     if plot is not None:
         draw_curve(result, plot)
+
+
+def _check_outputs(output: Path | None, plot: Path | None, recipes: list[str]) -> None:
+    """Check that files can be written, before questions are asked."""
+    from vtprune_fx.evaluation.curve import check_curve
+    from vtprune_fx.files import MARK, check_output
+
+    if plot is not None:
+        check_curve(plot)
+    if output is not None:
+        check_output(output, "file", inputs=map(Path, recipes), mark=MARK)
 
 
 def _recipes(names: list[str], *, baselines: bool) -> list[Recipe]:

@@ -107,7 +107,8 @@ def undo(model: Model) -> Model:
         The model.
 
     Raises:
-        InputError: Another library wrapped the model's ``forward`` since.
+        InputError: Another library wrapped the model's ``forward`` since, or this is no
+            model of transformers.
     """
     bare = inner_model(model)
     found = _pruned_forward(bare)

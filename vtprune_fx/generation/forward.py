@@ -242,8 +242,7 @@ class PrunedForward:
             room = None if static is None else static.get_max_length()
             lost = self._lost(prompt.visual) if numbers.per_sample else None
             ragged.make_ragged(filled, prompt, room, lost)
-        if static is not None:
-            assert filled is not None, "a cache that was passed is returned"
+        if static is not None and filled is not None:
             static.layers = filled.layers
             setattr(outputs, self._cache, static)
         return outputs
@@ -370,7 +369,9 @@ class PrunedForward:
     def _run_step(self, named: Arguments) -> CausalLMOutputWithPast:
         self._must_prune = False
         cache: Cache = named[self._cache]
-        new = first_given(named, "input_ids", "inputs_embeds").shape[1]
+        samples, new = first_given(named, "input_ids", "inputs_embeds").shape[:2]
+        if samples > 1 and new > 1:
+            ragged.check_padding(named.get("attention_mask"))
         mask = ragged.attention_mask(cache, new)
         if not any(isinstance(n, ragged.RaggedStaticLayer) for n in cache.layers):
             mark_dynamic(3, mask)

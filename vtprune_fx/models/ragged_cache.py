@@ -275,15 +275,37 @@ def _padding_before(attention_mask: Tensor | None, visual: Tensor) -> Tensor:
     """[B] int64: tokens of padding in each sample of a prompt."""
     if attention_mask is None:
         return torch.zeros_like(visual)
+    if attention_mask.dim() != 2:
+        raise InputError(
+            "attention_mask",
+            expected="0 and 1 for each token of each prompt, [batch, prompt]",
+            found=f"shape {list(attention_mask.shape)}",
+            fix="Pass the processor's.",
+        )
+    check_padding(attention_mask)
+    return (~attention_mask.bool()).sum(dim=1)
+
+
+def check_padding(attention_mask: Tensor | None) -> None:
+    """Refuse padding that stands elsewhere than before all tokens of a sample.
+
+    Args:
+        attention_mask: [B, S], 0 at padding; None and other shapes have none to judge.
+
+    Raises:
+        InputError: It does.
+    """
+    if attention_mask is None or attention_mask.dim() != 2:
+        return
     attended = attention_mask.bool()
     if bool((attended[:, :-1] & ~attended[:, 1:]).any()):
         raise InputError(
             "attention_mask",
             expected="padding before each prompt",
             found="padding after or inside of one",
-            fix="Set processor.tokenizer.padding_side = 'left' to generate.",
+            fix="Set processor.tokenizer.padding_side = 'left' to generate. In later "
+            "turns all samples of a batch must be equally long.",
         )
-    return (~attended).sum(dim=1)
 
 
 def attention_mask(cache: Cache, new: int) -> Tensor:
