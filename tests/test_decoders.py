@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 from torch._dynamo.exc import BackendCompilerFailed
+from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import vtprune_fx
 from tests.tiny import (
+    IMAGE,
+    VOCABULARY,
     Compiled,
     assert_matches_oracle,
     batch,
@@ -17,7 +21,11 @@ from tests.tiny import (
     tiny_llava,
 )
 from vtprune_fx import oracle, prune
-from vtprune_fx.errors import InputError
+from vtprune_fx.errors import InputError, PlanError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 DECODERS = ("llama", "mistral", "qwen2", "gemma")
 RECIPE = recipe_for(2, {0: 3, 1: 5})
@@ -78,3 +86,101 @@ def test_a_sliding_window_is_refused() -> None:
     with pytest.raises(InputError, match="sliding_window = None"):
         vtprune_fx.compile(model, RECIPE, inner="eager")
     assert "forward" not in vars(model)
+
+
+# ------------------------------------------------- layers that number their tokens
+
+
+def llama4(*, tuned: bool, rope: tuple[int, int] = (1, 0)) -> Any:
+    """A LLaVA with a decoder of Llama 4 that attends to all tokens.
+
+    Args:
+        tuned: Whether layers without rotary positions scale queries by positions that
+            they count off themselves.
+        rope: 1 for each layer with rotary positions.
+    """
+    torch.manual_seed(0)
+    text = AutoConfig.for_model(
+        "llama4_text",
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        intermediate_size_mlp=48,
+        num_hidden_layers=2,
+        head_dim=8,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        num_local_experts=1,
+        no_rope_layers=list(rope),
+        layer_types=["full_attention"] * 2,
+        initializer_range=0.2,
+        floor_scale=4,
+        attn_scale=0.5,
+        attn_temperature_tuning=tuned,
+    )
+    config = tiny_llava(layers=2).config.to_dict() | {"text_config": text.to_dict()}
+    model = LlavaForConditionalGeneration(LlavaConfig(**config))
+    model.train(mode=False)
+    return model
+
+
+def dense_without(
+    model: Any, inputs: dict[str, Tensor], dropped: list[int], after: int
+) -> Tensor:
+    """[S, vocab]: logits where no layer after ``after`` attends to ``dropped``."""
+    length = inputs["input_ids"].shape[1]
+    allowed = torch.ones(length, length, dtype=torch.bool).tril()
+    allowed[:, dropped] = False
+    allowed |= torch.eye(length, dtype=torch.bool)
+
+    def hide(_: object, args: object, kwargs: dict[str, Any]) -> tuple[object, Any]:
+        return args, kwargs | {"attention_mask": allowed[None, None]}
+
+    layers = model.get_decoder().layers[after + 1 :]
+    hooks = [n.register_forward_pre_hook(hide, with_kwargs=True) for n in layers]
+    with torch.no_grad():
+        logits: Tensor = model(**inputs).logits[0]
+    for hook in hooks:
+        hook.remove()
+    return logits
+
+
+def assert_like_dense_without(model: Any) -> None:
+    """A cut of three tokens in layer 0: kept tokens no longer see the dropped ones."""
+    inputs = batch(model, (3, 6))
+    compiled = Compiled(model, recipe_for(2, {0: 3}))
+    outputs = compiled(**inputs)
+    kept = compiled.recorded.keep_sets[0][0]
+    dropped = sorted(set(range(inputs["input_ids"].shape[1])) - set(kept.tolist()))
+    assert inputs["input_ids"][0, dropped].tolist() == [IMAGE] * 3
+    expected = dense_without(model, inputs, dropped, after=0)
+    torch.testing.assert_close(outputs.logits[0], expected[kept], atol=1e-4, rtol=0)
+
+
+def test_a_later_layer_that_numbers_its_tokens_is_refused() -> None:
+    """What it gets after a cut is numbered anew, though kept tokens keep positions."""
+    model, recipe = llama4(tuned=True), recipe_for(2, {0: 3})
+    inputs = batch(model, (3, 6))
+    with pytest.raises(PlanError, match="attn_temperature_tuning = False"):
+        prune(model, inputs, recipe)
+    torch.compiler.reset()
+    vtprune_fx.compile(model, recipe, inner="eager")
+    with pytest.raises(PlanError, match="numbers the tokens that it gets"):
+        model(**inputs, use_cache=False)
+
+
+def test_without_these_numbers_such_a_decoder_is_pruned() -> None:
+    """The refusal's advice."""
+    assert_like_dense_without(llama4(tuned=False))
+
+
+def test_a_cut_after_the_layers_that_number_their_tokens_is_exact() -> None:
+    """The refusal's other advice: they see the prompt as it is."""
+    assert_like_dense_without(llama4(tuned=True, rope=(0, 1)))
+
+
+def test_the_oracle_refuses_rotary_positions_that_it_cannot_read() -> None:
+    model = llama4(tuned=False)
+    [sample] = oracle.split_batch(model, **batch(model, (3, 6)))
+    with pytest.raises(PlanError, match="found one of complex64"):
+        oracle.prefill(model, RECIPE, sample)

@@ -527,10 +527,32 @@ def test_two_prompts_in_a_row_cannot_be_gathered() -> None:
         place(recipe, anatomy, module.graph)
 
 
+@pytest.mark.parametrize("read", [True, False])
+def test_numbers_made_of_the_length_after_a_cut_are_refused(*, read: bool) -> None:
+    """They would number kept tokens anew; a value that nothing reads harms nobody."""
+    module = decoder(Spec(layers=2))
+    added, length = node_named(module, "added1"), node_named(module, "length")
+    with module.graph.inserting_after(added):
+        numbers = module.graph.call_function(aten.arange.default, (length,))
+    with added.meta["val"].fake_mode, enable_python_dispatcher():
+        numbers.meta["val"] = aten.arange.default(length.meta["val"])
+    numbers.meta["nn_module_stack"] = added.meta["nn_module_stack"]
+    if read:
+        with module.graph.inserting_after(numbers):
+            module.graph.call_function(aten.floor.default, (numbers,))
+    recipe = Case(Spec(layers=2), {0: 1}).recipe
+    if not read:
+        assert len(place(recipe, anatomy_of(module), module.graph).cuts) == 1
+        return
+    with pytest.raises(PlanError, match=r"layers\.1.* numbers the tokens"):
+        place(recipe, anatomy_of(module), module.graph)
+
+
 def test_what_crosses_an_edge_is_made_before_and_read_after_it() -> None:
     """Weights of the second half cross too; only values with tokens are gathered."""
     module = decoder(Spec())
-    across = {str(node) for node in Uses(module.graph).across("attended0")}
+    uses = Uses(module.graph, anatomy_of(module).tokens)
+    across = {str(node) for node in uses.across("attended0")}
     assert across == {"length", "image_placed", "attended0", "w_o0", "w_m0"}
 
 

@@ -152,7 +152,15 @@ class Decoder:
         kinds = {}
         if "layer_type" in inspect.signature(rotary.forward).parameters:
             kinds = {"layer_type": self._decoder.config.layer_types[index]}
-        cos, sin = rotary(hidden[None], positions[..., None, :], **kinds)
+        tables = rotary(hidden[None], positions[..., None, :], **kinds)
+        if isinstance(tables, Tensor):
+            raise PlanError(
+                "oracle, rotary positions",
+                expected="two tables, of cosines and sines",
+                found=f"one of {tables.dtype}".replace("torch.", ""),
+                fix="Check a graph of this model against the unpruned model.",
+            )
+        cos, sin = tables
         return cos[0], sin[0]
 
     def run(

@@ -17,11 +17,24 @@ from vtprune_fx.recipes.schema import Cut, Recipe
 
 aten = torch.ops.aten
 
+_NUMBERS = {
+    aten.arange.default,
+    aten.arange.start,
+    aten.arange.start_step,
+    aten.linspace.default,
+}
+
 
 class Uses:
-    """Where each node stands, and where it is last read by anything but the output."""
+    """Where each node stands, and where it is last read by anything but the output.
 
-    def __init__(self, graph: Graph) -> None:
+    Args:
+        graph: The graph.
+        tokens: Length of the prompt.
+    """
+
+    def __init__(self, graph: Graph, tokens: sympy.Symbol) -> None:
+        self.tokens = tokens
         self.nodes: list[Node] = list(graph.nodes)
         self.order = {node: i for i, node in enumerate(self.nodes)}
         self.named = {node.name: node for node in self.nodes}
@@ -48,6 +61,23 @@ class Uses:
                 fix="Cut in later layers, after the model's deep-stacked features.",
             )
 
+    def check_not_numbered(self, name: str, recipe: Recipe, cut: Cut) -> None:
+        """Refuse a cut before layers that number the prompt's tokens themselves.
+
+        Kept tokens keep their positions; numbers made of a length would be new ones.
+        """
+        edge = self.order[self.named[name]]
+        later = [n for n in self.nodes[edge + 1 :] if _numbers_tokens(n, self.tokens)]
+        if later:
+            raise PlanError(
+                f"recipe {recipe.name}, cut at layer {cut.layer}",
+                expected="layers after it that get positions as an input",
+                found=f"{module_path(later[0])} numbers the tokens that it gets, node "
+                f"{later[0].name}",
+                fix="Cut after that layer, or turn this off in the configuration "
+                "(attn_temperature_tuning = False in Llama 4) if answers allow it.",
+            )
+
     def across(self, name: str) -> list[Node]:
         """Nodes that stand at or before ``name`` and are read after it."""
         edge = self.order[self.named[name]]
@@ -64,6 +94,12 @@ def _takes_features(node: Node) -> bool:
     assert isinstance(indices, (list, tuple))
     masks = (tensor_of(n) for n in indices if isinstance(n, Node))
     return any(m is not None and m.dtype == torch.bool for m in masks)
+
+
+def _numbers_tokens(node: Node, tokens: sympy.Symbol) -> bool:
+    """Whether a node makes 0, 1, ... up to the prompt's length."""
+    numbered = node.target in _NUMBERS and mentions(node.meta.get("val"), tokens)
+    return numbered and any(reader.op != "output" for reader in node.users)
 
 
 def live_values(

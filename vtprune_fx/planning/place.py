@@ -67,7 +67,7 @@ def _cuts(
     per_sample: bool,
 ) -> Iterator[PlannedCut]:
     """The cuts that drop tokens, in order."""
-    uses = Uses(graph)
+    uses = Uses(graph, anatomy.tokens)
     counted = _counts(recipe, anatomy.visual_tokens, per_sample=per_sample)
     compacted = recipe.positions == "compacted" and counted
     places = values_of_place(recipe, graph, anatomy) if compacted else frozenset()
@@ -80,6 +80,7 @@ def _cuts(
         attention = anatomy.layers[cut.layer]
         edge, hidden = _edge(recipe, cut, attention)
         uses.check_complete(edge, recipe, cut)
+        uses.check_not_numbered(edge, recipe, cut)
         live = live_values(uses, edge, anatomy, lengths)
         yield PlannedCut(
             attention=attention,
