@@ -27,6 +27,7 @@ from vtprune_fx.errors import (
     first_sentence,
 )
 from vtprune_fx.models.fields import read_fields, refused_field
+from vtprune_fx.models.processor_trial import try_processor
 from vtprune_fx.optional import lacking
 
 if TYPE_CHECKING:
@@ -154,6 +155,8 @@ def _check_processor(folder: Path) -> None:
         wrong = refused_field(fields) if path.name in _OF_PROCESSORS else None
         if wrong is not None and wrong[0] != "auto_map":
             raise _not_read(folder, path.name, " ".join(wrong))
+    with _reading(folder, "a processor"):
+        try_processor(folder)
 
 
 _OF_PROCESSORS = (
@@ -195,6 +198,8 @@ def _reading(model: str | Path, what: str) -> Iterator[None]:
     """Whatever goes wrong in the block becomes an error of ours about ``model``."""
     try:
         yield
+    except VtpruneError:
+        raise
     except Exception as error:  # many kinds: network, JSON, safetensors, imports
         missing = lacking(error, _where(model), what)
         raise missing or _unreadable(model, what, error) from error

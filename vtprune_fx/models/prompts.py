@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
 
-from vtprune_fx.errors import InputError
+from vtprune_fx.errors import InputError, first_sentence
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -29,7 +29,7 @@ def prompt_inputs(
         [1, 3, H, W] where there is an image.
 
     Raises:
-        InputError: The question spells a placeholder.
+        InputError: The question spells a placeholder, or the template fails.
     """
     text = _text(processor, prompt, 0 if image is None else 1)
     inputs = processor(images=image, text=text, return_tensors="pt")
@@ -51,7 +51,7 @@ def batch_inputs(
         ``pixel_values``.
 
     Raises:
-        InputError: A question spells a placeholder.
+        InputError: A question spells a placeholder, or the template fails.
     """
     inputs = processor(
         images=[image for _, images in prompts for image in images],
@@ -67,7 +67,7 @@ def _text(processor: ProcessorMixin, prompt: str, images: int) -> str:
     """The text of a user's turn that starts with so many images.
 
     Raises:
-        InputError: The prompt spells a placeholder.
+        InputError: The prompt spells a placeholder, or the template fails.
     """
     check_words(processor, prompt)
     if processor.chat_template is None:
@@ -75,7 +75,16 @@ def _text(processor: ProcessorMixin, prompt: str, images: int) -> str:
     content = [{"type": "image"}] * images + [{"type": "text", "text": prompt}]
     turn: dict[str, object] = {"role": "user", "content": content}
     template = cast("_Template", processor.apply_chat_template)
-    return template([turn], add_generation_prompt=True)
+    try:
+        return template([turn], add_generation_prompt=True)
+    except Exception as error:  # templates are programs: whatever they raise
+        raise InputError(
+            "chat template of the processor",
+            expected=f"one that takes a user's turn with {images} images and a text",
+            found=f"{type(error).__name__}: {first_sentence(error)}",
+            fix="Save the processor of the model's author, or set "
+            "processor.chat_template = None to put images before the text.",
+        ) from error
 
 
 class _Template(Protocol):
