@@ -1,7 +1,7 @@
 """Exported folders and recipes, changed at random: loaded, or an error of ours.
 
-In no case is a module of the folder imported, a file outside of it read, or more time
-taken than ``MOST_SECONDS``. A mutation is made of its number alone, so a failure can be
+In no case is a module of the folder imported, a file outside of it read, more time
+taken than ``MOST_SECONDS``, or more memory than ``MOST_BYTES``. A mutation is made of its number alone, so a failure can be
 repeated.
 """
 
@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import random
+import resource
 import shutil
 import sys
 import time
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 MOST_SECONDS = 10
+MOST_BYTES = 2 << 30
+"""Memory of the process, libraries included, where only this file is tested."""
 
 SECRET = "fuzz-secret"
 """Begins the names of files outside of the folder."""
@@ -182,13 +185,20 @@ def mutate(folder: Path, number: int) -> None:
 # --------------------------------------------------------------------------- the checks
 
 
+def peak_bytes() -> int:
+    """The most memory that this process has had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+
+
 def tried(action: Callable[[], object]) -> None:
     """Run what must end in time, well or with an error of ours, and stay inside."""
     opened.clear()
-    start = time.monotonic()
+    start, most = time.monotonic(), peak_bytes()
     with contextlib.suppress(VtpruneError):
         action()
     seconds = time.monotonic() - start
+    # Other tests of the same process may have used more before.
+    assert peak_bytes() < max(MOST_BYTES, most + (MOST_BYTES >> 2))
     assert seconds < MOST_SECONDS
     assert MODULE not in sys.modules
     strange = [p for p in opened if SECRET in p or p == "/etc/passwd"]
