@@ -47,6 +47,7 @@ def prune_graph(
     visual_tokens: int | None = None,
     *,
     per_sample: bool = False,
+    schedule: str | None = None,
     pipeline: Callable[[PrunePlan], Pipeline] = default_pipeline,
 ) -> PruneReport | None:
     """Prune a graph, in place.
@@ -57,6 +58,7 @@ def prune_graph(
         visual_tokens: Of a sample that has any, where that is known better than from
             the sizes in the graph.
         per_sample: Let each sample drop its share, as ``place`` takes it.
+        schedule: Name of the input with the numbers of a run, as ``place`` takes it.
         pipeline: Makes the passes that carry out a plan.
 
     Returns:
@@ -75,7 +77,9 @@ def prune_graph(
     if recipe is None:
         recipe = default_recipe(len(anatomy.layers), anatomy.visual_tokens)
         _say_default(recipe)
-    plan = place(recipe, anatomy, module.graph, per_sample=per_sample)
+    plan = place(
+        recipe, anatomy, module.graph, per_sample=per_sample, schedule=schedule
+    )
     if plan.cuts:
         _check_leaves_two(module.graph, plan)
     with uncached_fakes(fake_mode_of(module.graph)):
