@@ -71,6 +71,8 @@ from vtprune_fx.selection.recycling import hidden_from_each_other, hide
 
 aten = torch.ops.aten
 
+_CHOICES = (operators.choose, operators.attend_and_choose)
+
 Insert = Callable[..., Node]
 """``(operator, *args) -> node``: inserts at the cut at hand."""
 
@@ -348,7 +350,8 @@ class _Values:
 
     Nearly always it is the value that it was, with fewer tokens. The exceptions are
     values that all samples shared and, once gathered, no longer do: what reads one of
-    those is run on fakes again.
+    those is run on fakes again, except a choice: it has a row per sample as it is, and
+    run at full length it would drop tokens.
     """
 
     def __init__(self, inserter: Inserter, tokens: sympy.Symbol) -> None:
@@ -365,7 +368,8 @@ class _Values:
     def refresh(self, node: Node, dropped: Count) -> None:
         """Set the value of a node after a cut."""
         full, gone = value_at_full_length(node), dropped_tokens(node)
-        if not self._widened.isdisjoint(node.all_input_nodes):
+        reads_widened = not self._widened.isdisjoint(node.all_input_nodes)
+        if reads_widened and operator_of(node) not in _CHOICES:
             shared = full
             full = self._inserter.value(operator_of(node), node.args, dict(node.kwargs))
             if kind_of(full) != kind_of(shared):

@@ -1,8 +1,8 @@
 """Exported folders and recipes, changed at random: loaded, or an error of ours.
 
 In no case is a module of the folder imported, a file outside of it read, more time
-taken than ``MOST_SECONDS``, or more memory than ``MOST_BYTES``. A mutation is made of its number alone, so a failure can be
-repeated.
+taken than ``MOST_SECONDS``, or more memory than ``MOST_BYTES``. A mutation is made of
+its number alone, so a failure can be repeated.
 """
 
 from __future__ import annotations

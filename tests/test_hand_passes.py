@@ -623,10 +623,20 @@ def hint(size: Any) -> int:
     return size if isinstance(size, int) else int(size.node.hint)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_recorded_values_say_how_many_tokens_a_run_has(form: Form) -> None:
-    """A ``Shorter`` is the value at full length, less what has left."""
-    case = Case(Spec(layers=2, last_row=True), {0: 2, 1: 1}, form=form)
+TWO = Spec(layers=2, last_row=True)
+ROTATED = Case(
+    Spec(layers=3, rotary=True), {0: 2, 1: 1}, "sparsevlm-plus", "after_layer", CUT_OP
+)
+"""The second choice reads rotary tables that all samples shared before the first."""
+
+
+@pytest.mark.parametrize(
+    "case",
+    [*(Case(TWO, {0: 2, 1: 1}, form=form) for form in FORMS), ROTATED],
+    ids=[*FORMS, "shared tables"],
+)
+def test_recorded_values_say_how_many_tokens_a_run_has(case: Case) -> None:
+    """A ``Shorter`` is the value at full length, less what was dropped."""
     module = case.pruned()
     given = inputs_for(case.spec, images=(IMAGE,) * SAMPLES, tokens=TOKENS)
     _, values = run(module, given)
