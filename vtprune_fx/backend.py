@@ -90,8 +90,8 @@ def vtprune_backend(
             of a sample that has any; read from the graph's sizes if left out.
             ``per_sample``: let each sample drop its share, as ``planning.place`` does.
             ``schedule``: returns how many tokens each cut of the recipe drops in the
-            next run, [cuts, 3] as ``PrunePlan.schedule``: they are no part of the
-            graph. ``on_report``: called with a pruned graph's report after each run of it.
+                next run, [cuts, 3] as ``PrunePlan.schedule``: no part of the graph.
+            ``on_report``: called with a pruned graph's report after each run of it.
                 ``on_dense``: called before a graph is compiled that is not pruned.
             ``passes``: further passes, as ``vtprune_fx.prune`` takes them.
         kwargs: For the inner backend; ``mode`` among them is that of ``torch.compile``.

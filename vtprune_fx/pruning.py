@@ -30,7 +30,8 @@ logger = logging.getLogger(__name__)
 
 
 @functools.cache
-def _say_default(recipe: Recipe) -> None:
+def say_default(recipe: Recipe) -> None:
+    """Warn, once for each, of a recipe that nobody chose."""
     logger.warning(
         "No recipe given: %s drops %d of %d visual tokens over %d layers. Give one "
         "that was fitted to the model to be sure of its answers.",
@@ -76,7 +77,7 @@ def prune_graph(
         anatomy = dataclasses.replace(anatomy, visual_tokens=visual_tokens)
     if recipe is None:
         recipe = default_recipe(len(anatomy.layers), anatomy.visual_tokens)
-        _say_default(recipe)
+        say_default(recipe)
     plan = place(
         recipe, anatomy, module.graph, per_sample=per_sample, schedule=schedule
     )

@@ -75,7 +75,8 @@ def compile(
     loaded = load_recipe(recipe) if recipe is not None else None
     if loaded is not None:
         check_layers(loaded, bare.config.get_text_config().num_hidden_layers)
-    options = {"inner": inner_compiler(inner, mode), "passes": passes}
+    compiler = inner_compiler(inner, mode)
+    options = {"inner": compiler, "mode": mode, "passes": passes}
     PrunedForward(bare, loaded, options, decode).attach()
     return model
 

@@ -5,6 +5,7 @@ Everything that can be refused is refused here, before any pass writes.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import sympy
@@ -75,6 +76,28 @@ def place(
     )
 
 
+def with_counts(plan: PrunePlan, recipe: Recipe, visual_tokens: int) -> PrunePlan:
+    """A plan of which the numbers come with each run, with those of one run.
+
+    Args:
+        plan: The plan.
+        recipe: Whose numbers, at some of the plan's places.
+        visual_tokens: That its shares are taken of.
+    """
+    drops, gone, cuts = recipe.drops(visual_tokens), 0, []
+    shares = {cut.layer: cut.drop for cut in recipe.cuts}
+    for cut in plan.cuts:
+        layer = cut.attention.layer
+        drop = drops.get(layer, 0)
+        gone += drop
+        share = None if cut.share is None else shares.get(layer, 0)
+        cuts.append(dataclasses.replace(cut, drop=drop, dropped=gone, share=share))
+    of = None if plan.of is None else recipe.of
+    return dataclasses.replace(
+        plan, recipe=recipe, visual_tokens=visual_tokens, cuts=tuple(cuts), of=of
+    )
+
+
 def _cuts(
     recipe: Recipe,
     anatomy: Anatomy,
@@ -87,7 +110,9 @@ def _cuts(
     """The cuts that drop tokens, in order."""
     uses = Uses(graph, anatomy.tokens)
     if scheduled:
-        counted = {cut.layer: _symbols(cut.layer, recycled=False) for cut in recipe.cuts}
+        counted = {
+            cut.layer: _symbols(cut.layer, recycled=False) for cut in recipe.cuts
+        }
     else:
         counted = _counts(recipe, anatomy.visual_tokens, per_sample=per_sample)
     compacted = recipe.positions == "compacted" and counted
