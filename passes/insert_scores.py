@@ -171,7 +171,8 @@ class InsertScores(Pass):
         start of the row, and is -1 in the keep set.
         """
         cut = writer.cut
-        share, of = cut.share, self._plan.of
+        share: Node | int | None = cut.share
+        of: Node | int | None = self._plan.of
         if writer.schedule is not None:
             share, of = writer.number(SHARE), writer.number(OF)
         order = writer.trace(per_sample_order, scores, roles, came, share, of)
