@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Sequence
@@ -70,11 +69,9 @@ def prune_graph(
         PlanError: The recipe does not fit the graph.
     """
     before = len(module.graph.nodes)
-    anatomy = read(module.graph)
+    anatomy = read(module.graph, visual_tokens)
     if anatomy is None:
         return None
-    if visual_tokens is not None:
-        anatomy = dataclasses.replace(anatomy, visual_tokens=visual_tokens)
     if recipe is None:
         recipe = default_recipe(len(anatomy.layers), anatomy.visual_tokens)
         say_default(recipe)

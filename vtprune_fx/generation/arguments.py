@@ -85,7 +85,7 @@ def mark_prompt(named: Arguments) -> None:
         if axis is not None and prompt[1] > 1:
             mark_dynamic(axis, value)
     for features in pytree.tree_leaves(named.get(FEATURES) or {}):
-        torch._dynamo.maybe_mark_dynamic(features, 0)
+        torch._dynamo.decorators.mark_unbacked(features, 0, shape_id="features")
 
 
 def without_room(named: Arguments) -> Tensor | None:

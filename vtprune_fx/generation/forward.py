@@ -374,6 +374,7 @@ class PrunedForward:
             }
             if self._places is not None:
                 options["schedule"] = self._schedule
+                options["visual_tokens"] = self._places.visual_tokens
             elif graph.visual:
                 options["visual_tokens"] = graph.visual
             self._compiled[graph] = torch.compile(  # type: ignore[call-overload] # missing
