@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import inspect
+import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+from transformers import Cache, PreTrainedModel
 
 from vtprune_fx.errors import InputError
 from vtprune_fx.models.encoding import FEATURES, token_axis
+from vtprune_fx.models.placeholders import visual_token_ids
 from vtprune_fx.models.ragged_attention import mark_dynamic
+from vtprune_fx.models.ragged_cache import RaggedLayer, RaggedStaticLayer
+
+logger = logging.getLogger(__name__)
 
 Arguments = dict[str, Any]
 """What a model's ``forward`` is called with, by name."""
@@ -88,6 +95,25 @@ def mark_prompt(named: Arguments) -> None:
         torch._dynamo.decorators.mark_unbacked(features, 0, shape_id="features")
 
 
+def mark_step(cache: Cache, mask: Tensor) -> None:
+    """Let the number of cached and of new tokens vary; one new token is a step's.
+
+    Args:
+        cache: A ragged one. Its keys and values become contiguous: a prompt's are laid
+            out otherwise, for which the first step would need another graph.
+        mask: [B, layers, Q, K].
+    """
+    layers: Sequence[object] = cache.layers
+    if not any(isinstance(layer, RaggedStaticLayer) for layer in layers):
+        mark_dynamic(3, mask)
+    if mask.shape[2] > 1:
+        mark_dynamic(2, mask)
+    for layer in layers:
+        if isinstance(layer, RaggedLayer):
+            layer.make_contiguous()
+            mark_dynamic(2, layer.keys, layer.values)
+
+
 def without_room(named: Arguments) -> Tensor | None:
     """[B, S]: a prompt's mask, where ``generate`` made one for all of a static cache.
 
@@ -97,3 +123,13 @@ def without_room(named: Arguments) -> Tensor | None:
     if mask is None or mask.dim() == 2:
         return mask
     return mask[:, 0, -1, : mask.shape[2]].long()
+
+
+def visual_ids(model: PreTrainedModel) -> list[int]:
+    """Ids of the placeholders of images and videos."""
+    found = list(visual_token_ids(model.config))
+    if not found:
+        logger.warning(
+            "%s has no visual tokens: it is compiled, not pruned.", type(model).__name__
+        )
+    return found

@@ -6,8 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
-import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,8 +29,10 @@ from vtprune_fx.generation.arguments import (
     Arguments,
     first_given,
     mark_prompt,
+    mark_step,
     parted,
     refuse_mixed_up,
+    visual_ids,
     without,
     without_room,
 )
@@ -52,9 +53,7 @@ from vtprune_fx.models.encoding import (
     gives_images,
     gives_pixels,
 )
-from vtprune_fx.models.placeholders import visual_token_ids
 from vtprune_fx.models.ragged_attention import (
-    mark_dynamic,
     set_attention,
     use_ragged_attention,
 )
@@ -63,9 +62,6 @@ from vtprune_fx.planning.report import PruneReport
 from vtprune_fx.pruning import say_default
 from vtprune_fx.recipes.default import default_recipe
 from vtprune_fx.recipes.schema import Recipe
-
-logger = logging.getLogger(__name__)
-
 
 Forward = Callable[..., CausalLMOutputWithPast]
 """The ``forward`` of a model, compiled or not."""
@@ -189,6 +185,8 @@ class PrunedForward:
     def generate(self, *args: object, **kwargs: object) -> object:
         """Transformers' ``generate``, of which only the prompt is pruned.
 
+        Its keyword ``schedule`` is as ``scheduled`` takes it.
+
         Raises:
             InputError: It is asked for what a pruned prompt cannot serve, or its model
                 did not run the prompt by its ``forward``.
@@ -196,6 +194,33 @@ class PrunedForward:
         given = kwargs.get("generation_config")
         config = given if given is not None else self._model.generation_config
         checks.check_generation(config, kwargs)
+        asked: Any = kwargs.pop("schedule", None)
+        with contextlib.nullcontext() if asked is None else self.scheduled(asked):
+            return self._generate(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def scheduled(self, asked: Recipe | str | float) -> Iterator[Recipe]:
+        """Let prompts drop other numbers of tokens for a while.
+
+        Args:
+            asked: A recipe, as ``load_recipe`` takes it, or a budget, as
+                ``recipes.scaling.scaled`` takes it.
+
+        Raises:
+            InputError: The graphs have no such cuts, or their numbers are fixed.
+            RecipeError: The recipe cannot be loaded.
+        """
+        before, self._asked = (
+            self._asked,
+            checks.schedule_for(self._model, self._places, asked),
+        )
+        try:
+            yield self._asked
+        finally:
+            self._asked = before
+
+    def _generate(self, *args: object, **kwargs: object) -> object:
+        """Generate, and see to it that the prompt ran by this object."""
         before, calls = self._prompt, self._calls
         ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
         self._prompt = (
@@ -401,10 +426,6 @@ class PrunedForward:
         if samples > 1 and new > 1:
             ragged.check_padding(named.get("attention_mask"))
         mask = ragged.attention_mask(cache, new)
-        if not any(isinstance(n, ragged.RaggedStaticLayer) for n in cache.layers):
-            mark_dynamic(3, mask)
-        if new > 1:
-            mark_dynamic(2, mask)
         if gives_images(named):
             checks.check_later_images(self._model, named)
         # Later images are not pruned, so no graph needs to have their encoders.
@@ -412,19 +433,6 @@ class PrunedForward:
         if named.get(FEATURES):
             checks.check_features(self._model, named[FEATURES], named.get("input_ids"))
         mark_prompt(named | {"attention_mask": None})
-        layers: Sequence[object] = cache.layers
-        for layer in layers:
-            if isinstance(layer, ragged.RaggedLayer):
-                mark_dynamic(2, layer.keys, layer.values)
+        mark_step(cache, mask)
         step = self._compiled_for(_ANY) if self._decode else self._dense
         return step(**named | {"attention_mask": mask})
-
-
-def visual_ids(model: PreTrainedModel) -> list[int]:
-    """Ids of the placeholders of images and videos."""
-    found = list(visual_token_ids(model.config))
-    if not found:
-        logger.warning(
-            "%s has no visual tokens: it is compiled, not pruned.", type(model).__name__
-        )
-    return found
