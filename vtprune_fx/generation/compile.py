@@ -144,8 +144,8 @@ def schedule(model: nn.Module, recipe: Recipe | str | float) -> Iterator[Recipe]
     """Let a compiled model drop other numbers of tokens for a while.
 
     ``compile`` fixes at which layers tokens are dropped and by what score; how many is
-    an input of its graphs: none is made anew. ``model.generate(..., schedule=...)`` does
-    it for one call.
+    an input of its graphs, so none is made anew. The keyword ``schedule`` of
+    ``model.generate`` does it for one call.
 
     Args:
         model: A model that ``compile`` returned, with a recipe of counts or shares that

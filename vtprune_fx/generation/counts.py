@@ -123,7 +123,7 @@ class PromptCounts:
         if came - gone < 2:
             raise InputError(
                 f"recipe {recipe.name}",
-                expected=f"a prompt of at least {gone + 2} tokens, of which two stay",
+                expected=f"at least {gone + 2} tokens, of which two are kept",
                 found=f"{came} tokens, {gone} of which are dropped",
                 fix="Drop fewer, or prompt with more text.",
             )

@@ -17,8 +17,8 @@ def scaled(recipe: Recipe, budget: float, geometry: Geometry) -> Recipe:
 
     Args:
         recipe: Counts or shares.
-        budget: Share of the visual tokens' MACs in the decoder to save, as ``vtprune
-            recipe show`` counts them; 0 keeps all tokens.
+        budget: Share of the decoder's MACs on visual tokens to save, for a sample with
+            the reference count and no text (``Cost.visual``); 0 keeps all tokens.
         geometry: Sizes of the decoder.
 
     Raises:
