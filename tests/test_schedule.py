@@ -77,7 +77,7 @@ def without_processor(name: str, number: int) -> Inputs:
     """The same by the model's encoder alone."""
     pictures = [1 + (number + row) % 3 for row in range(3 if number % 4 == 3 else 1)]
     prompts: list[zoo.Prompt] = [
-        (3, *["image", 1] * many, 4 + number % 5 + row)
+        (3, *("image", 1) * many, 4 + number % 5 + row)
         for row, many in enumerate(pictures)
     ]
     return zoo.batch(name, zoo.shared(name), *prompts, seed=number)
@@ -104,7 +104,8 @@ def assert_as_the_oracle(
         padding = inputs["input_ids"].shape[1] - len(sample.input_ids)
         for layer, positions in report.keep_sets.items():
             kept = [int(p) for p in positions[row] - padding if p >= 0]
-            assert kept == state.kept[layer].tolist(), (row, layer)
+            expected = [p for p in state.kept[layer].tolist() if p >= 0]
+            assert kept == expected, (row, layer)
         held = [layer.held() - int(layer.padding[row]) for layer in layers]
         assert held == [k.shape[1] + NEW - 1 for k in state.keys], row
         logits = state.logits[-1]
@@ -192,6 +193,40 @@ def test_the_report_has_the_numbers_of_the_run() -> None:
         left = visual - first - second
         assert report.visual_tokens == [visual - first, left, left]
         assert f"{visual} visual tokens, {left} after the last" in str(report)
+
+
+RECYCLED: dict[str, Any] = {
+    "site": "after_layer",
+    "recycle": {"tau": 0.5, "theta": 0.5},
+}
+BY_RANK = Recipe.model_validate(
+    {
+        **recipe_for(LAYERS, {}).model_dump(),
+        "cuts": [{"layer": 0, "by_rank": {"rule": "keep", "scale": 1.0}}],
+    }
+)
+
+FIXED = {
+    "by rank": BY_RANK,
+    "counts, recycled": recipe_for(LAYERS, {0: 4}, **RECYCLED),
+    "shares, recycled": recipe_for(LAYERS, {0: 4}, of=50, **RECYCLED),
+}
+
+
+@pytest.mark.parametrize("kind", FIXED)
+def test_other_recipes_run_on_all_sizes(kind: str) -> None:
+    """Their numbers are part of the graphs, the number of features is not."""
+    name, recipe = "LLaVA-NeXT", FIXED[kind]
+    model, first = compiled(name, recipe), by_processor(name, 0)
+    text = {key: first[key][:, -3:] for key in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        model(**text)
+    for number in (0, 1):
+        inputs = by_processor(name, number)
+        assert_as_the_oracle(model, name, recipe, inputs)
+        report = vtprune_fx.report_of(model)
+        assert report is not None
+        assert report.plan.visual_tokens == int((inputs["input_ids"] == IMAGE).sum())
 
 
 # --------------------------------------------------------------------- every budget
@@ -306,13 +341,6 @@ def test_a_budget_out_of_reach_is_refused(budget: float) -> None:
 # ------------------------------------------------------------------------ bad input
 
 
-BY_RANK = Recipe.model_validate(
-    {
-        **recipe_for(LAYERS, {}).model_dump(),
-        "cuts": [{"layer": 0, "by_rank": {"rule": "keep", "scale": 1.0}}],
-    }
-)
-
 BAD: dict[str, tuple[Any, type[VtpruneError], str]] = {
     "another layer": (recipe_for(LAYERS, {2: 4}), InputError, "after_attention 2"),
     "another site": (
@@ -363,12 +391,7 @@ def test_a_refused_schedule_changes_nothing(case: str) -> None:
         (RECIPE, "max-autotune-no-cudagraphs"),
         (recipe_for(LAYERS, {}), None),
         (
-            recipe_for(
-                LAYERS,
-                {0: 4},
-                site="after_layer",
-                recycle={"tau": 0.5, "theta": 0.5},
-            ),
+            recipe_for(LAYERS, {0: 4}, **RECYCLED),
             None,
         ),
     ],

@@ -86,8 +86,9 @@ def vtprune_backend(
         example_inputs: Dynamo's inputs.
         options: ``recipe``: a shipped name, a file, a ``Recipe``; left out, the default
             (``recipes.default_recipe``) stretched to the model, which is said once.
-            ``inner`` and ``mode``: as ``inner_compiler`` takes them. ``visual_tokens``:
-            of a sample that has any; read from the graph's sizes if left out.
+            ``inner`` and ``mode``: as ``inner_compiler`` takes them.
+            ``visual_tokens``: of a sample that has any, or what returns their number;
+                read from the graph's sizes if left out.
             ``per_sample``: let each sample drop its share, as ``planning.place`` does.
             ``schedule``: returns how many tokens each cut of the recipe drops in the
                 next run, [cuts, 3] as ``PrunePlan.schedule``: no part of the graph.
@@ -269,10 +270,11 @@ def _prune(
     schedule = None
     if recipe is not None and options.get("schedule") is not None:
         schedule = _add_schedule(lowered.graph, len(recipe.cuts))
+    visual = options.get("visual_tokens")
     report = prune_graph(
         lowered,
         recipe,
-        options.get("visual_tokens"),
+        visual() if callable(visual) else visual,
         per_sample=bool(options.get("per_sample")),
         schedule=schedule,
         pipeline=pipeline,

@@ -159,11 +159,13 @@ class PrunedForward:
         return vars(self) | {"_compiled": {}}
 
     def _note(self, report: PruneReport) -> None:
-        counts = self._counts
-        if report.plan.schedule is not None and counts is not None:
-            plan = with_counts(report.plan, counts.recipe, counts.visual)
-            report = dataclasses.replace(report, plan=plan)
-        self.report = report
+        counts, plan = self._counts, report.plan
+        assert counts is not None
+        if plan.schedule is None:
+            plan = dataclasses.replace(plan, visual_tokens=counts.visual)
+        else:
+            plan = with_counts(plan, counts.recipe, counts.visual)
+        self.report = dataclasses.replace(report, plan=plan)
 
     def _note_dense(self) -> None:
         """Called where a graph is not pruned."""
@@ -396,12 +398,10 @@ class PrunedForward:
                 "on_report": self._note,
                 "on_dense": self._note_dense,
                 "per_sample": graph.per_sample,
+                "visual_tokens": self._visual_now,
             }
             if self._places is not None:
                 options["schedule"] = self._schedule
-                options["visual_tokens"] = self._places.visual_tokens
-            elif graph.visual:
-                options["visual_tokens"] = graph.visual
             self._compiled[graph] = torch.compile(  # type: ignore[call-overload] # missing
                 self._dense,
                 backend=vtprune_backend,
@@ -412,6 +412,11 @@ class PrunedForward:
                 recompile_limit=_GRAPHS,
             )
         return self._compiled[graph]
+
+    def _visual_now(self) -> int:
+        """Visual tokens that shares of the prompt that runs are taken of."""
+        assert self._counts is not None
+        return self._counts.visual
 
     def _schedule(self) -> Tensor:
         """The numbers of the prompt that runs, as ``PrunePlan.schedule``."""
