@@ -103,9 +103,9 @@ class PromptCounts:
 
     def _check_padding(self, sample: int, visual: int, padding: int) -> None:
         """Refuse a sample without the padding to drop beside its visual tokens."""
-        own, common = self.recipe.drops(visual), self.recipe.drops(self.visual)
+        alone, common = self.recipe.drops(visual), self.recipe.drops(self.visual)
         layers = [cut.layer for cut in self.recipe.cuts]
-        missing = (common.get(n, 0) - own.get(n, 0) for n in layers)
+        missing = (common.get(n, 0) - alone.get(n, 0) for n in layers)
         needed = max(itertools.accumulate(missing, initial=0))
         if padding < needed:
             raise InputError(

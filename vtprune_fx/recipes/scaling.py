@@ -13,7 +13,7 @@ def scaled(recipe: Recipe, budget: float, geometry: Geometry) -> Recipe:
     """A recipe with all drops scaled by one factor, the least that meets a budget.
 
     Cut i drops ``floor(drop_i * k / sum(drop))`` of the reference count of visual
-    tokens, with k the smallest whole number that saves enough.
+    tokens, with k the smallest integer that saves enough.
 
     Args:
         recipe: Counts or shares.
