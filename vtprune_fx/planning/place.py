@@ -14,7 +14,7 @@ from torch.fx import Graph
 from vtprune_fx.analysis.anatomy import Anatomy, Attention
 from vtprune_fx.errors import PlanError
 from vtprune_fx.graph.sizes import Count
-from vtprune_fx.planning.live import Uses, is_length, live_values
+from vtprune_fx.planning.live import Uses, is_length, live_values, sizes_across
 from vtprune_fx.planning.plan import PlannedCut, PrunePlan
 from vtprune_fx.planning.positions import values_of_place
 from vtprune_fx.recipes.schema import Cut, Recipe
@@ -141,6 +141,7 @@ def _cuts(
             dropped=dropped,
             live=live,
             places=places & {value.node for value in live},
+            sizes=sizes_across(uses, edge, anatomy, lengths),
             rule=cut.by_rank,
             row=row if scheduled else None,
         )

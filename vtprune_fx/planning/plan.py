@@ -46,6 +46,8 @@ class PlannedCut:
         live: What has to be gathered, beside the tokens' roles that passes add.
         places: Those of them that depend on a token's place alone (rotary tables,
             position ids) where positions are compacted.
+        sizes: Sizes that depend on the prompt's length and are read after the cut: they
+            are computed once more.
         rule: What the numbers follow from, where they follow the rank.
         row: Of ``PrunePlan.schedule``, where numbers come with each run.
     """
@@ -62,6 +64,7 @@ class PlannedCut:
     dropped: Count
     live: tuple[LiveValue, ...]
     places: frozenset[str]
+    sizes: tuple[str, ...] = ()
     rule: ByRank | None = None
     row: int | None = None
 
