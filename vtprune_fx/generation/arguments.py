@@ -20,6 +20,10 @@ from vtprune_fx.models.ragged_cache import RaggedLayer, RaggedStaticLayer
 
 logger = logging.getLogger(__name__)
 
+_ROWS = 2
+"""Axes of features of images of any size, [N, E]. Images or videos of one size come
+as [I, N, E], and some models take each of them by itself."""
+
 Arguments = dict[str, Any]
 """What a model's ``forward`` is called with, by name."""
 
@@ -85,14 +89,23 @@ def first_given(named: Arguments, *names: str) -> Tensor:
 
 
 def mark_prompt(named: Arguments) -> None:
-    """Let a prompt's length and its features' number vary; one token is a step's."""
+    """Let a prompt's length and its features' number vary; one token is a step's.
+
+    The number of features is no symbol that a graph may be specialised to: models write
+    it into the message of a check, which would make a graph for each number.
+    """
     prompt = first_given(named, "input_ids", "inputs_embeds").shape[:2]
     for value in named.values():
         axis = token_axis(value, prompt)
         if axis is not None and prompt[1] > 1:
             mark_dynamic(axis, value)
-    for features in pytree.tree_leaves(named.get(FEATURES) or {}):
-        torch._dynamo.decorators.mark_unbacked(features, 0, shape_id="features")
+    features: dict[str, object] = named.get(FEATURES) or {}
+    for kind, parts in features.items():
+        for part in pytree.tree_leaves(parts):
+            if part.dim() == _ROWS:
+                torch._dynamo.decorators.mark_unbacked(part, 0, shape_id=kind)
+            else:
+                torch._dynamo.maybe_mark_dynamic(part, 0)
 
 
 def mark_step(cache: Cache, mask: Tensor) -> None:
