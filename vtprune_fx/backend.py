@@ -142,7 +142,7 @@ def _empty_schedule(cuts: int, mode: FakeTensorMode) -> Tensor:
     return mode.from_tensor(numbers, static_shapes=True)
 
 
-def _add_schedule(graph: Graph, cuts: int) -> str:
+def add_schedule(graph: Graph, cuts: int) -> str:
     """Let a graph get the numbers of a run, [cuts, 3], as its first input."""
     with graph.inserting_before(next(iter(graph.nodes))):
         node = graph.placeholder("vtprune_schedule")
@@ -269,7 +269,7 @@ def _prune(
     )
     schedule = None
     if recipe is not None and options.get("schedule") is not None:
-        schedule = _add_schedule(lowered.graph, len(recipe.cuts))
+        schedule = add_schedule(lowered.graph, len(recipe.cuts))
     visual = options.get("visual_tokens")
     report = prune_graph(
         lowered,
