@@ -196,7 +196,7 @@ class Inserter:
             call = self._graph.call_function
             node = call(torch.ops.aten.item.default, (scalar,))
             enough = call(operator.ge, (node, least))
-            failed = f"at least {least} tokens must be kept at a cut"
+            failed = f"a count at a cut must be at least {least}"
             check = call(torch.ops.aten._assert_scalar.default, (enough, failed))
         for made in (node, enough, check):
             made.meta = _provenance(anchor, stamp)
