@@ -426,3 +426,17 @@ def test_two_tokens_are_kept_at_least() -> None:
 def _graphs_end_here() -> Iterator[None]:
     yield
     torch.compiler.reset()
+
+
+def test_a_decoder_of_experts_takes_other_numbers_too() -> None:
+    """Another recipe's, or none; a budget needs costs, which are not counted for it."""
+    name = "Qwen3-VL-MoE"
+    recipe, fewer = recipe_for(LAYERS, {1: 2, 2: 3}), recipe_for(LAYERS, {2: 4})
+    model = compiled(name, recipe)
+    inputs = without_processor(name, 0)
+    for asked in (recipe, fewer, recipe.keep_all()):
+        assert_as_the_oracle(model, name, asked, inputs, schedule=asked)
+    assert_as_the_oracle(model, name, recipe.keep_all(), inputs, schedule=0)
+    assert sorted(MADE) == ["prompt", "step"]
+    with pytest.raises(InputError, match="decoders of dense layers"):
+        model.generate(**inputs, schedule=0.1)
