@@ -37,7 +37,8 @@ class CheckTokens(Pass):
     3. A sample of text alone, beside others with images: padding is dropped instead.
     4. Samples that drop different numbers: each holds the padding that makes up for
        those it drops fewer than others.
-    5. No cuts, or counts that follow the rank: nothing to assert.
+    5. No cuts, counts that follow the rank, or that come with each run and are checked
+       before it: nothing to assert.
     """
 
     requires = frozenset({"InsertScores"})
@@ -48,7 +49,7 @@ class CheckTokens(Pass):
     def edit(self, module: GraphModule) -> bool:
         """Insert the assertion."""
         plan, graph = self._plan, module.graph
-        if not plan.cuts or plan.recipe.adaptive:
+        if not plan.cuts or plan.recipe.adaptive or plan.schedule is not None:
             return False
         roles = stamped(graph, StampKind.ROLES)[ALL_CUTS]
         exactly = plan.visual_tokens if plan.recipe.of is not None else None

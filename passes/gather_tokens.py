@@ -38,7 +38,7 @@ each that reads it. Besides, they become smaller::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import sympy
@@ -50,6 +50,7 @@ from vtprune_fx.graph.insert import Inserter
 from vtprune_fx.graph.nodes import operator_of, replace_inputs
 from vtprune_fx.graph.sizes import Count, mentions, size_expr
 from vtprune_fx.graph.stamps import (
+    STAMP,
     CutNodes,
     Stamp,
     StampKind,
@@ -128,6 +129,8 @@ class GatherTokens(Pass):
                 length, shorter = gather.after(cut, nodes, named, current)
                 values.watch(shorter)
                 current |= shorter | dict.fromkeys(lengths, length)
+                sizes = [named[name] for name in cut.sizes]
+                current |= gather.recompute(length, nodes.keep, sizes)
                 dropped = cut.dropped
         return True
 
@@ -146,6 +149,7 @@ class _Gather:
         self, inserter: Inserter, plan: PrunePlan, form: Form, first: CutNodes
     ) -> None:
         self._inserter = inserter
+        self._tokens = plan.tokens
         # Read by the scores of later cuts.
         found = (first.roles, first.class_attention)
         self._read_later = [node.name for node in found if node is not None]
@@ -203,6 +207,28 @@ class _Gather:
                 taken = self._changed(anchor, stamp, change, taken, keep)
             shorter[original] = taken
         return length, shorter
+
+    def recompute(
+        self, length: Node, keep: Node, sizes: Sequence[Node]
+    ) -> dict[Node, Node]:
+        """Compute sizes once more, of the prompt's new length.
+
+        Args:
+            length: The new length.
+            keep: The cut's keep set.
+            sizes: Nodes of sizes that depend on the length of the prompt, and of the
+                batch at most.
+        """
+        anchor, stamp = length.next, length.meta[STAMP]
+        known = {self._tokens: length}
+        made: dict[Node, Node] = {}
+        for size in sizes:
+            expr = size_expr(value_at_full_length(size))
+            if not expr.free_symbols <= known.keys():
+                batch = self._inserter.call(anchor, stamp, aten.sym_size.int, keep, 0)
+                known[size_expr(value_at_full_length(batch))] = batch
+            made[size] = self._inserter.size(anchor, stamp, expr, known)
+        return made
 
     def _follow(self, insert: Insert, positions: Node, layer: int) -> Node:
         """[B, K]: positions of the kept tokens in the original prompt."""

@@ -48,7 +48,14 @@ from vtprune_fx.graph.stamps import Stamp, StampKind, stamp_result
 from vtprune_fx.graph.values import set_value, value_at_full_length
 from vtprune_fx.ops.received import DEFINITIONS
 from vtprune_fx.passes.base import Form, Pass
-from vtprune_fx.passes.keep_sets import Chosen, CutWriter, by_number, by_rank
+from vtprune_fx.passes.keep_sets import (
+    OF,
+    SHARE,
+    Chosen,
+    CutWriter,
+    by_number,
+    by_rank,
+)
 from vtprune_fx.planning.plan import PlannedCut, PrunePlan
 from vtprune_fx.scorers.evidence import Evidence
 from vtprune_fx.scorers.registry import rate_of, scorer
@@ -94,7 +101,8 @@ class InsertScores(Pass):
         rate = rate_of(plan.recipe.score, plan.recipe.scorer_options())
         shared: _Shared | None = None
         for cut in plan.cuts:
-            writer = CutWriter(inserter, named[cut.edge].next, cut)
+            schedule = named.get(plan.schedule or "")
+            writer = CutWriter(inserter, named[cut.edge].next, cut, schedule)
             seen = _Seen(named, _copies_before(writer, named))
             shared = shared or self._insert_shared(writer, seen)
             self._insert_cut(writer, seen, shared, rate)
@@ -139,7 +147,7 @@ class InsertScores(Pass):
         keep = writer.call(
             operators.choose,
             roles,
-            cut.drop,
+            writer.drop,
             recipe.score,
             json.dumps(recipe.scorer_options()),
             read.query,
@@ -162,9 +170,13 @@ class InsertScores(Pass):
         A token that is dropped where fewer are dropped in all stays as padding, at the
         start of the row, and is -1 in the keep set.
         """
-        cut, of = writer.cut, self._plan.of
-        order = writer.trace(per_sample_order, scores, roles, came, cut.share, of)
-        dropped = writer.trace(per_sample_dropped, order, came, cut.share, of)
+        cut = writer.cut
+        share: Node | int | None = cut.share
+        of: Node | int | None = self._plan.of
+        if writer.schedule is not None:
+            share, of = writer.number(SHARE), writer.number(OF)
+        order = writer.trace(per_sample_order, scores, roles, came, share, of)
+        dropped = writer.trace(per_sample_dropped, order, came, share, of)
         kept, gone = (writer.without_dropped(node) for node in (order, dropped))
         keys = writer.trace(per_sample_keys, kept, gone, dropped=cut.drop)
         ascending = writer.ascending(keys)

@@ -4,6 +4,11 @@ By number, everything is known when the graph is made::
 
     kept: "i64[B, S - 36]" = lowest_first[:, 36:]
 
+By a number that comes with each run, as the first of a row of the plan's schedule::
+
+    count: "Sym(u0)" = aten.item(vtprune_schedule[row, 0])
+    kept: "i64[B, S - u0]" = vtprune.without(lowest_first, count)
+
 By rank of the attention, the host reads from the data how many are kept::
 
     rank: "i64[]" = vtprune.attention_rank(attended, vtprune_roles)
@@ -13,6 +18,7 @@ By rank of the attention, the host reads from the data how many are kept::
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,9 +37,12 @@ from vtprune_fx.graph.values import set_value, value_at_full_length
 from vtprune_fx.planning.plan import PlannedCut
 from vtprune_fx.recipes.schema import Recycle
 from vtprune_fx.scorers.evidence import Evidence
-from vtprune_fx.selection import attention_rank, recycling
+from vtprune_fx.selection import attention_rank, operators, recycling
 
 aten = torch.ops.aten
+
+DROP, SHARE, OF = range(3)
+"""Places in a row of a plan's schedule."""
 
 _END = sys.maxsize
 """A slice to the end of a dimension."""
@@ -47,11 +56,13 @@ class CutWriter:
         inserter: Of the graph.
         anchor: The node before which all of them stand.
         cut: What is planned.
+        schedule: The input [cuts, 3] with the numbers of a run, where they come so.
     """
 
     inserter: Inserter
     anchor: Node
     cut: PlannedCut
+    schedule: Node | None = None
 
     def call(self, op: Operator, *args: Argument, drop: Count = 0) -> Node:
         """Insert an operator of the cut's choice (``Inserter.call``)."""
@@ -81,15 +92,29 @@ class CutWriter:
         """Insert the reading of a count (``Inserter.read``)."""
         return self.inserter.read(self.anchor, self._choice, scalar, least, symbol, of)
 
+    @functools.cached_property
+    def drop(self) -> Node | Count:
+        """How many tokens are dropped: a number, or what reads it."""
+        if self.schedule is None:
+            return self.cut.drop
+        return self.read(self.number(DROP), 0, self.cut.drop)
+
+    def number(self, which: int) -> Node:
+        """Insert one number of the cut's row in the schedule: an int64 scalar."""
+        row = self.call(aten.select.int, self.schedule, 0, self.cut.row)
+        return self.call(aten.select.int, row, 0, which)
+
     def ascending(self, values: Node) -> Node:
         """Insert the sorted values [B, K]: a causal mask stays causal."""
         return self.call(getitem, self.call(aten.sort.default, values, 1), 0)
 
     def without_dropped(self, values: Node) -> Node:
         """[B, S - drop]: of values in the order of dropping, those of kept tokens."""
-        return self.call(
-            aten.slice.Tensor, values, 1, self.cut.drop, _END, drop=self.cut.drop
-        )
+        dropped = self.cut.drop
+        if self.schedule is None:
+            return self.call(aten.slice.Tensor, values, 1, dropped, _END, drop=dropped)
+        # A slice from a number that is unknown would be of unknown length.
+        return self.call(operators.without, values, self.drop, drop=dropped)
 
     def result(self, node: Node, kind: StampKind) -> None:
         """Stamp and name a node as a result of the cut."""

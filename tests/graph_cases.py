@@ -54,6 +54,15 @@ CASES: dict[str, tuple[str, Case]] = {
         ),
     ),
     "insert_scores_per_sample": ("InsertScores", _PER_SAMPLE),
+    "insert_scores_scheduled": ("InsertScores", Case(drops={0: 2}, scheduled=True)),
+    "insert_scores_scheduled_one_operator": (
+        "InsertScores",
+        Case(drops={0: 2}, score="fitprune", scheduled=True, form=CUT_OP),
+    ),
+    "gather_tokens_flat": (
+        "GatherTokens",
+        Case(Spec(layers=2, flat=True), {0: 2}),
+    ),
     "insert_scores_recycled": (
         "InsertScores",
         Case(Spec(last_row=True), {0: 4}, site="after_layer", fields=_RECYCLED),

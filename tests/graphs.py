@@ -19,6 +19,7 @@ import contextlib
 import copy
 import functools
 import math
+import operator
 import re
 import sys
 from dataclasses import dataclass
@@ -112,6 +113,8 @@ class Spec:
         rotary: Whether queries and keys are rotated.
         one_view: Whether all layers read one view of each rotary table.
         video: Whether there are features of a second kind.
+        flat: Whether MLPs get the tokens of all samples in one row, as many as a size
+            that is computed once says: layers of experts do.
         checked: Whether the model checks that there is an image, by a number read back.
         last_row: Whether only the last row comes out, after a linear head.
         cached: Whether keys and values come out.
@@ -125,6 +128,7 @@ class Spec:
     rotary: bool = False
     one_view: bool = False
     video: bool = False
+    flat: bool = False
     checked: bool = False
     last_row: bool = False
     cached: bool = True
@@ -155,6 +159,9 @@ def _made(spec: Spec) -> GraphModule:
             aten.masked_scatter.default, stream, where, features, name=f"{kind}_placed"
         )
     length = b.call(aten.sym_size.int, stream, 1, name="length")
+    if spec.flat:
+        count = b.call(aten.sym_size.int, stream, 0)
+        named["all_tokens"] = b.call(operator.mul, count, length, name="all_tokens")
     cached: list[Node] = []
     for index in range(spec.layers):
         layer = _Layer(b, spec, index, named)
@@ -239,9 +246,19 @@ class _Layer:
                 projected = b.call(aten.linear.default, joined, self._named[f"w_o{i}"])
             added = b.call(aten.add.Tensor, stream, projected, name=f"added{i}")
             with b.inside(f"model.layers.{i}.mlp"):
-                wide = b.call(aten.linear.default, added, self._named[f"w_m{i}"])
-                made = b.call(aten.relu.default, wide)
+                made = self._mlp(added, length)
             return b.call(aten.add.Tensor, added, made, name=f"out{i}")
+
+    def _mlp(self, stream: Node, length: Node) -> Node:
+        b, weight = self._b, self._named[f"w_m{self._index}"]
+        if not self._spec.flat:
+            return b.call(
+                aten.relu.default, b.call(aten.linear.default, stream, weight)
+            )
+        row = b.call(aten.view.default, stream, [self._named["all_tokens"], WIDTH])
+        wide = b.call(aten.linear.default, row, weight)
+        made = b.call(aten.relu.default, wide)
+        return b.call(aten.view.default, made, [-1, length, WIDTH])
 
     def _attend(self, stream: Node) -> Node:
         b, i = self._b, self._index

@@ -16,6 +16,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from tests.graphs import IMAGE, Inputs, Spec, decoder
 from vtprune_fx.analysis.anatomy import Anatomy, read
+from vtprune_fx.backend import add_schedule
 from vtprune_fx.graph.stamps import STAMP
 from vtprune_fx.passes import (
     AsyncChecks,
@@ -69,6 +70,7 @@ class Case:
         site: Where in the layer.
         form: How cuts are written.
         per_sample: Whether each sample loses its own share.
+        scheduled: Whether numbers come with each run, as the graph's first input.
         rules: By layer, rules by rank instead of numbers.
         fields: Other fields of the recipe.
     """
@@ -79,6 +81,7 @@ class Case:
     site: Site = "after_attention"
     form: Form = ATEN
     per_sample: bool = False
+    scheduled: bool = False
     rules: Mapping[int, Any] = field(default_factory=dict)
     fields: Mapping[str, Any] = field(default_factory=dict)
 
@@ -137,8 +140,16 @@ def _snapshot(case: Case, names: tuple[str, ...]) -> tuple[GraphModule, PrunePla
             PASSES[last](plan, case.form)(module)
         else:
             module = decoder(case.spec)
-            anatomy, graph = anatomy_of(module), module.graph
-            plan = place(case.recipe, anatomy, graph, per_sample=case.per_sample)
+            anatomy, graph, schedule = anatomy_of(module), module.graph, None
+            if case.scheduled:
+                schedule = add_schedule(graph, len(case.recipe.cuts))
+            plan = place(
+                case.recipe,
+                anatomy,
+                graph,
+                per_sample=case.per_sample,
+                schedule=schedule,
+            )
         _SNAPSHOTS[key] = module, plan
     return _SNAPSHOTS[key]
 

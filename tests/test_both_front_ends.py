@@ -299,7 +299,7 @@ def test_backend_by_its_own_name() -> None:
 def test_without_a_recipe_the_default_is_used_and_said_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    pruning._say_default.cache_clear()
+    pruning.say_default.cache_clear()
     model = tiny_llava(layers=2)
     recipe = default_recipe(2, 16)
     assert sum(recipe.drops(16).values()) > 0

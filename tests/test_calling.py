@@ -135,7 +135,7 @@ BAD: dict[str, tuple[Callable[[Any], Inputs], type[Exception], str]] = {
     "text beside an image, too long": (
         text_beside_an_image,
         InputError,
-        "by themselves",
+        "by itself",
     ),
     "two images for one place": (two_images_for_one, InputError, "placeholder"),
     "an image without a place": (no_image_for_one, InputError, "placeholder"),

@@ -184,3 +184,104 @@ def test_the_oracle_refuses_rotary_positions_that_it_cannot_read() -> None:
     [sample] = oracle.split_batch(model, **batch(model, (3, 6)))
     with pytest.raises(PlanError, match="found one of complex64"):
         oracle.prefill(model, RECIPE, sample)
+
+
+# ------------------------------------------------------------------------- experts
+
+
+EXPERTS: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    },
+    "qwen2_moe": {  # one expert that all tokens pass besides
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+        "decoder_sparse_step": 1,
+    },
+    "ernie4_5_moe": {
+        "moe_num_experts": 4,
+        "moe_k": 2,
+        "moe_intermediate_size": 16,
+        "moe_num_shared_experts": 1,
+        "moe_layer_start_index": 0,
+        "use_bias": False,
+    },
+    "glm4_moe": {  # experts in groups, chosen by a corrected score
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "first_k_dense_replace": 0,
+        "n_group": 1,
+        "topk_group": 1,
+    },
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "minimax_m2": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2},
+}
+"""Decoders whose layers send each token to two of four experts, and their fields."""
+FAST = ("qwen3_moe",)
+
+
+def of_experts(decoder: str) -> LlavaForConditionalGeneration:
+    """A LLaVA with such a decoder, random and 32 wide."""
+    torch.manual_seed(0)
+    text = AutoConfig.for_model(
+        decoder,
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        initializer_range=0.2,
+        sliding_window=None,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=None,
+        **EXPERTS[decoder],
+    )
+    vision = tiny_llava(layers=2).config.vision_config
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=IMAGE
+    )
+    model = LlavaForConditionalGeneration(config)
+    model.train(mode=False)
+    return model
+
+
+@pytest.mark.parametrize(
+    "decoder",
+    [d if d in FAST else pytest.param(d, marks=pytest.mark.slow) for d in EXPERTS],
+)
+def test_experts_get_the_kept_tokens(decoder: str) -> None:
+    """Compiled, exported and generating eight tokens: the oracle."""
+    model, recipe, new = of_experts(decoder), recipe_for(3, {0: 3, 1: 5}), 8
+    inputs = batch(model, *PROMPTS)
+    compiled = Compiled(model, recipe)
+    outputs = compiled(**inputs)
+    kept = compiled.recorded.keep_sets
+    assert_matches_oracle(outputs, kept, model, recipe, inputs)
+    exported = prune(model, inputs, recipe)
+    kept = exported.keep_sets(**inputs)
+    assert_matches_oracle(exported(**inputs), kept, model, recipe, inputs)
+    plain = of_experts(decoder)
+    vtprune_fx.compile(model, recipe, inner="eager")
+    made = model.generate(
+        **inputs, max_new_tokens=new, do_sample=False, eos_token_id=None
+    )
+    for row, sample in enumerate(oracle.split_batch(plain, **inputs)):
+        state = oracle.prefill(plain, recipe, sample)
+        logits, answer = state.logits[-1], made[row, -new:].tolist()
+        for token in answer:
+            assert int(logits.argmax()) == token
+            logits = oracle.step(plain, state, token)

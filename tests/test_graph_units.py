@@ -368,7 +368,7 @@ def test_a_count_is_read_with_a_check_of_its_bound(small: Small) -> None:
     assert number.target == aten.item.default
     assert number.next.target == operator.ge
     assert number.next.args == (number, 2)
-    message = "at least 2 tokens must be kept at a cut"
+    message = "a count at a cut must be at least 2"
     assert number.next.next.args == (number.next, message)
     assert small.b.shapes.var_to_range[number.meta["val"].node.expr].lower == 2
 

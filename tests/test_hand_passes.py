@@ -114,6 +114,7 @@ SPECS = [
     Spec(mask=None),
     Spec(layers=2, rotary=True),
     Spec(last_row=True),
+    Spec(layers=2, flat=True),
 ]
 
 
@@ -169,6 +170,8 @@ def test_two_cuts_at_each_site_are_the_loops(site: Site, form: Form) -> None:
         (ATEN, Spec(layers=2, attention="eager", mask="float", kv_heads=1)),
         (CUT_OP, Spec(layers=2, mask=None)),
         (ATEN, Spec(layers=2, rotary=True)),
+        (ATEN, Spec(layers=3, flat=True)),
+        (CUT_OP, Spec(layers=3, flat=True)),
         (CUT_OP, Spec(layers=2, rotary=True, kv_heads=1, last_row=True)),
     ],
     ids=str,

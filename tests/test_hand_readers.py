@@ -24,6 +24,7 @@ from vtprune_fx.graph.sizes import size_expr
 from vtprune_fx.planning.live import Uses
 from vtprune_fx.planning.place import place
 from vtprune_fx.planning.plan import LiveValue
+from vtprune_fx.recipes.schema import Cut
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule, Node
@@ -546,6 +547,52 @@ def test_numbers_made_of_the_length_after_a_cut_are_refused(*, read: bool) -> No
         return
     with pytest.raises(PlanError, match=r"layers\.1.* numbers the tokens"):
         place(recipe, anatomy_of(module), module.graph)
+
+
+def sorted_and_back(b: Builder, numbers: Node, order: Node) -> Node:
+    """As layers of experts do: which place each token had before they were sorted."""
+    places = b.call(aten.empty_like.default, order)
+    written = b.call(aten.index_put_.default, places, [order], numbers)
+    return b.call(aten.view.default, written, [-1])
+
+
+@pytest.mark.parametrize("use", ["as indices", "sorted and back", "added"])
+def test_numbers_that_only_put_tokens_in_order_are_no_positions(use: str) -> None:
+    """They index tokens; a sum with them would be another value after a cut."""
+    b = Builder()
+    tokens = b.size("S", 12)
+    stream = b.input("stream", tokens, 4)
+    order = b.input("order", tokens, dtype=torch.int64)
+    length = b.call(aten.sym_size.int, stream, 0)
+    numbers = b.call(aten.arange.default, length, name="numbers")
+    if use == "sorted and back":
+        numbers = sorted_and_back(b, numbers, order)
+    if use == "added":
+        numbers = b.call(aten.add.Tensor, numbers, 1)
+    indexed = b.call(aten.index.Tensor, stream, [numbers])
+    module = b.module(indexed)
+    uses = Uses(module.graph, size_expr(tokens))
+    recipe, cut = Case(drops={0: 2}).recipe, Cut(layer=0, drop=2)
+    if use != "added":
+        uses.check_not_numbered("stream", recipe, cut)
+        return
+    with pytest.raises(
+        PlanError, match="numbers the tokens that it gets, node numbers"
+    ):
+        uses.check_not_numbered("stream", recipe, cut)
+
+
+def test_a_size_of_batch_and_prompt_is_planned_and_another_refused() -> None:
+    """By hand: all samples' tokens are counted once before the first layer."""
+    spec = Spec(layers=2, flat=True)
+    module = decoder(spec)
+    plan = place(Case(spec, {0: 2}).recipe, anatomy_of(module), module.graph)
+    assert [cut.sizes for cut in plan.cuts] == [("all_tokens",)]
+    features = node_named(module, "features").meta["val"].shape[0]
+    counted = node_named(module, "all_tokens")
+    counted.meta["val"] = counted.meta["val"] + features
+    with pytest.raises(PlanError, match=r"all_tokens.* a size of batch and prompt"):
+        place(Case(spec, {0: 2}).recipe, anatomy_of(module), module.graph)
 
 
 def test_what_crosses_an_edge_is_made_before_and_read_after_it() -> None:

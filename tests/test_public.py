@@ -24,7 +24,15 @@ HELPERS = {
 }
 # The first names that README and the documentation use.
 PROMISED = {
-    *("compile", "undo", "report_of", "prune", "explain", "vtprune_backend"),
+    *(
+        "compile",
+        "undo",
+        "report_of",
+        "schedule",
+        "prune",
+        "explain",
+        "vtprune_backend",
+    ),
     *("PrunedProgram", "PruneReport", "Explanation", "Recipe", "load_recipe"),
     *("recipe_names", "default_recipe", "register_scorer", "Evidence"),
     *("VtpruneError", "__version__"),

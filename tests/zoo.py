@@ -365,12 +365,19 @@ def qwen_vl(version: str) -> PreTrainedConfig:
         }
     if version == "qwen2_5_vl":
         vision |= {"window_size": 16, "fullatt_block_indexes": [1]}
-    if version == "qwen3_vl":
+    if version.startswith("qwen3_vl"):
         vision |= {"deepstack_visual_indexes": [0], "num_position_embeddings": 64}
+    more: dict[str, Any] = {}
+    if version == "qwen3_vl_moe":
+        more = {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+        }
     return AutoConfig.for_model(
         version,
         vision_config=vision,
-        text_config=text(f"{version}_text", rope_parameters=ROTARY).to_dict(),
+        text_config=text(f"{version}_text", rope_parameters=ROTARY, **more).to_dict(),
         image_token_id=IMAGE,
         video_token_id=VIDEO,
         vision_start_token_id=97,
@@ -511,6 +518,13 @@ ZOO: dict[str, Kind] = {
     "Gemma 3": Kind(gemma3, pixels(24)),
     "Qwen3-VL": Kind(
         lambda: qwen_vl("qwen3_vl"),
+        patches("image"),
+        patches("video"),
+        times=True,
+        features_until=1,
+    ),
+    "Qwen3-VL-MoE": Kind(
+        lambda: qwen_vl("qwen3_vl_moe"),
         patches("image"),
         patches("video"),
         times=True,

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from vtprune_fx.api import PrunedProgram, explain, prune
     from vtprune_fx.backend import vtprune_backend
     from vtprune_fx.errors import VtpruneError
-    from vtprune_fx.generation.compile import compile, report_of, undo
+    from vtprune_fx.generation.compile import compile, report_of, schedule, undo
     from vtprune_fx.planning.report import Explanation, PruneReport
     from vtprune_fx.recipes import Recipe, default_recipe, load_recipe, recipe_names
     from vtprune_fx.scorers import Evidence, register_scorer
@@ -41,6 +41,7 @@ __all__ = [
     "recipe_names",
     "register_scorer",
     "report_of",
+    "schedule",
     "undo",
     "vtprune_backend",
 ]
@@ -60,6 +61,7 @@ _HOMES = {
     "recipe_names": "recipes",
     "register_scorer": "scorers",
     "report_of": "generation.compile",
+    "schedule": "generation.compile",
     "undo": "generation.compile",
     "vtprune_backend": "backend",
 }

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -30,7 +30,8 @@ from torch._dynamo import lookup_backend
 from torch._dynamo.exc import InvalidBackend
 from torch._guards import detect_fake_mode
 from torch._inductor import config
-from torch.fx import GraphModule
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Graph, GraphModule
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from vtprune_fx.capture.aten import lower
@@ -61,6 +62,7 @@ _OPTIONS = (
     "mode",
     "visual_tokens",
     "per_sample",
+    "schedule",
     "on_report",
     "on_dense",
     "passes",
@@ -84,9 +86,12 @@ def vtprune_backend(
         example_inputs: Dynamo's inputs.
         options: ``recipe``: a shipped name, a file, a ``Recipe``; left out, the default
             (``recipes.default_recipe``) stretched to the model, which is said once.
-            ``inner`` and ``mode``: as ``inner_compiler`` takes them. ``visual_tokens``:
-            of a sample that has any; read from the graph's sizes if left out.
+            ``inner`` and ``mode``: as ``inner_compiler`` takes them.
+            ``visual_tokens``: of a sample that has any, or what returns their number;
+                read from the graph's sizes if left out.
             ``per_sample``: let each sample drop its share, as ``planning.place`` does.
+            ``schedule``: returns how many tokens each cut of the recipe drops in the
+                next run, [cuts, 3] as ``PrunePlan.schedule``: no part of the graph.
             ``on_report``: called with a pruned graph's report after each run of it.
                 ``on_dense``: called before a graph is compiled that is not pruned.
             ``passes``: further passes, as ``vtprune_fx.prune`` takes them.
@@ -104,21 +109,45 @@ def vtprune_backend(
     inner = inner_compiler(options.get("inner", "inductor"), mode)
     given = options.get("recipe")
     recipe = None if given is None else load_recipe(given)
-    per_sample = bool(options.get("per_sample"))
     # A mode may ask for CUDA graphs, which record no length that is a symbol.
     target: Target = "compile" if mode is None else "trace"
-    visual, passes = options.get("visual_tokens"), options.get("passes", ())
-    found = _prune(module, recipe, visual, target, passes, per_sample=per_sample)
+    found = _prune(module, recipe, target, options)
     if found is None:
         options.get("on_dense", bool)()
         return inner(module, example_inputs, **kwargs)
     pruned, report = found
+    given = list(parts(example_inputs))
+    if report.plan.schedule is not None:
+        mode = detect_fake_mode(example_inputs) or fake_mode_of(pruned.graph)
+        given.insert(0, _empty_schedule(len(report.plan.cuts), mode))
     with _tracing(pruned, report.plan, example_inputs), _inductor_settings():
-        compiled = inner(pruned, parts(example_inputs), **kwargs)
+        compiled = inner(pruned, given, **kwargs)
+    if report.plan.schedule is not None:
+        compiled = _with_schedule(compiled, options["schedule"])
     recorded = _recording(compiled, report, options.get("on_report"))
     if not has_any(example_inputs):
         return recorded
     return lambda *inputs: recorded(*parts(inputs))
+
+
+def _with_schedule(
+    compiled: Callable[..., Any], schedule: Callable[[], Tensor]
+) -> Callable[..., Any]:
+    """A compiled graph that gets its schedule, its first input, at each run."""
+    return lambda *inputs: compiled(schedule(), *inputs)
+
+
+def _empty_schedule(cuts: int, mode: FakeTensorMode) -> Tensor:
+    numbers = torch.zeros(cuts, 3, dtype=torch.int64)
+    return mode.from_tensor(numbers, static_shapes=True)
+
+
+def add_schedule(graph: Graph, cuts: int) -> str:
+    """Let a graph get the numbers of a run, [cuts, 3], as its first input."""
+    with graph.inserting_before(next(iter(graph.nodes))):
+        node = graph.placeholder("vtprune_schedule")
+    node.meta["val"] = _empty_schedule(cuts, fake_mode_of(graph))
+    return node.name
 
 
 def _check_known(options: dict[str, Any]) -> None:
@@ -226,22 +255,29 @@ def _in_mode(inner: str, mode: str) -> Compiler:
 def _prune(
     module: GraphModule,
     recipe: Recipe | None,
-    visual_tokens: int | None,
     target: Target,
-    passes: Sequence[ExtraPass],
-    *,
-    per_sample: bool,
+    options: Mapping[str, Any],
 ) -> tuple[GraphModule, PruneReport] | None:
     """The pruned graph, which returns its keep sets too; None if nothing is pruned."""
     if not places_images(module):
         return None
     given, weights = lifted(module)
     lowered = lower(given)
+    extra: Sequence[ExtraPass] = options.get("passes", ())
     pipeline = functools.partial(
-        default_pipeline, form=_form_for(lowered), target=target, extra=passes
+        default_pipeline, form=_form_for(lowered), target=target, extra=extra
     )
+    schedule = None
+    if recipe is not None and options.get("schedule") is not None:
+        schedule = add_schedule(lowered.graph, len(recipe.cuts))
+    visual = options.get("visual_tokens")
     report = prune_graph(
-        lowered, recipe, visual_tokens, per_sample=per_sample, pipeline=pipeline
+        lowered,
+        recipe,
+        visual() if callable(visual) else visual,
+        per_sample=bool(options.get("per_sample")),
+        schedule=schedule,
+        pipeline=pipeline,
     )
     if report is None:
         logger.info("not pruned: the graph places no image")

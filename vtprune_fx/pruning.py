@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Sequence
@@ -30,7 +29,8 @@ logger = logging.getLogger(__name__)
 
 
 @functools.cache
-def _say_default(recipe: Recipe) -> None:
+def say_default(recipe: Recipe) -> None:
+    """Warn, once for each, of a recipe that nobody chose."""
     logger.warning(
         "No recipe given: %s drops %d of %d visual tokens over %d layers. Give one "
         "that was fitted to the model to be sure of its answers.",
@@ -47,6 +47,7 @@ def prune_graph(
     visual_tokens: int | None = None,
     *,
     per_sample: bool = False,
+    schedule: str | None = None,
     pipeline: Callable[[PrunePlan], Pipeline] = default_pipeline,
 ) -> PruneReport | None:
     """Prune a graph, in place.
@@ -57,6 +58,7 @@ def prune_graph(
         visual_tokens: Of a sample that has any, where that is known better than from
             the sizes in the graph.
         per_sample: Let each sample drop its share, as ``place`` takes it.
+        schedule: Name of the input with the numbers of a run, as ``place`` takes it.
         pipeline: Makes the passes that carry out a plan.
 
     Returns:
@@ -67,15 +69,15 @@ def prune_graph(
         PlanError: The recipe does not fit the graph.
     """
     before = len(module.graph.nodes)
-    anatomy = read(module.graph)
+    anatomy = read(module.graph, visual_tokens)
     if anatomy is None:
         return None
-    if visual_tokens is not None:
-        anatomy = dataclasses.replace(anatomy, visual_tokens=visual_tokens)
     if recipe is None:
         recipe = default_recipe(len(anatomy.layers), anatomy.visual_tokens)
-        _say_default(recipe)
-    plan = place(recipe, anatomy, module.graph, per_sample=per_sample)
+        say_default(recipe)
+    plan = place(
+        recipe, anatomy, module.graph, per_sample=per_sample, schedule=schedule
+    )
     if plan.cuts:
         _check_leaves_two(module.graph, plan)
     with uncached_fakes(fake_mode_of(module.graph)):

@@ -138,11 +138,15 @@ class Anatomy:
         return {name: reason for name, reason in failed if reason is not None}
 
 
-def read(graph: Graph) -> Anatomy | None:
+def read(graph: Graph, visual_tokens: int | None = None) -> Anatomy | None:
     """Find the parts, or None where there is nothing to prune.
 
     That is a graph that places no image (a text-only prompt, a decode step), and a
     prompt on a filled cache: what the model has seen before is not touched.
+
+    Args:
+        graph: The graph.
+        visual_tokens: Of a sample that has any, if the graph's sizes need not say it.
 
     Raises:
         AnatomyError: An image is placed, but something that pruning needs is missing or
@@ -161,11 +165,13 @@ def read(graph: Graph) -> Anatomy | None:
     for found in _attentions(graph, tokens):
         _check_sees_all(found)
     tower = _tower(graph, placements)
+    if visual_tokens is None:
+        visual_tokens = _visual_tokens(placements, size_hint(_shape(visual)[0]))
     return Anatomy(
         tokens=tokens,
         batch=batch,
         visual=tuple(mask.name for mask in masks),
-        visual_tokens=_visual_tokens(placements, size_hint(_shape(visual)[0])),
+        visual_tokens=visual_tokens,
         layers=tuple(_decoder(graph, tokens)),
         tower=None if isinstance(tower, NoMatch) else tower,
         no_tower=tower if isinstance(tower, NoMatch) else None,

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import inspect
+import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+from transformers import Cache, PreTrainedModel
 
 from vtprune_fx.errors import InputError
 from vtprune_fx.models.encoding import FEATURES, token_axis
+from vtprune_fx.models.placeholders import visual_token_ids
 from vtprune_fx.models.ragged_attention import mark_dynamic
+from vtprune_fx.models.ragged_cache import RaggedLayer, RaggedStaticLayer
+
+logger = logging.getLogger(__name__)
+
+_ROWS = 2
+"""Axes of features of images of any size, [N, E]. Images or videos of one size come
+as [I, N, E], and some models take each of them by itself."""
 
 Arguments = dict[str, Any]
 """What a model's ``forward`` is called with, by name."""
@@ -78,14 +89,42 @@ def first_given(named: Arguments, *names: str) -> Tensor:
 
 
 def mark_prompt(named: Arguments) -> None:
-    """Let a prompt's length and its features' number vary; one token is a step's."""
+    """Let a prompt's length and its features' number vary; one token is a step's.
+
+    The number of features is no symbol that a graph may be specialised to: models write
+    it into the message of a check, which would make a graph for each number.
+    """
     prompt = first_given(named, "input_ids", "inputs_embeds").shape[:2]
     for value in named.values():
         axis = token_axis(value, prompt)
         if axis is not None and prompt[1] > 1:
             mark_dynamic(axis, value)
-    for features in pytree.tree_leaves(named.get(FEATURES) or {}):
-        torch._dynamo.maybe_mark_dynamic(features, 0)
+    features: dict[str, object] = named.get(FEATURES) or {}
+    for kind, parts in features.items():
+        for part in pytree.tree_leaves(parts):
+            if part.dim() == _ROWS:
+                torch._dynamo.decorators.mark_unbacked(part, 0, shape_id=kind)
+            else:
+                torch._dynamo.maybe_mark_dynamic(part, 0)
+
+
+def mark_step(cache: Cache, mask: Tensor) -> None:
+    """Let the number of cached and of new tokens vary; one new token is a step's.
+
+    Args:
+        cache: A ragged one. Its keys and values become contiguous: a prompt's are laid
+            out otherwise, for which the first step would need another graph.
+        mask: [B, layers, Q, K].
+    """
+    layers: Sequence[object] = cache.layers
+    if not any(isinstance(layer, RaggedStaticLayer) for layer in layers):
+        mark_dynamic(3, mask)
+    if mask.shape[2] > 1:
+        mark_dynamic(2, mask)
+    for layer in layers:
+        if isinstance(layer, RaggedLayer):
+            layer.make_contiguous()
+            mark_dynamic(2, layer.keys, layer.values)
 
 
 def without_room(named: Arguments) -> Tensor | None:
@@ -97,3 +136,13 @@ def without_room(named: Arguments) -> Tensor | None:
     if mask is None or mask.dim() == 2:
         return mask
     return mask[:, 0, -1, : mask.shape[2]].long()
+
+
+def visual_ids(model: PreTrainedModel) -> list[int]:
+    """Ids of the placeholders of images and videos."""
+    found = list(visual_token_ids(model.config))
+    if not found:
+        logger.warning(
+            "%s has no visual tokens: it is compiled, not pruned.", type(model).__name__
+        )
+    return found

@@ -16,6 +16,10 @@ from vtprune_fx.errors import InputError
 from vtprune_fx.generation.failures import mismatch
 from vtprune_fx.models.arguments import CACHE_NAMES
 from vtprune_fx.models.ragged_attention import ATTENTION
+from vtprune_fx.recipes.counting import Geometry
+from vtprune_fx.recipes.loading import load_recipe
+from vtprune_fx.recipes.scaling import check_same_places, scaled
+from vtprune_fx.recipes.schema import Recipe
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -192,6 +196,38 @@ def check_features(
         places = int((ids == token).sum())
         if came != places:
             raise mismatch(f"{came} features for {places} placeholders")
+
+
+def schedule_for(
+    model: PreTrainedModel, places: Recipe | None, asked: Recipe | str | float
+) -> Recipe:
+    """The recipe with which prompts run that are asked to drop other numbers.
+
+    Args:
+        model: The model.
+        places: Cuts that its graphs have; None where their numbers are fixed.
+        asked: A recipe, what ``load_recipe`` takes, or a budget.
+
+    Raises:
+        InputError: The graphs have no such cuts, or their numbers are fixed.
+        RecipeError: The recipe cannot be loaded.
+    """
+    if places is None:
+        raise InputError(
+            f"schedule of {type(model).__name__}",
+            expected="a model compiled with a recipe of counts or shares, that makes "
+            "no new tokens, and without a mode",
+            found="one whose numbers are part of its graphs, or follow its attention",
+            fix="Call vtprune_fx.undo(model), and compile the model with the recipe "
+            "that it should run with.",
+        )
+    if asked == 0:
+        return places.keep_all()  # in decoders, too, whose costs are not counted
+    if isinstance(asked, (int, float)):
+        return scaled(places, asked, Geometry.from_config(model.config))
+    recipe = load_recipe(asked)
+    check_same_places(places, recipe)
+    return recipe
 
 
 _REFUSED_OPTIONS = {

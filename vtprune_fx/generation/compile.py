@@ -75,7 +75,8 @@ def compile(
     loaded = load_recipe(recipe) if recipe is not None else None
     if loaded is not None:
         check_layers(loaded, bare.config.get_text_config().num_hidden_layers)
-    options = {"inner": inner_compiler(inner, mode), "passes": passes}
+    compiler = inner_compiler(inner, mode)
+    options = {"inner": compiler, "mode": mode, "passes": passes}
     PrunedForward(bare, loaded, options, decode).attach()
     return model
 
@@ -138,11 +139,48 @@ def pruned(
         undo(model)
 
 
+@contextlib.contextmanager
+def schedule(model: nn.Module, recipe: Recipe | str | float) -> Iterator[Recipe]:
+    """Let a compiled model drop other numbers of tokens for a while.
+
+    ``compile`` fixes at which layers tokens are dropped and by what score; how many is
+    an input of its graphs, so none is made anew. The keyword ``schedule`` of
+    ``model.generate`` does it for one call.
+
+    Args:
+        model: A model that ``compile`` returned, with a recipe of counts or shares that
+            makes no new tokens, and without a mode.
+        recipe: A recipe, a shipped name or a file, with the same score and positions,
+            and cuts at some of the compiled recipe's places; or a budget: the share of
+            the visual tokens' MACs to save, from 0, which keeps all tokens, to what the
+            compiled recipe's cuts can save. Its drops are then scaled by one factor.
+
+    Yields:
+        The recipe that prompts run with.
+
+    Raises:
+        InputError: The model was not compiled, has no such cuts, or its numbers are
+            fixed; or the budget is out of reach.
+        RecipeError: The recipe cannot be loaded.
+    """
+    with _compiled(model).scheduled(recipe) as now:
+        yield now
+
+
 def report_of(model: nn.Module) -> PruneReport | None:
     """What was cut where in a compiled model's last prompt with images.
 
     Returns:
         The report, with the keep sets of that prompt, or None if there was none yet.
+
+    Raises:
+        InputError: The model was not compiled.
+    """
+    return _compiled(model).report
+
+
+def _compiled(model: nn.Module) -> PrunedForward:
+    """What ``compile`` set on a model.
 
     Raises:
         InputError: The model was not compiled.
@@ -155,4 +193,4 @@ def report_of(model: nn.Module) -> PruneReport | None:
             found="one that does not prune",
             fix="Compile it, and run a prompt with an image.",
         )
-    return forward.report
+    return forward

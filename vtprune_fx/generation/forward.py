@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import inspect
-import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,11 +29,14 @@ from vtprune_fx.generation.arguments import (
     Arguments,
     first_given,
     mark_prompt,
+    mark_step,
     parted,
     refuse_mixed_up,
+    visual_ids,
     without,
     without_room,
 )
+from vtprune_fx.generation.counts import PromptCounts, places_of
 from vtprune_fx.generation.positions import check_one_sequence, kept_logits
 from vtprune_fx.models import ragged_cache as ragged
 from vtprune_fx.models.arguments import (
@@ -50,30 +53,26 @@ from vtprune_fx.models.encoding import (
     gives_images,
     gives_pixels,
 )
-from vtprune_fx.models.placeholders import visual_token_ids
 from vtprune_fx.models.ragged_attention import (
-    mark_dynamic,
     set_attention,
     use_ragged_attention,
 )
+from vtprune_fx.planning.place import with_counts
 from vtprune_fx.planning.report import PruneReport
+from vtprune_fx.pruning import say_default
 from vtprune_fx.recipes.default import default_recipe
-from vtprune_fx.recipes.schedule import common_count, dropped_before
 from vtprune_fx.recipes.schema import Recipe
-
-logger = logging.getLogger(__name__)
-
 
 Forward = Callable[..., CausalLMOutputWithPast]
 """The ``forward`` of a model, compiled or not."""
 
 
 @dataclass(frozen=True)
-class _Numbers:
+class _MadeFor:
     """What a graph is made for.
 
     Attributes:
-        visual: Visual tokens that shares are taken of.
+        visual: Visual tokens that shares are taken of; 0 where they are no part of it.
         per_sample: Whether each sample drops its share.
     """
 
@@ -81,7 +80,7 @@ class _Numbers:
     per_sample: bool
 
 
-_TEXT = _Numbers(0, per_sample=False)
+_ANY = _MadeFor(0, per_sample=False)
 
 
 _GRAPHS = 64
@@ -112,9 +111,15 @@ class PrunedForward:
         self._text = model.config.get_text_config()
         self._attention = self._text._attn_implementation
         self._visual_ids = torch.tensor(visual_ids(model))
-        self._options = {**options, "recipe": recipe}
+        self._recipe = recipe
+        self._layers = self._text.num_hidden_layers
+        # A mode may ask for CUDA graphs: their lengths must be numbers.
+        self._places = None if options.get("mode") else places_of(self._recipe_for(1))
+        self._options = {**options, "recipe": self._places or recipe}
+        self._asked: Recipe | None = None
+        self._counts: PromptCounts | None = None
         self.report: PruneReport | None = None
-        self._compiled: dict[_Numbers, Forward] = {}
+        self._compiled: dict[_MadeFor, Forward] = {}
         self._decode = decode
         self._encodes_first = False
         self._prompt: int | None = None
@@ -124,7 +129,6 @@ class PrunedForward:
         self._signature = inspect.signature(self._dense)
         self._cache = cache_argument(self._dense) or PAST
         self._known = checks.known_arguments(model)
-        self._recipe = recipe
         self._sees_tower = recipe is not None and recipe.sees_tower
         if self._sees_tower:
             self.__signature__ = without(self._signature, FEATURES)
@@ -155,7 +159,13 @@ class PrunedForward:
         return vars(self) | {"_compiled": {}}
 
     def _note(self, report: PruneReport) -> None:
-        self.report = report
+        counts, plan = self._counts, report.plan
+        assert counts is not None
+        if plan.schedule is None:
+            plan = dataclasses.replace(plan, visual_tokens=counts.visual)
+        else:
+            plan = with_counts(plan, counts.recipe, counts.visual)
+        self.report = dataclasses.replace(report, plan=plan)
 
     def _note_dense(self) -> None:
         """Called where a graph is not pruned."""
@@ -177,6 +187,8 @@ class PrunedForward:
     def generate(self, *args: object, **kwargs: object) -> object:
         """Transformers' ``generate``, of which only the prompt is pruned.
 
+        Its keyword ``schedule`` is as ``scheduled`` takes it.
+
         Raises:
             InputError: It is asked for what a pruned prompt cannot serve, or its model
                 did not run the prompt by its ``forward``.
@@ -184,6 +196,33 @@ class PrunedForward:
         given = kwargs.get("generation_config")
         config = given if given is not None else self._model.generation_config
         checks.check_generation(config, kwargs)
+        asked: Any = kwargs.pop("schedule", None)
+        with contextlib.nullcontext() if asked is None else self.scheduled(asked):
+            return self._generate(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def scheduled(self, asked: Recipe | str | float) -> Iterator[Recipe]:
+        """Let prompts drop other numbers of tokens for a while.
+
+        Args:
+            asked: A recipe, as ``load_recipe`` takes it, or a budget, as
+                ``recipes.scaling.scaled`` takes it.
+
+        Raises:
+            InputError: The graphs have no such cuts, or their numbers are fixed.
+            RecipeError: The recipe cannot be loaded.
+        """
+        before, self._asked = (
+            self._asked,
+            checks.schedule_for(self._model, self._places, asked),
+        )
+        try:
+            yield self._asked
+        finally:
+            self._asked = before
+
+    def _generate(self, *args: object, **kwargs: object) -> object:
+        """Generate, and see to it that the prompt ran by this object."""
         before, calls = self._prompt, self._calls
         ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
         self._prompt = (
@@ -234,13 +273,16 @@ class PrunedForward:
         places = self._visual(named.get("input_ids"))
         prompt = ragged.Prompt.of(places, named.get("attention_mask"))
         self._check_prompt(named, prompt)
-        numbers = self._numbers(prompt.visual, named)
-        self._must_prune = gives_images(named) and self._drops(numbers.visual)
-        outputs = self._run_encoded(named, numbers)
+        counts = self._counts_of(prompt, named)
+        self._counts = counts
+        self._must_prune = gives_images(named) and self._drops(counts)
+        outputs = self._run_encoded(named, self._graph_for(counts))
         filled: Cache | None = cache_of(outputs)
         if filled is not None:
             room = None if static is None else static.get_max_length()
-            lost = self._lost(prompt.visual) if numbers.per_sample else None
+            lost = None
+            if counts.per_sample:
+                lost = counts.dropped_before(prompt.visual, self._layers)
             ragged.make_ragged(filled, prompt, room, lost)
         if static is not None and filled is not None:
             static.layers = filled.layers
@@ -259,47 +301,41 @@ class PrunedForward:
             span, came = prompt.images, prompt.came
             named["logits_to_keep"] = kept_logits(asked, span, came)
 
-    def _numbers(self, visual: Tensor, named: Arguments) -> _Numbers:
-        """How many visual tokens shares are taken of."""
-        counts: list[int] = visual.tolist()
-        recipe = self._recipe_for(max(counts))
-        if recipe.of is None or not recipe.cuts or len({*counts} - {0}) <= 1:
-            return _Numbers(max(counts), per_sample=False)
-        if named.get("attention_mask") is None:
+    def _counts_of(self, prompt: ragged.Prompt, named: Arguments) -> PromptCounts:
+        """How many tokens a batch drops, refused if it cannot."""
+        most = int(prompt.visual.max())
+        recipe = self._asked or self._recipe_for(most)
+        if self._recipe is None and most and self.report is None:
+            say_default(recipe)
+        made = any(graph.per_sample for graph in self._compiled)
+        per_sample = self._places is not None and made and len(prompt.visual) > 1
+        counts = PromptCounts.of(recipe, prompt, per_sample=per_sample)
+        if counts.per_sample and named.get("attention_mask") is None:
             named["attention_mask"] = torch.ones_like(named["input_ids"])
-        padding = named["attention_mask"].shape[1] - named["attention_mask"].sum(dim=1)
-        return _Numbers(common_count(recipe, counts, padding.tolist()), per_sample=True)
+        return counts
 
     def _recipe_for(self, visual: int) -> Recipe:
-        layers = self._text.num_hidden_layers
-        return self._recipe or default_recipe(layers, max(visual, 1))
+        return self._recipe or default_recipe(self._layers, max(visual, 1))
 
-    def _drops(self, visual: int) -> bool:
-        """Whether a sample with so many visual tokens drops any."""
-        recipe = self._recipe_for(visual)
-        return bool(recipe.cuts if recipe.adaptive else recipe.drops(max(visual, 1)))
+    def _drops(self, counts: PromptCounts) -> bool:
+        """Whether the graph of a prompt with images has cuts."""
+        recipe = counts.recipe
+        if self._places is not None or recipe.adaptive:
+            return bool((self._places or recipe).cuts)
+        return bool(recipe.drops(max(counts.visual, 1)))
 
-    def _lost(self, visual: Tensor) -> list[Tensor]:
-        """[B] for each layer: visual tokens that each sample dropped before it."""
-        layers = self._text.num_hidden_layers
-        recipe = self._recipe_for(int(visual.max()))
-        lost = [dropped_before(recipe, count, layers) for count in visual.tolist()]
-        return list(torch.tensor(lost, device=visual.device).unbind(dim=1))
-
-    def _run_encoded(
-        self, named: Arguments, numbers: _Numbers
-    ) -> CausalLMOutputWithPast:
+    def _run_encoded(self, named: Arguments, graph: _MadeFor) -> CausalLMOutputWithPast:
         """Run a prompt in one graph, after encoders that Dynamo cannot trace."""
         named = encoded(self._model, named, anyway=self._encodes_first)
         mark_prompt(named)
         try:
             with self._encoding_images(named), self._forgetting_failures():
-                return self._compiled_for(numbers)(**named)
+                return self._compiled_for(graph)(**named)
         except Unsupported:
             if self._encodes_first or not gives_pixels(named):
                 raise
         self._encodes_first = True
-        return self._run_encoded(named, numbers)
+        return self._run_encoded(named, graph)
 
     @contextlib.contextmanager
     def _forgetting_failures(self) -> Iterator[None]:
@@ -335,27 +371,38 @@ class PrunedForward:
             )
         return torch.isin(ids, self._visual_ids.to(ids.device))
 
-    def _compiled_for(self, numbers: _Numbers) -> Forward:
-        """The compiled model for prompts with at most so many visual tokens.
+    def _graph_for(self, counts: PromptCounts) -> _MadeFor:
+        """What a batch needs a graph for.
 
-        Shares become counts when a graph is made; counts fit any number. Where samples
-        drop different numbers, a graph that drops nearly as many will do.
+        Numbers come with each run, if they can. Else shares become counts when a graph
+        is made; where samples then drop different numbers, a graph that drops nearly as
+        many will do.
         """
-        counted = self._recipe is not None and self._recipe.of is None
-        key = _TEXT if counted or numbers.visual == 0 else numbers
-        if key.per_sample:
-            enough = range(int(_NEARLY * key.visual), key.visual + 1)
+        if counts.visual == 0:
+            return _ANY
+        if self._places is not None:
+            return _MadeFor(0, counts.per_sample)
+        if self._recipe is not None and self._recipe.of is None:
+            return _ANY
+        if counts.per_sample:
+            enough = range(int(_NEARLY * counts.visual), counts.visual + 1)
             made = [k for k in self._compiled if k.per_sample and k.visual in enough]
-            key = max(made, default=key, key=lambda k: k.visual)
-        if key not in self._compiled:
+            if made:
+                return max(made, key=lambda graph: graph.visual)
+        return _MadeFor(counts.visual, counts.per_sample)
+
+    def _compiled_for(self, graph: _MadeFor) -> Forward:
+        """The compiled model for some prompts, or for steps."""
+        if graph not in self._compiled:
             options = self._options | {
                 "on_report": self._note,
                 "on_dense": self._note_dense,
+                "per_sample": graph.per_sample,
+                "visual_tokens": self._visual_now,
             }
-            if numbers.visual:
-                visual = key.visual or numbers.visual
-                options |= {"visual_tokens": visual, "per_sample": key.per_sample}
-            self._compiled[key] = torch.compile(  # type: ignore[call-overload] # missing
+            if self._places is not None:
+                options["schedule"] = self._schedule
+            self._compiled[graph] = torch.compile(  # type: ignore[call-overload] # missing
                 self._dense,
                 backend=vtprune_backend,
                 options=options,
@@ -364,7 +411,18 @@ class PrunedForward:
                 isolate_recompiles=True,
                 recompile_limit=_GRAPHS,
             )
-        return self._compiled[key]
+        return self._compiled[graph]
+
+    def _visual_now(self) -> int:
+        """Visual tokens that shares of the prompt that runs are taken of."""
+        assert self._counts is not None
+        return self._counts.visual
+
+    def _schedule(self) -> Tensor:
+        """The numbers of the prompt that runs, as ``PrunePlan.schedule``."""
+        assert self._places is not None
+        assert self._counts is not None
+        return self._counts.schedule([cut.layer for cut in self._places.cuts])
 
     def _run_step(self, named: Arguments) -> CausalLMOutputWithPast:
         self._must_prune = False
@@ -373,10 +431,6 @@ class PrunedForward:
         if samples > 1 and new > 1:
             ragged.check_padding(named.get("attention_mask"))
         mask = ragged.attention_mask(cache, new)
-        if not any(isinstance(n, ragged.RaggedStaticLayer) for n in cache.layers):
-            mark_dynamic(3, mask)
-        if new > 1:
-            mark_dynamic(2, mask)
         if gives_images(named):
             checks.check_later_images(self._model, named)
         # Later images are not pruned, so no graph needs to have their encoders.
@@ -384,19 +438,6 @@ class PrunedForward:
         if named.get(FEATURES):
             checks.check_features(self._model, named[FEATURES], named.get("input_ids"))
         mark_prompt(named | {"attention_mask": None})
-        layers: Sequence[object] = cache.layers
-        for layer in layers:
-            if isinstance(layer, ragged.RaggedLayer):
-                mark_dynamic(2, layer.keys, layer.values)
-        step = self._compiled_for(_TEXT) if self._decode else self._dense
+        mark_step(cache, mask)
+        step = self._compiled_for(_ANY) if self._decode else self._dense
         return step(**named | {"attention_mask": mask})
-
-
-def visual_ids(model: PreTrainedModel) -> list[int]:
-    """Ids of the placeholders of images and videos."""
-    found = list(visual_token_ids(model.config))
-    if not found:
-        logger.warning(
-            "%s has no visual tokens: it is compiled, not pruned.", type(model).__name__
-        )
-    return found

@@ -11,19 +11,24 @@ import operator
 from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
+import sympy
 import torch
 from torch import Tensor
 from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import OpOverload
-from torch.fx import Graph, Node, map_arg
+from torch.fx import Graph, Node, Proxy, map_arg
 from torch.fx.experimental.symbolic_shapes import (
     compute_unbacked_bindings,
     free_unbacked_symbols,
 )
 from torch.fx.node import Argument
+from torch.fx.proxy import GraphAppendingTracer
 from torch.utils import _pytree as pytree
+from torch.utils._sympy.interp import sympy_interp
+from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from vtprune_fx.graph.fakes import fake_mode_of
+from vtprune_fx.graph.nodes import operator_of
 from vtprune_fx.graph.sizes import Count
 from vtprune_fx.graph.stamps import STAMP, Stamp
 from vtprune_fx.graph.trace import Operator, kind_of, traced
@@ -191,7 +196,7 @@ class Inserter:
             call = self._graph.call_function
             node = call(torch.ops.aten.item.default, (scalar,))
             enough = call(operator.ge, (node, least))
-            failed = f"at least {least} tokens must be kept at a cut"
+            failed = f"a count at a cut must be at least {least}"
             check = call(torch.ops.aten._assert_scalar.default, (enough, failed))
         for made in (node, enough, check):
             made.meta = _provenance(anchor, stamp)
@@ -200,6 +205,34 @@ class Inserter:
         set_value(check, None, 0)
         node.meta |= {READ: (symbol, of), "unbacked_bindings": bindings}
         return node
+
+    def size(
+        self,
+        anchor: Node,
+        stamp: Stamp,
+        expr: sympy.Expr,
+        known: Mapping[sympy.Symbol, Node],
+    ) -> Node:
+        """Insert what computes a size.
+
+        Args:
+            anchor: As in ``call``.
+            stamp: As in ``call``.
+            expr: The size, not a number.
+            known: Nodes of the symbols in it.
+        """
+        tracer = GraphAppendingTracer(self._graph)
+        proxies = {symbol: Proxy(node, tracer) for symbol, node in known.items()}
+        last = anchor.prev
+        with self._graph.inserting_before(anchor):
+            result: Node = sympy_interp(PythonReferenceAnalysis, proxies, expr).node
+        while (node := last.next) is not anchor:
+            node.meta = _provenance(anchor, stamp)
+            dropped = _add(map(dropped_tokens, node.all_input_nodes), 0)
+            full = map_arg(node.args, value_at_full_length)
+            set_value(node, operator_of(node)(*full), dropped)
+            last = node
+        return result
 
     def copy(
         self, anchor: Node, stamp: Stamp, nodes: Iterable[Node]

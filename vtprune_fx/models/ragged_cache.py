@@ -144,6 +144,12 @@ class RaggedLayer(_Ragged, DynamicLayer):
         end = self.held() - tokens
         self.keys, self.values = self.keys[:, :, :end], self.values[:, :, :end]
 
+    def make_contiguous(self) -> None:
+        """Lay keys and values out as a step does, [B, heads, tokens, width]."""
+        assert self.keys is not None
+        assert self.values is not None
+        self.keys, self.values = self.keys.contiguous(), self.values.contiguous()
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """The layer's keys once so many more are there, and where they start."""
         return self.held() + query_length, 0

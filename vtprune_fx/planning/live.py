@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, TypeGuard
+
 import sympy
 import torch
 from torch import Tensor
@@ -23,6 +26,31 @@ _NUMBERS = {
     aten.arange.start_step,
     aten.linspace.default,
 }
+
+
+_INDICES = {
+    aten.index.Tensor: (1,),
+    aten.index_put.default: (1,),
+    aten.index_put_.default: (1,),
+    aten.index_select.default: (2,),
+    aten.index_add.default: (2,),
+    aten.gather.default: (2,),
+}
+"""Operators that take indices, and the places of these among the arguments."""
+
+_WRITES = {aten.index_put_.default}
+
+_MOVES = {
+    aten.view.default: (0,),
+    aten.reshape.default: (0,),
+    aten.expand.default: (0,),
+    aten.unsqueeze.default: (0,),
+    aten.clone.default: (0,),
+    aten.index.Tensor: (0,),
+    aten.index_put.default: (0, 2),
+    aten.index_put_.default: (0, 2),
+}
+"""Operators that only move numbers, and the places of these."""
 
 
 class Uses:
@@ -99,7 +127,36 @@ def _takes_features(node: Node) -> bool:
 def _numbers_tokens(node: Node, tokens: sympy.Symbol) -> bool:
     """Whether a node makes 0, 1, ... up to the prompt's length."""
     numbered = node.target in _NUMBERS and mentions(node.meta.get("val"), tokens)
-    return numbered and any(reader.op != "output" for reader in node.users)
+    return numbered and not _only_indexes(node)
+
+
+def _only_indexes(numbers: Node) -> bool:
+    """Whether nothing is computed with numbers: tokens are only put in an order.
+
+    So do layers of experts, which sort tokens by expert and back.
+    """
+    holders, seen = [numbers], set[Node]()
+    while holders:
+        holder = holders.pop()
+        seen.add(holder)
+        for reader in holder.users:
+            if reader.op == "output" or _takes(reader, _INDICES, holder):
+                continue
+            if not _takes(reader, _MOVES, holder):
+                return False
+            written = [n for n in reader.args[:1] if reader.target in _WRITES]
+            moved = [n for n in (reader, *written) if isinstance(n, Node)]
+            holders += [n for n in moved if n not in seen]
+    return True
+
+
+def _takes(node: Node, places: Mapping[Any, tuple[int, ...]], value: Node) -> bool:
+    """Whether an operator takes a value at one of some places, perhaps in a list."""
+    for place in places.get(node.target, ()):
+        taken = node.args[place]
+        if taken is value or (isinstance(taken, (list, tuple)) and value in taken):
+            return True
+    return False
 
 
 def live_values(
@@ -121,8 +178,41 @@ def live_values(
         value = node.meta.get("val")
         if node.name in lengths or not mentions(value, anatomy.tokens):
             continue
+        if _is_size_of(value, anatomy.tokens):
+            continue  # ``sizes_across`` has it
         found.append(LiveValue(node.name, _token_axes(node, edge, anatomy)))
     return tuple(found)
+
+
+def sizes_across(
+    uses: Uses, edge: str, anatomy: Anatomy, lengths: frozenset[str]
+) -> tuple[str, ...]:
+    """Sizes that depend on the prompt's length, made before a cut and read after it.
+
+    Layers of experts have such: tokens times experts of a token, ``2*s27``.
+
+    Args:
+        uses: Of the graph's nodes.
+        edge: Name of the node after which tokens are dropped.
+        anatomy: The graph's.
+        lengths: Names of the nodes that are the prompt's length.
+
+    Raises:
+        PlanError: A size depends on more than the lengths of prompt and batch.
+    """
+    found = []
+    for node in uses.across(edge):
+        value = node.meta.get("val")
+        if node.name in lengths or not _is_size_of(value, anatomy.tokens):
+            continue
+        if not size_expr(value).free_symbols <= {anatomy.tokens, anatomy.batch}:
+            raise _cannot_cut(node, edge, "a size of batch and prompt alone")
+        found.append(node.name)
+    return tuple(found)
+
+
+def _is_size_of(value: object, tokens: sympy.Symbol) -> TypeGuard[torch.SymInt]:
+    return isinstance(value, torch.SymInt) and mentions(value, tokens)
 
 
 def _token_axes(node: Node, edge: str, anatomy: Anatomy) -> tuple[int, ...]:
@@ -135,13 +225,18 @@ def _token_axes(node: Node, edge: str, anatomy: Anatomy) -> tuple[int, ...]:
     ]
     per_sample = axes and axes[0] > 0 and _is_batch(value.shape[0], anatomy.batch)
     if not per_sample or others:
-        raise PlanError(
-            f"node {node.name}, live across the cut at {edge}",
-            expected="a tensor [batch or 1, ..., prompt, ...]",
-            found=str(getattr(value, "shape", value)).replace("torch.Size", ""),
-            fix="This graph cannot be cut here; move the cut, or report the model.",
-        )
+        raise _cannot_cut(node, edge, "a tensor [batch or 1, ..., prompt, ...]")
     return axes
+
+
+def _cannot_cut(node: Node, edge: str, expected: str) -> PlanError:
+    value = node.meta["val"]
+    return PlanError(
+        f"node {node.name}, live across the cut at {edge}",
+        expected=expected,
+        found=str(getattr(value, "shape", value)).replace("torch.Size", ""),
+        fix="This graph cannot be cut here; move the cut, or report the model.",
+    )
 
 
 def _is_batch(size: int, batch: sympy.Expr) -> bool:

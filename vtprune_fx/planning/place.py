@@ -5,6 +5,7 @@ Everything that can be refused is refused here, before any pass writes.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import sympy
@@ -13,14 +14,19 @@ from torch.fx import Graph
 from vtprune_fx.analysis.anatomy import Anatomy, Attention
 from vtprune_fx.errors import PlanError
 from vtprune_fx.graph.sizes import Count
-from vtprune_fx.planning.live import Uses, is_length, live_values
+from vtprune_fx.planning.live import Uses, is_length, live_values, sizes_across
 from vtprune_fx.planning.plan import PlannedCut, PrunePlan
 from vtprune_fx.planning.positions import values_of_place
 from vtprune_fx.recipes.schema import Cut, Recipe
 
 
 def place(
-    recipe: Recipe, anatomy: Anatomy, graph: Graph, *, per_sample: bool = False
+    recipe: Recipe,
+    anatomy: Anatomy,
+    graph: Graph,
+    *,
+    per_sample: bool = False,
+    schedule: str | None = None,
 ) -> PrunePlan:
     """Place a recipe's cuts on a graph.
 
@@ -31,13 +37,15 @@ def place(
         per_sample: Let each sample drop its share of visual tokens. As many tokens are
             dropped as if a sample had ``anatomy.visual_tokens``; padding makes up for
             the rest.
+        schedule: Name of the graph's input that says how many tokens each cut drops,
+            as ``PrunePlan`` has it; None for the recipe's numbers.
 
     Raises:
         PlanError: The recipe asks for what this version does not do, names a layer that
             the model does not have, or drops more visual tokens than a sample has; or a
             live value cannot be gathered.
     """
-    _check_fits(recipe, anatomy)
+    _check_fits(recipe, anatomy, counted=schedule is None)
     _check_shows_tower(recipe, anatomy)
     if per_sample:
         _check_per_sample(recipe, anatomy)
@@ -52,9 +60,41 @@ def place(
         embeddings=anatomy.layers[0].stream.entry,
         attentions=anatomy.layers,
         lengths=lengths,
-        cuts=tuple(_cuts(recipe, anatomy, graph, lengths, per_sample=per_sample)),
+        cuts=tuple(
+            _cuts(
+                recipe,
+                anatomy,
+                graph,
+                lengths,
+                per_sample=per_sample,
+                scheduled=schedule is not None,
+            )
+        ),
         tower=anatomy.tower if recipe.sees_tower else None,
         of=recipe.of if per_sample else None,
+        schedule=schedule,
+    )
+
+
+def with_counts(plan: PrunePlan, recipe: Recipe, visual_tokens: int) -> PrunePlan:
+    """A plan of which the numbers come with each run, with those of one run.
+
+    Args:
+        plan: The plan.
+        recipe: Whose numbers, at some of the plan's places.
+        visual_tokens: That its shares are taken of.
+    """
+    drops, gone, cuts = recipe.drops(visual_tokens), 0, []
+    shares = {cut.layer: cut.drop for cut in recipe.cuts}
+    for cut in plan.cuts:
+        layer = cut.attention.layer
+        drop = drops.get(layer, 0)
+        gone += drop
+        share = None if cut.share is None else shares.get(layer, 0)
+        cuts.append(dataclasses.replace(cut, drop=drop, dropped=gone, share=share))
+    of = None if plan.of is None else recipe.of
+    return dataclasses.replace(
+        plan, recipe=recipe, visual_tokens=visual_tokens, cuts=tuple(cuts), of=of
     )
 
 
@@ -65,14 +105,20 @@ def _cuts(
     lengths: frozenset[str],
     *,
     per_sample: bool,
+    scheduled: bool,
 ) -> Iterator[PlannedCut]:
     """The cuts that drop tokens, in order."""
     uses = Uses(graph, anatomy.tokens)
-    counted = _counts(recipe, anatomy.visual_tokens, per_sample=per_sample)
+    if scheduled:
+        counted = {
+            cut.layer: _symbols(cut.layer, recycled=False) for cut in recipe.cuts
+        }
+    else:
+        counted = _counts(recipe, anatomy.visual_tokens, per_sample=per_sample)
     compacted = recipe.positions == "compacted" and counted
     places = values_of_place(recipe, graph, anatomy) if compacted else frozenset()
     dropped: Count = 0
-    for cut in recipe.cuts:
+    for row, cut in enumerate(recipe.cuts):
         if cut.layer not in counted:
             continue
         drop, chosen, new, gone = counted[cut.layer]
@@ -95,7 +141,9 @@ def _cuts(
             dropped=dropped,
             live=live,
             places=places & {value.node for value in live},
+            sizes=sizes_across(uses, edge, anatomy, lengths),
             rule=cut.by_rank,
+            row=row if scheduled else None,
         )
 
 
@@ -105,7 +153,8 @@ def _counts(
     """By layer: tokens dropped, clustered, new, and fewer in all."""
     if recipe.adaptive:
         layers = [cut.layer for cut in recipe.cuts]
-        return {layer: _symbols(layer, recipe.recycle is not None) for layer in layers}
+        recycled = recipe.recycle is not None
+        return {layer: _symbols(layer, recycled=recycled) for layer in layers}
     counts: dict[int, tuple[Count, Count, Count, Count]] = {}
     drops = recipe.drops(visual_tokens)
     if per_sample:
@@ -116,7 +165,7 @@ def _counts(
     return counts
 
 
-def _symbols(layer: int, recycled: bool) -> tuple[Count, Count, Count, Count]:
+def _symbols(layer: int, *, recycled: bool) -> tuple[Count, Count, Count, Count]:
     drop, chosen, new, gone = (
         sympy.Symbol(f"{name}_{layer}", integer=True, nonnegative=True)
         for name in ("drop", "clustered", "new", "gone")
@@ -140,9 +189,11 @@ def check_layers(recipe: Recipe, layers: int) -> None:
         )
 
 
-def _check_fits(recipe: Recipe, anatomy: Anatomy) -> None:
+def _check_fits(recipe: Recipe, anatomy: Anatomy, *, counted: bool) -> None:
     check_layers(recipe, len(anatomy.layers))
-    needed = 0 if recipe.adaptive else recipe.needed(anatomy.visual_tokens)
+    if recipe.adaptive or not counted:
+        return
+    needed = recipe.needed(anatomy.visual_tokens)
     if needed > anatomy.visual_tokens:
         raise PlanError(
             f"recipe {recipe.name}",

@@ -36,7 +36,7 @@ class PlannedCut:
         edge: Name of the node after which tokens are dropped.
         hidden: Name of the residual stream there, [B, S, E], where the graph shows it.
         drop: Tokens dropped per sample (visual; equal across the batch). A symbol where
-            the number follows the rank.
+            the number follows the rank, or comes with each run.
         share: Where numbers are per sample, how many of ``PrunePlan.of`` visual tokens
             they are; ``drop`` then counts padding too.
         clustered: How many of them are clustered into new tokens.
@@ -46,7 +46,10 @@ class PlannedCut:
         live: What has to be gathered, beside the tokens' roles that passes add.
         places: Those of them that depend on a token's place alone (rotary tables,
             position ids) where positions are compacted.
-        rule: What the numbers follow from, where they are symbols.
+        sizes: Sizes that depend on the prompt's length and are read after the cut: they
+            are computed once more.
+        rule: What the numbers follow from, where they follow the rank.
+        row: Of ``PrunePlan.schedule``, where numbers come with each run.
     """
 
     attention: Attention
@@ -61,7 +64,9 @@ class PlannedCut:
     dropped: Count
     live: tuple[LiveValue, ...]
     places: frozenset[str]
+    sizes: tuple[str, ...] = ()
     rule: ByRank | None = None
+    row: int | None = None
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,9 @@ class PrunePlan:
         cuts: The cuts, in order.
         tower: The vision tower's attention, where the recipe reads it.
         of: Where numbers are per sample, what they are shares of.
+        schedule: Name of the input that holds the numbers of a run, [cuts, 3] int64 on
+            the CPU: for each cut the tokens dropped, and ``share`` and ``of``. None
+            where numbers are fixed when the graph is made, or follow the rank.
     """
 
     recipe: Recipe
@@ -92,6 +100,7 @@ class PrunePlan:
     cuts: tuple[PlannedCut, ...]
     tower: Tower | None = None
     of: int | None = None
+    schedule: str | None = None
 
     @property
     def layers(self) -> int:
@@ -107,6 +116,8 @@ class PrunePlan:
     def needed(self) -> int:
         """Visual tokens that a sample must have for every cut to find what it drops.
 
-        Any number will do where counts follow the rank.
+        Any number will do where counts follow the rank, or come with each run.
         """
-        return 0 if self.recipe.adaptive else self.recipe.needed(self.visual_tokens)
+        if self.recipe.adaptive or self.schedule is not None:
+            return 0
+        return self.recipe.needed(self.visual_tokens)

@@ -73,6 +73,16 @@ def _kept(scores: Tensor, roles: Tensor, drop: int) -> Tensor:
     return lowest_first(scores, roles)[:, drop:].sort(dim=1).values
 
 
+def _without(values: Tensor, drop: int) -> Tensor:
+    return values.new_empty(values.shape[0], values.shape[1] - drop)
+
+
+@operator("vtprune::without", _without)
+def without(values: Tensor, drop: int) -> Tensor:
+    """Values [B, S] without the first ``drop`` of each row: [B, S - drop]."""
+    return values[:, drop:].clone()
+
+
 def _attended(value: Tensor, roles: Tensor, drop: int, *given: Any) -> Any:
     query = given[2]
     return unwritten_output(query, value), _chosen(roles, drop)

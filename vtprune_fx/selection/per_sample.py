@@ -23,7 +23,7 @@ from vtprune_fx.selection.order import lowest_first
 
 
 def per_sample_order(
-    scores: Tensor, roles: Tensor, came: Tensor, share: int, of: int
+    scores: Tensor, roles: Tensor, came: Tensor, share: int | Tensor, of: int | Tensor
 ) -> Tensor:
     """[B, S] positions in the order of dropping, each sample another number.
 
@@ -34,7 +34,7 @@ def per_sample_order(
         scores: [B, S].
         roles: [B, S].
         came: [B], visual tokens that each sample came with.
-        share: How many of ``of`` visual tokens are dropped.
+        share: How many of ``of`` visual tokens are dropped: a number, or a scalar.
         of: See ``share``.
     """
     ascending = lowest_first(scores, roles)
@@ -47,7 +47,9 @@ def per_sample_order(
     return ascending.gather(1, turns)
 
 
-def per_sample_dropped(order: Tensor, came: Tensor, share: int, of: int) -> Tensor:
+def per_sample_dropped(
+    order: Tensor, came: Tensor, share: int | Tensor, of: int | Tensor
+) -> Tensor:
     """[B, S] bool: which of ``per_sample_order``'s are dropped visual tokens."""
     place = torch.arange(order.shape[1], device=order.device)
     return place < (came * share // of)[:, None]
