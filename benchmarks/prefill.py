@@ -17,6 +17,9 @@ Realisation is time saved over MACs saved, both as shares of the dense run's, of
 round by itself, and of the rounds the median: 1 is the limit. MACs are the decoder's,
 so the vision tower, which no recipe touches, is timed by itself and taken off both.
 
+``--schedule`` adds both with their counts as an input of the graph, as in
+``vtprune_fx.compile``.
+
 ``--freezing`` is inductor's for inference, of the dense graph and of the pruned ones:
 weights are packed once, which otherwise is a part of each matrix product.
 """
@@ -59,6 +62,7 @@ from benchmarks.presets import (
 )
 from vtprune_fx import oracle
 from vtprune_fx.backend import vtprune_backend
+from vtprune_fx.generation.counts import PromptCounts
 from vtprune_fx.models.arguments import cache_of
 from vtprune_fx.planning.report import PruneReport
 from vtprune_fx.recipes.counting import Geometry, Work, cost
@@ -165,8 +169,16 @@ class Bench:
             torch.cuda.synchronize()
         return outputs
 
-    def add_compiled(self, name: str, recipe: Recipe | None) -> None:
-        """Compile the model with a recipe, or unpruned, and note what that takes."""
+    def add_compiled(
+        self, name: str, recipe: Recipe | None, *, scheduled: bool = False
+    ) -> None:
+        """Compile the model with a recipe, or unpruned, and note what that takes.
+
+        Args:
+            name: Of the contestant.
+            recipe: None for the dense model.
+            scheduled: Let the recipe's numbers come with each run.
+        """
         run = self.found[name] = Measured()
         reports: list[PruneReport] = []
         if recipe is None:
@@ -174,6 +186,10 @@ class Bench:
         else:
             options: Any = {"recipe": recipe, "on_report": reports.append}
             options["inner"] = self.inner
+            if scheduled:
+                counts = PromptCounts(recipe, self.visual, per_sample=False)
+                layers = [cut.layer for cut in recipe.cuts]
+                options["schedule"] = lambda: counts.schedule(layers)
             model = torch.compile(
                 self.model, backend=vtprune_backend, options=options, fullgraph=True
             )
@@ -359,6 +375,9 @@ def measured(arguments: argparse.Namespace, size: Size | None = None) -> Bench:
     for name, cut in recipes.items():
         with console.status(f"compiling: {name}"):
             add(name, cut)
+        if arguments.schedule and cut is not None:
+            with console.status(f"compiling: {name}, scheduled"):
+                bench.add_compiled(f"{name}, scheduled", cut, scheduled=True)
     if size is None:
         bench.add_eager(recipe)
     bench.time(arguments.rounds)
@@ -453,11 +472,16 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=0, help="time so many new tokens")
     parser.add_argument("--freezing", action="store_true", help="pack weights once")
+    parser.add_argument(
+        "--schedule", action="store_true", help="with counts as an input, besides"
+    )
     parser.add_argument("--sweep", choices=SWEEPS, help="growth over one size")
     parser.add_argument("--fused", action="store_true", help="ONNX: with fusions too")
     parser.add_argument("--folder", type=Path, help="where ONNX graphs are kept")
     parser.add_argument("--json", type=Path, help="file for all numbers")
     arguments = parser.parse_args()
+    if arguments.schedule and arguments.runtime not in ("inductor", "eager"):
+        parser.error("--schedule takes --runtime inductor or eager")
     if arguments.runtime == "tensorrt" and arguments.device != "cuda":
         parser.error("--runtime tensorrt takes --device cuda")
     if arguments.freezing and arguments.runtime != "inductor":

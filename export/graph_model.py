@@ -189,7 +189,7 @@ class GraphModel(PreTrainedModel, GenerationMixin):
         if (
             _filled(cache)
             and input_ids.shape[1] > 1
-            and self.manifest.recipe.cuts_ahead
+            and self.manifest.recipe.cuts_before_all
         ):
             raise InputError(
                 "past_key_values",

@@ -2,9 +2,9 @@
 
 Every message of the file is looked at, at every depth: graphs inside of operators,
 local functions and the defaults of their attributes, sparse weights. Refused are
-weights outside of the graph's own file of weights, and all operators but ONNX's own and
+weights outside of the graph's file of weights, and all operators but ONNX's and
 those that exports hold. A local function cannot take the name of an operator: ONNX
-Runtime would run its own in the function's place.
+Runtime would run its operator in the function's place.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from vtprune_fx.files import read_whole
 if TYPE_CHECKING:
     from google.protobuf.message import Message
 
-_OWN_OPERATORS = frozenset({"MatMulNBits"})
-"""ONNX Runtime's own operators that exports hold."""
+_RUNTIME_OPERATORS = frozenset({"MatMulNBits"})
+"""Operators of ONNX Runtime's, not of ONNX, that exports hold."""
 
 _FUNCTIONS = frozenset({"vtprune"})
 """Domains of the functions that exports hold."""
@@ -38,7 +38,7 @@ _MOST_BYTES = 2**31
 
 
 def check_graphs(folder: Path) -> None:
-    """Check that a folder's graphs read nothing but their own weights.
+    """Check that a folder's graphs read nothing but their weights.
 
     Raises:
         ExportError: They might.
@@ -97,7 +97,7 @@ def _is_known(node: Any, functions: set[tuple[str, str, str]]) -> bool:
         return bool(onnx.defs.has(node.op_type))
     if node.domain in _FUNCTIONS:
         return (node.domain, node.op_type, node.overload) in functions
-    return node.domain == "com.microsoft" and node.op_type in _OWN_OPERATORS
+    return node.domain == "com.microsoft" and node.op_type in _RUNTIME_OPERATORS
 
 
 def _messages(message: Message) -> Iterator[Message]:

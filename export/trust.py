@@ -31,7 +31,7 @@ from vtprune_fx.models.fields import CODE, read_fields, refused_field
 COMPONENTS = ("prefill", "decode")
 """The graphs of an export, and what the files with them are called."""
 
-DISTRUST = "Load it only where you trust who wrote it, with their own code."
+DISTRUST = "Load it only where you trust who wrote it, with what code it has."
 
 RECORD = "export.json"
 """Where transformers says what the graphs are."""
@@ -63,10 +63,10 @@ fetches code for."""
 
 
 def trusted(folder: Path) -> Manifest:
-    """The manifest of a whole export, which runs no code of its own and stays in place.
+    """The manifest of a complete export, which runs no code and reads nothing outside.
 
     Raises:
-        ExportError: The folder is no whole export, or might do otherwise.
+        ExportError: The folder is no complete export, or might do otherwise.
     """
     contents = read(folder)
     suffix = target_of(folder, contents).suffix
@@ -105,7 +105,7 @@ def held(folder: Path) -> Iterator[None]:
 
 
 def _stamps(folder: Path) -> dict[str, tuple[int, ...]]:
-    """What changes with every write: the system keeps ``ctime``, and nobody sets it."""
+    """What changes with every write: the system keeps ``ctime``; no program sets it."""
     try:
         paths = [folder, *folder.iterdir()]
         found = {path.name: path.lstat() for path in paths}
@@ -157,7 +157,7 @@ def _fields(folder: Path, name: str) -> dict[str, Any]:
 
 
 def _check_generation(folder: Path, fields: dict[str, Any]) -> None:
-    """Check that a generation configuration says what transformers' own says."""
+    """Check that a generation configuration says what transformers' says."""
     known = set(GenerationConfig().to_dict()) - _NOT_OURS
     for name, value in fields.items():
         if name not in known and value is not None:

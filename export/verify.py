@@ -148,7 +148,7 @@ def verify(folder: Path, model: str | None = None, seed: int = 0) -> Verificatio
         seed: Of prompts and images.
 
     Raises:
-        ExportError: The folder is no whole export, or has no keep sets to look at.
+        ExportError: The folder is no complete export, or has no keep sets to look at.
         InputError: There is no such model, or the oracle does not know it.
     """
     target = target_of(folder, read(folder))
@@ -164,7 +164,7 @@ def verify(folder: Path, model: str | None = None, seed: int = 0) -> Verificatio
         contents = exported.manifest
         exported.show_keep_sets(folder)
     original = _original(contents, model)
-    # Not the folder's own: it does not judge itself.
+    # Not what the folder says: it does not judge itself.
     tolerance = TOLERANCES[contents.precision]
     outcomes = tuple(
         CaseResult(case.name, tuple(_compared(exported, original, case)), tolerance)
@@ -190,7 +190,7 @@ def _original(contents: Manifest, model: str | None) -> LlavaForConditionalGener
             f"model {source!r}",
             expected="a LLaVA",
             found=f"a {type(loaded).__name__}",
-            fix="Compare this export with the model's own unpruned forward.",
+            fix="Compare this export with the model's unpruned forward.",
         )
     if contents.quantize is not None:
         for module in loaded.modules():
@@ -274,23 +274,23 @@ class _Found:
             same = torch.equal(kept, expected)
             return (0.0, "") if same else (math.inf, "other tokens kept")
         before = run.kept[index - 1] if index else torch.arange(len(sample.input_ids))
-        stays = torch.isin(before, kept)
+        still = torch.isin(before, kept)
         visual = sample.input_ids[before] == self._contents.image_token_id
-        dropped = int((~stays).sum())
+        dropped = int((~still).sum())
         drop = recipe.drops(len(sample.features))[index]
         if dropped != drop:
             return math.inf, f"{dropped} dropped, not {drop}"
-        if not bool(stays[~visual].all()):
+        if not bool(still[~visual].all()):
             return math.inf, "text dropped"
-        scores, stay = run.scores[index], stays[visual]
-        if bool(stay.all()) or not bool(stay.any()):
+        scores, still_visual = run.scores[index], still[visual]
+        if bool(still_visual.all()) or not bool(still_visual.any()):
             return 0.0, ""
-        excess = scores[~stay].max() - scores[stay].min()
+        excess = scores[~still_visual].max() - scores[still_visual].min()
         return float(excess.clamp(min=0) / scores.abs().max()), ""
 
 
 def _padding(case: Case, row: int) -> int:
-    """Padding of a sample: it stands in front, and stays where there is an image."""
+    """Padding of a sample: it comes first, and is not dropped where there is an image."""
     return int((case.inputs["attention_mask"][row] == 0).sum())
 
 
@@ -324,8 +324,8 @@ def _difference(
     if found.shape != (heads, padding + tokens, width):
         sizes = f"{found.shape[1] - padding} tokens, not {tokens}"
         return Difference(where, math.inf, sizes)
-    own = found[:, padding:].float()
-    share = float((own - expected).abs().max() / expected.abs().max())
+    compared = found[:, padding:].float()
+    share = float((compared - expected).abs().max() / expected.abs().max())
     return Difference(where, math.inf if math.isnan(share) else share)
 
 
@@ -337,9 +337,9 @@ def _followed(
     states: list[oracle.Prefill],
 ) -> Iterator[Difference]:
     """The logits of tokens that follow on the cache: several at once, then one."""
-    # A cache does not tell how long a prompt was that was cut before all layers.
+    # A cache does not say how long a prompt was that was cut before all layers.
     new = case.following.shape[1]
-    sizes = [1] * new if exported.manifest.recipe.cuts_ahead else [new - 1, 1]
+    sizes = [1] * new if exported.manifest.recipe.cuts_before_all else [new - 1, 1]
     mask = case.inputs["attention_mask"]
     for tokens in torch.split(case.following, sizes, dim=1):
         mask = torch.cat((mask, torch.ones_like(tokens)), dim=1)

@@ -60,13 +60,6 @@ CLEANED = (  # folders whose docstrings and comments are free of these words
     "examples",
     "scripts",
 )
-NOT_YET = {  # files in them that are not
-    "export/onnx_trust.py",
-    "export/trust.py",
-    "export/verify.py",
-    "vtprune_fx/evaluation/picture.py",
-    "vtprune_fx/recipes/schema.py",
-}
 FILES = [file for folder in CLEANED for file in sorted((ROOT / folder).rglob("*.py"))]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
@@ -125,8 +118,6 @@ def remarks(text: str) -> list[str]:
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
 def test_no_remark_uses_a_retired_word(file: Path) -> None:
-    if str(file.relative_to(ROOT)) in NOT_YET:
-        pytest.skip("not reread yet")
     found = [
         remark
         for remark in remarks(file.read_text(encoding="utf-8"))

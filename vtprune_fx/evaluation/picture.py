@@ -24,7 +24,7 @@ FADED = (238, 238, 238)
 """The light grey that dropped patches fade to."""
 
 FADE = 0.86
-"""How far they fade: 0 leaves a patch as it is, 1 makes it plain grey."""
+"""How far they fade: 0 changes nothing, 1 makes it plain grey."""
 
 PER_ROW = 4
 """Most panels side by side. More of them make more rows."""
@@ -38,7 +38,7 @@ CAPTIONS = (
 _BACKGROUND, _INK, _SOFT_INK = (255, 255, 255), (34, 34, 34), (110, 110, 110)
 _MARGIN, _GAP = 24, 20
 _TITLE_SIZE, _CAPTION_SIZE, _CAPTION_HEIGHT = 22, 16, 26
-_SMALLEST_PANEL = 280  # narrower pictures are enlarged by a whole factor
+_SMALLEST_PANEL = 280  # narrower pictures are enlarged by an integer factor
 _CHANNELS = 3
 
 
@@ -94,7 +94,7 @@ def fade_dropped(
 
     Args:
         image: The image, of any size.
-        kept: Indices of the patches to leave as they are, row by row.
+        kept: Indices of the patches that do not fade, row by row.
         grid: Rows and columns of patches.
     """
     rows, columns = grid
@@ -122,7 +122,7 @@ def as_seen(image: Image.Image, processor: ProcessorMixin) -> Image.Image:
 
 
 def unnormalise(pixel_values: torch.Tensor, processor: ProcessorMixin) -> Image.Image:
-    """The image behind the pixel values of one image.
+    """The image of which a processor made pixel values.
 
     Args:
         pixel_values: What the processor made of an image, [3, height, width].

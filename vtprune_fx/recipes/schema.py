@@ -1,4 +1,4 @@
-"""Recipes: which visual tokens leave a decoder, where, and how many. Pure data.
+"""Recipes: which visual tokens a decoder drops, where, and how many. Pure data.
 
 A recipe is a JSON file. It names a method, the score that ranks visual tokens, and its
 cuts: the decoder layer, the site in that layer, and the number of visual tokens that
@@ -53,14 +53,14 @@ class _Strict(BaseModel):
 
 
 class Cut(_Strict):
-    """One place in the decoder at which visual tokens leave.
+    """One place in the decoder at which visual tokens are dropped.
 
     Attributes:
         layer: Index of the decoder layer, from 0.
         drop: Visual tokens that a sample loses here: a count, or a share of ``of``.
         site: Where in the layer. ``after_attention``: the attention output and the
             residual are cut, then the output projection and the MLP run on the rest.
-            ``after_layer``: the whole layer runs first. ``before_layer``: what enters
+            ``after_layer``: all of the layer runs first. ``before_layer``: what enters
             the layer is cut, rated by the queries and keys that the layer would have
             had.
         by_rank: The rule that decides instead of ``drop``, which is then left out.
@@ -116,8 +116,8 @@ class Recycle(_Strict):
         return int(share) + 1 if self.form == "code" else max(int(share), 1)
 
 
-_AHEAD = (0, "before_layer")
-"""Layer and site of a cut ahead of the decoder."""
+_BEFORE_ALL = (0, "before_layer")
+"""Layer and site of a cut before the decoder."""
 
 
 class Provenance(_Strict):
@@ -156,12 +156,12 @@ class Recipe(_Strict):
         schema_version: Version of the file format.
         name: What the recipe is called: lower case letters, digits, ``.`` and ``-``.
         method: The pruning method; ``baseline`` is none, to compare methods with, and
-            ``custom`` one of your own.
+            ``custom`` one of yours.
         score: The scorer that ranks visual tokens at each cut (``scorers.names()``).
         seed: Of the ``random`` score; others ignore it.
         options: Options of the scorer, by name.
-        positions: ``kept``: a surviving token keeps its rotary position;
-            ``compacted``: behind a cut the tokens left take the first positions.
+        positions: ``kept``: a kept token keeps its rotary position;
+            ``compacted``: after a cut the kept tokens take the first positions.
         recycle: How dropped tokens become new ones, or None. Every cut must then be
             ``after_layer``, or for contextual ones ``before_layer`` 0.
         layers: Decoder layers of the model the recipe was made for.
@@ -238,7 +238,7 @@ class Recipe(_Strict):
         if self.recycle is None or not self.cuts:
             return self
         if self.recycle.form == "contextual":
-            if [(cut.layer, cut.site) for cut in self.cuts] != [_AHEAD]:
+            if [(cut.layer, cut.site) for cut in self.cuts] != [_BEFORE_ALL]:
                 found = ", ".join(f"{cut.site} {cut.layer}" for cut in self.cuts)
                 raise _wrong("cuts", "one cut before_layer 0, to recycle", found)
             if self.adaptive:
@@ -275,7 +275,7 @@ class Recipe(_Strict):
     def needed(self, visual_tokens: int) -> int:
         """Visual tokens that a sample must have for every cut to find what it drops.
 
-        As many as leave in all, less the new ones that earlier cuts made.
+        As many as are dropped in all, less the new ones that earlier cuts made.
         """
         gone = most = 0
         for drop in self.drops(visual_tokens).values():
@@ -284,7 +284,7 @@ class Recipe(_Strict):
         return most
 
     def tokens_per_layer(self, visual_tokens: int, layers: int) -> list[int]:
-        """Visual tokens left after each layer's own cut, ``layers`` numbers.
+        """Visual tokens left after each layer's cut, ``layers`` numbers.
 
         New tokens count. Never below 0: a sample with fewer visual tokens than the
         recipe drops loses those it has.
@@ -309,18 +309,18 @@ class Recipe(_Strict):
     def adaptive(self) -> bool:
         """Whether counts follow the rank of each sample's attention.
 
-        Whatever needs counts ahead of all samples raises a RecipeError then.
+        Whatever needs counts before all samples raises a RecipeError then.
         """
         return any(cut.by_rank is not None for cut in self.cuts)
 
     @property
-    def cuts_ahead(self) -> bool:
-        """Whether tokens leave ahead of the first layer.
+    def cuts_before_all(self) -> bool:
+        """Whether tokens are dropped before the first layer.
 
-        That layer's cache then does not tell how long the prompt was.
+        That layer's cache then does not say how long the prompt was.
         """
         cuts = (cut for cut in self.cuts if cut.drop or cut.by_rank)
-        return any((cut.layer, cut.site) == _AHEAD for cut in cuts)
+        return any((cut.layer, cut.site) == _BEFORE_ALL for cut in cuts)
 
     @property
     def sees_tower(self) -> bool:
@@ -350,7 +350,7 @@ class Recipe(_Strict):
 
     def to_json(self) -> str:
         """The recipe as the text of a recipe file."""
-        # Only recipes that draw at random have to tell a seed.
+        # Only recipes that draw at random have to name a seed.
         unused: dict[str, Any] = {"seed": True} if self.score != "random" else {}
         unused |= {n: True for n in ("options", "recycle") if not getattr(self, n)}
         if self.recycle and self.recycle.form == "code":
