@@ -290,12 +290,15 @@ class Sizes:
         self._numbers[tokens] = int(sympy.nextprime(1000 + 2 * dropped))
         self._known: dict[tuple[sympy.Expr, int], int] = {}
         self._counts = counts
+        self._sums: dict[sympy.Expr, int] = {}
 
     def count(self, count: Count) -> int:
         """A number of tokens."""
         if isinstance(count, int):
             return count
-        return int(count.subs(self._counts))
+        if count not in self._sums:
+            self._sums[count] = int(count.subs(self._counts))
+        return self._sums[count]
 
     def know(self, value: torch.SymInt, number: int) -> None:
         """Take ``number`` for a count that the graph reads, in plain values too."""
