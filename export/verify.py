@@ -290,7 +290,7 @@ class _Found:
 
 
 def _padding(case: Case, row: int) -> int:
-    """Padding of a sample: it comes first, and is not dropped where there is an image."""
+    """Padding of a sample: it comes first, and no image lets it be dropped."""
     return int((case.inputs["attention_mask"][row] == 0).sum())
 
 

@@ -1,4 +1,4 @@
-"""Sizes that are computed once more after a cut, from the lengths that there are then."""
+"""Sizes that are computed once more after a cut, from the lengths that are left."""
 
 from __future__ import annotations
 
