@@ -405,6 +405,16 @@ def test_fixed_numbers_take_no_schedule(recipe: Recipe, mode: str | None) -> Non
         pass
 
 
+@pytest.mark.slow
+def test_a_mode_of_inductor_runs_on_all_sizes() -> None:
+    """With a graph for each: CUDA graphs, which a mode may ask for, have fixed sizes."""
+    name = "LLaVA-NeXT"
+    model = zoo.tiny(name)
+    vtprune_fx.compile(model, RECIPE, mode="reduce-overhead")
+    for number in (0, 1, 3):
+        assert_as_the_oracle(model, name, RECIPE, by_processor(name, number))
+
+
 def test_a_model_that_was_not_compiled_takes_no_schedule() -> None:
     refused = pytest.raises(InputError, match=r"that vtprune_fx\.compile returned")
     with refused, vtprune_fx.schedule(zoo.tiny("LLaVA-NeXT"), 0.1):

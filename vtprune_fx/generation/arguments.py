@@ -88,11 +88,15 @@ def first_given(named: Arguments, *names: str) -> Tensor:
     return found
 
 
-def mark_prompt(named: Arguments) -> None:
+def mark_prompt(named: Arguments, *, fixed: bool = False) -> None:
     """Let a prompt's length and its features' number vary; one token is a step's.
 
     The number of features is no symbol that a graph may be specialised to: models write
     it into the message of a check, which would make a graph for each number.
+
+    Args:
+        named: Arguments of the model.
+        fixed: Let there be a graph for each number of features.
     """
     prompt = first_given(named, "input_ids", "inputs_embeds").shape[:2]
     for value in named.values():
@@ -102,7 +106,7 @@ def mark_prompt(named: Arguments) -> None:
     features: dict[str, object] = named.get(FEATURES) or {}
     for kind, parts in features.items():
         for part in pytree.tree_leaves(parts):
-            if part.dim() == _ROWS:
+            if part.dim() == _ROWS and not fixed:
                 torch._dynamo.decorators.mark_unbacked(part, 0, shape_id=kind)
             else:
                 torch._dynamo.maybe_mark_dynamic(part, 0)

@@ -114,7 +114,8 @@ class PrunedForward:
         self._recipe = recipe
         self._layers = self._text.num_hidden_layers
         # A mode may ask for CUDA graphs: their lengths must be numbers.
-        self._places = None if options.get("mode") else places_of(self._recipe_for(1))
+        fixed = options["mode"] is not None
+        self._places = None if fixed else places_of(self._recipe_for(1))
         self._options = {**options, "recipe": self._places or recipe}
         self._asked: Recipe | None = None
         self._counts: PromptCounts | None = None
@@ -212,10 +213,8 @@ class PrunedForward:
             InputError: The graphs have no such cuts, or their numbers are fixed.
             RecipeError: The recipe cannot be loaded.
         """
-        before, self._asked = (
-            self._asked,
-            checks.schedule_for(self._model, self._places, asked),
-        )
+        now = checks.schedule_for(self._model, self._places, asked)
+        before, self._asked = self._asked, now
         try:
             yield self._asked
         finally:
@@ -327,7 +326,7 @@ class PrunedForward:
     def _run_encoded(self, named: Arguments, graph: _MadeFor) -> CausalLMOutputWithPast:
         """Run a prompt in one graph, after encoders that Dynamo cannot trace."""
         named = encoded(self._model, named, anyway=self._encodes_first)
-        mark_prompt(named)
+        mark_prompt(named, fixed=self._options["mode"] is not None)
         try:
             with self._encoding_images(named), self._forgetting_failures():
                 return self._compiled_for(graph)(**named)
