@@ -407,7 +407,7 @@ def test_fixed_numbers_take_no_schedule(recipe: Recipe, mode: str | None) -> Non
 
 @pytest.mark.slow
 def test_a_mode_of_inductor_runs_on_all_sizes() -> None:
-    """With a graph for each: CUDA graphs, which a mode may ask for, have fixed sizes."""
+    """With a graph for each: CUDA graphs, which a mode may ask for, fix sizes."""
     name = "LLaVA-NeXT"
     model = zoo.tiny(name)
     vtprune_fx.compile(model, RECIPE, mode="reduce-overhead")

@@ -10,6 +10,7 @@ with its encoders.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Mapping
 from typing import Any, Protocol, cast
@@ -17,7 +18,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import ModelOutput
 
 from vtprune_fx.models.arguments import cache_argument, given_cache
 
@@ -160,18 +161,31 @@ def takes_sizes(model: PreTrainedModel, inputs: Mapping[str, object]) -> bool:
 _KINDS = ("image", "video")
 
 
-def _joined(features: BaseModelOutputWithPooling) -> object:
-    """The features of all images as one tensor, whatever the number of images."""
-    kept: dict[str, object] = {"pooler_output": _one(features.pooler_output)}
-    if (later := getattr(features, "deepstack_features", None)) is not None:
-        kept["deepstack_features"] = [_one(each) for each in later]
-    # Some models' output classes have fields beside these two.
-    made: type[object] = type(features)
-    return made(**kept)
+_UNREAD = frozenset({"last_hidden_state", "hidden_states", "attentions"})
+"""Fields of an encoder's output that no decoder reads where features are pooled."""
 
 
-def _one(parts: Tensor | list[Tensor] | tuple[Tensor, ...] | None) -> object:
-    """One tensor unchanged; several as a list of one, their rows in order."""
-    if parts is None or isinstance(parts, Tensor):
+def _joined(features: ModelOutput) -> ModelOutput:
+    """An encoder's output with the features of all images as one tensor.
+
+    Whatever the number of images, and with all that a model may read beside them: some
+    have no pooled features, others features for later layers.
+    """
+    kind: Any = type(features)
+    kept = dict.fromkeys(field.name for field in dataclasses.fields(kind))
+    pooled = getattr(features, "pooler_output", None) is not None
+    for name, value in features.items():
+        if name == "deepstack_features":
+            kept[name] = [_one(each) for each in value]
+        elif not pooled or name not in _UNREAD:
+            kept[name] = _one(value)
+    made: ModelOutput = kind(**kept)
+    return made
+
+
+def _one(parts: object) -> object:
+    """Several tensors as a list of one, their rows in order; all else unchanged."""
+    if not isinstance(parts, (list, tuple)):
         return parts
-    return [torch.cat(list(parts))]
+    tensors = [part for part in parts if isinstance(part, Tensor)]
+    return [torch.cat(tensors)] if tensors and len(tensors) == len(parts) else parts
