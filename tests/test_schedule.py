@@ -134,7 +134,12 @@ def test_pictures_of_all_sizes_take_two_graphs(name: str) -> None:
     assert sorted(MADE) == ["prompt", "prompt", "step", "step"]
 
 
-@pytest.mark.parametrize("name", ["Qwen2.5-VL", "LLaVA-OneVision", "Idefics3"])
+SLOW = [
+    pytest.param(n, marks=pytest.mark.slow) for n in ("LLaVA-OneVision", "Idefics3")
+]
+
+
+@pytest.mark.parametrize("name", ["Qwen2.5-VL", *SLOW])
 def test_images_of_all_sizes_take_two_graphs(name: str) -> None:
     """The same of families whose processors need more than the suite installs."""
     model = compiled(name)
@@ -213,6 +218,7 @@ FIXED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FIXED)
 def test_other_recipes_run_on_all_sizes(kind: str) -> None:
     """Their numbers are part of the graphs, the number of features is not."""
@@ -252,6 +258,7 @@ def test_five_budgets_take_one_graph(name: str) -> None:
     assert_as_the_oracle(model, name, RECIPE, inputs)
 
 
+@pytest.mark.compat
 def test_generate_takes_a_schedule_for_one_call() -> None:
     name = "LLaVA-NeXT"
     model, inputs = compiled(name), by_processor(name, 1)
@@ -370,18 +377,18 @@ BAD: dict[str, tuple[Any, type[VtpruneError], str]] = {
 }
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_a_refused_schedule_changes_nothing(case: str) -> None:
-    asked, error, message = BAD[case]
+def test_refused_schedules_change_nothing() -> None:
+    """One after the other on one model, which takes seconds to compile."""
     name = "LLaVA-NeXT"
     model, inputs = compiled(name), by_processor(name, 1)
     assert_as_the_oracle(model, name, RECIPE, inputs)
     before = list(MADE)
-    with pytest.raises(error, match=message):
-        model.generate(**inputs, max_new_tokens=2, schedule=asked)
-    with pytest.raises(error, match=message), vtprune_fx.schedule(model, asked):
-        model(**inputs)
-    assert_as_the_oracle(model, name, RECIPE, inputs)
+    for asked, error, message in BAD.values():
+        with pytest.raises(error, match=message):
+            model.generate(**inputs, max_new_tokens=2, schedule=asked)
+        with pytest.raises(error, match=message), vtprune_fx.schedule(model, asked):
+            model(**inputs)
+        assert_as_the_oracle(model, name, RECIPE, inputs)
     assert before == MADE
 
 
