@@ -145,8 +145,13 @@ BAD: dict[str, tuple[Callable[[Any], Inputs], type[Exception], str]] = {
 }
 
 
+def slow(*values: Any) -> list[Any]:
+    """Cases that show little more than those before them."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
 @pytest.mark.parametrize("case", list(BAD))
-@pytest.mark.parametrize("first", [True, False], ids=["at first", "later"])
+@pytest.mark.parametrize("first", [*slow(True), False], ids=["at first", "later"])
 def test_a_refused_prompt_changes_nothing_for_the_next(
     model: Any, case: str, first: bool
 ) -> None:
@@ -164,7 +169,7 @@ def test_a_refused_prompt_changes_nothing_for_the_next(
 # ------------------------------------------------------------- the prompt, and no more
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *slow(1, 2)])
 def test_an_assistant_does_not_change_the_answer(model: Any, seed: int) -> None:
     inputs = one(seed)
     assert answer(model, inputs, assistant_model=fresh()) == by_oracle(inputs)
@@ -216,7 +221,7 @@ def test_ways_to_generate_that_would_be_wrong_are_refused(
 # ------------------------------------------------- positions and lengths of the prompt
 
 
-@pytest.mark.parametrize("position", [LAST_IMAGE + 1, 24, 38, -1, -20])
+@pytest.mark.parametrize("position", [LAST_IMAGE + 1, *slow(24, 38, -1), -20])
 def test_positions_of_logits_are_the_prompts(model: Any, position: int) -> None:
     """Words after the image are all kept, so their order from the end is too."""
     inputs = one()
@@ -294,7 +299,7 @@ def test_a_cache_is_cropped_to_nothing_and_filled_again(model: Any) -> None:
     assert answer(model, one(), **{CACHE: cache}) == by_oracle(one())
 
 
-@pytest.mark.parametrize("left", [LAST_IMAGE + 1, 30, 39])
+@pytest.mark.parametrize("left", [LAST_IMAGE + 1, *slow(30), 39])
 def test_a_cache_is_cropped_to_after_the_image(model: Any, left: int) -> None:
     """Another question about the image, with the same pruning."""
     inputs = one()
@@ -348,7 +353,9 @@ def reloaded(model: Any) -> Any:
     return torch.load(file, weights_only=False)
 
 
-@pytest.mark.parametrize("twin_of", [copy.deepcopy, reloaded], ids=["copied", "saved"])
+@pytest.mark.parametrize(
+    "twin_of", [*slow(copy.deepcopy), reloaded], ids=["copied", "saved"]
+)
 def test_a_copy_has_weights_and_graphs_of_its_own(
     model: Any, twin_of: Callable[[Any], Any]
 ) -> None:

@@ -60,7 +60,8 @@ class PromptCounts:
         """
         visual: list[int] = prompt.visual.tolist()
         padding: list[int] = prompt.padding.tolist()
-        if recipe.adaptive or not recipe.cuts or not any(visual):
+        uncut = not recipe.cuts and not per_sample
+        if recipe.adaptive or uncut or not any(visual):
             return cls(recipe, max(visual), per_sample=False)
         shares = recipe.of is not None
         if not shares or not (per_sample or len({*visual} - {0}) > 1):
