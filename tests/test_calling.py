@@ -150,7 +150,7 @@ def slow(*values: Any) -> list[Any]:
     return [pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
-@pytest.mark.parametrize("case", list(BAD))
+@pytest.mark.parametrize("case", [*list(BAD)[:3], *slow(*list(BAD)[3:])])
 @pytest.mark.parametrize("first", [*slow(True), False], ids=["at first", "later"])
 def test_a_refused_prompt_changes_nothing_for_the_next(
     model: Any, case: str, first: bool
