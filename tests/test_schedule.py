@@ -16,11 +16,11 @@ import vtprune_fx
 from tests import processors, zoo
 from tests.tiny import recipe_for
 from tests.zoo import IMAGE, LAYERS, Inputs
-from vtprune_fx import oracle
+from vtprune_fx import oracle, pruning
 from vtprune_fx.errors import InputError, RecipeError, VtpruneError
 from vtprune_fx.models.arguments import cache_of
 from vtprune_fx.recipes.counting import Geometry, cost
-from vtprune_fx.recipes.scaling import scaled
+from vtprune_fx.recipes.scaling import check_same_places, scaled
 from vtprune_fx.recipes.schema import Recipe
 
 if TYPE_CHECKING:
@@ -161,6 +161,7 @@ def test_the_default_recipe_takes_one_graph_too(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """And says once what it drops."""
+    pruning.say_default.cache_clear()
     name = "LLaVA-NeXT"
     model = compiled(name, None)
     for number in (0, 1, 2, 5):
@@ -170,7 +171,7 @@ def test_the_default_recipe_takes_one_graph_too(
         assert_as_the_oracle(model, name, recipe, inputs)
     assert sorted(MADE) == ["prompt", "step"]
     said = [r for r in caplog.records if "No recipe given" in r.getMessage()]
-    assert len(said) <= 1
+    assert len(said) == 1
 
 
 def test_equal_samples_take_the_graph_of_unequal_ones() -> None:
@@ -343,6 +344,15 @@ def test_the_ends_of_the_scale() -> None:
 def test_a_budget_out_of_reach_is_refused(budget: float) -> None:
     with pytest.raises(InputError, match=r"0, which keeps all tokens, to 0\.\d+"):
         scaled(COUNTS, budget, GEOMETRY)
+
+
+def test_of_the_shipped_recipes_some_share_their_places() -> None:
+    """The documentation's example: 70 % in the graph of 60 %, and not 80 %."""
+    load = vtprune_fx.load_recipe
+    compiled_with = load("fitprune-llava-1.5-7b-60")
+    check_same_places(compiled_with, load("fitprune-llava-1.5-7b-70"))
+    with pytest.raises(InputError, match=r"fitprune-llava-1\.5-7b-80: expected cuts"):
+        check_same_places(compiled_with, load("fitprune-llava-1.5-7b-80"))
 
 
 # ------------------------------------------------------------------------ bad input
